@@ -1,0 +1,1 @@
+"""Records shared by every stage, and the files they are. No torch here."""

@@ -1,0 +1,73 @@
+"""A compressed model: its spec, its packed weights and its plain vectors, and the safetensors file that holds them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jpq_export.errors import BundleError
+from jpq_export.format.spec import ModelSpec
+from jpq_export.numerics.affine import QuantizedWeight
+from jpq_export.numerics.scheme import Scheme
+
+FORMAT = "jpq-compressed/1"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompressedModel:
+    """`quantized`: every matrix of `spec.matrices()`; `vectors`: every vector of `spec.vectors()`, float32."""
+
+    spec: ModelSpec
+    quantized: dict[str, QuantizedWeight]
+    vectors: dict[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        for name, shape in self.spec.matrices().items():
+            got = self.quantized[name].shape if name in self.quantized else None
+            if got != shape:
+                raise ValueError(f"{name}: expected a matrix {shape}, got {got}")
+        for name, length in self.spec.vectors().items():
+            got = self.vectors[name].shape if name in self.vectors else None
+            if got != (length,):
+                raise ValueError(f"{name}: expected a vector ({length},), got {got}")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as stored: codes, scales, zero points, norms and biases (float32)."""
+        return sum(w.nbytes for w in self.quantized.values()) + sum(v.nbytes for v in self.vectors.values())
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        tensors = {name: np.ascontiguousarray(v) for name, v in self.vectors.items()}
+        schemes = {}
+        for name, weight in self.quantized.items():
+            tensors[f"{name}.packed"], tensors[f"{name}.scales"] = weight.packed, weight.scales
+            if weight.zeros is not None:
+                tensors[f"{name}.zeros"] = weight.zeros
+            schemes[name] = {**asdict(weight.scheme), "shape": weight.shape}
+        # One metadata key: safetensors writes several in random order, and the file must be reproducible.
+        meta = {"format": FORMAT, "spec": self.spec.to_json(), "schemes": schemes}
+        save_file(tensors, path, metadata={"jpq": json.dumps(meta, sort_keys=True)})
+
+    @staticmethod
+    def load(path: Path) -> CompressedModel:
+        """Read it back; BundleError when the file is damaged."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                meta = json.loads((file.metadata() or {})["jpq"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+            spec = ModelSpec.from_json(meta["spec"])
+            quantized = {}
+            for name, raw in meta["schemes"].items():
+                scheme = Scheme(raw["bits"], raw["group_size"], raw["symmetric"])
+                packed, scales = tensors.pop(f"{name}.packed"), tensors.pop(f"{name}.scales")
+                zeros = tensors.pop(f"{name}.zeros", None)
+                quantized[name] = QuantizedWeight(scheme, tuple(raw["shape"]), packed, scales, zeros)
+            return CompressedModel(spec, quantized, tensors)
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            raise BundleError(f"{path}: not a readable compressed model ({error}); export it again") from error

@@ -1,0 +1,146 @@
+"""Facts about a decoder: everything the graph builders, the cost model and the runtimes need to know of a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One decoder layer's own widths; zero means the sub-layer was removed.
+
+    `kv_heads`: key/value heads kept. Query heads are kv_heads * ModelSpec.heads_per_group. `ffn`: MLP channels kept.
+    `window`: sliding attention window in tokens (a query sees keys with position > its own - window), None for full.
+    `rope`: index into ModelSpec.ropes.
+    """
+
+    kv_heads: int
+    ffn: int
+    window: int | None = None
+    rope: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary embedding (rotate-half form): angle = position * inv_freq, cos and sin multiplied by `scaling`."""
+
+    inv_freq: tuple[float, ...]
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A Llama-family decoder.
+
+    Weights (canonical names; `weight` matrices are [out, in], norms hold the factor actually multiplied, so Gemma's
+    1 + w is already added):
+
+        embed                                  [vocab, hidden]
+        layers.{i}.attn_norm, layers.{i}.mlp_norm              [hidden]
+        layers.{i}.attn_post_norm, layers.{i}.mlp_post_norm    [hidden], only with post_norms
+        layers.{i}.attn.{q,k,v,o}              [out, in], bias at layers.{i}.attn.{q,k,v,o}.bias
+        layers.{i}.attn.{q_norm,k_norm}        [head_dim], only with qk_norm
+        layers.{i}.mlp.{gate,up,down}          [out, in], bias at layers.{i}.mlp.{gate,up,down}.bias
+        norm                                   [hidden]
+        head                                   [vocab, hidden], only when not tied
+
+    Query head j reads key/value head j // heads_per_group.
+    """
+
+    name: str
+    family: str
+    vocab: int
+    hidden: int
+    head_dim: int
+    heads_per_group: int
+    layers: tuple[LayerSpec, ...]
+    ropes: tuple[RopeSpec, ...]
+    norm_eps: float
+    activation: str  # "silu" | "gelu_tanh"
+    tied: bool
+    attention_scale: float
+    embed_scale: float = 1.0
+    qk_norm: bool = False
+    post_norms: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    max_positions: int = 2048
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    add_bos: bool = False
+
+    def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
+        """Shapes [out, in] of the linears of layer `index` that exist, by short name ("attn.q", "mlp.down", ...)."""
+        layer = self.layers[index]
+        shapes: dict[str, tuple[int, int]] = {}
+        if layer.kv_heads:
+            kv = layer.kv_heads * self.head_dim
+            q = kv * self.heads_per_group
+            shapes |= {
+                "attn.q": (q, self.hidden),
+                "attn.k": (kv, self.hidden),
+                "attn.v": (kv, self.hidden),
+                "attn.o": (self.hidden, q),
+            }
+        if layer.ffn:
+            shapes |= {
+                "mlp.gate": (layer.ffn, self.hidden),
+                "mlp.up": (layer.ffn, self.hidden),
+                "mlp.down": (self.hidden, layer.ffn),
+            }
+        return shapes
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """All weight matrices by canonical name, embedding and (untied) head included, in graph order."""
+        out = {"embed": (self.vocab, self.hidden)}
+        for i in range(len(self.layers)):
+            out |= {f"layers.{i}.{name}": shape for name, shape in self.linear_shapes(i).items()}
+        if not self.tied:
+            out["head"] = (self.vocab, self.hidden)
+        return out
+
+    def vectors(self) -> dict[str, int]:
+        """All norm weights and biases by canonical name, with their lengths."""
+        out: dict[str, int] = {}
+        for i, layer in enumerate(self.layers):
+            at = f"layers.{i}"
+            if layer.kv_heads:
+                out[f"{at}.attn_norm"] = self.hidden
+                if self.qk_norm:
+                    out[f"{at}.attn.q_norm"] = out[f"{at}.attn.k_norm"] = self.head_dim
+                if self.post_norms:
+                    out[f"{at}.attn_post_norm"] = self.hidden
+            if layer.ffn:
+                out[f"{at}.mlp_norm"] = self.hidden
+                if self.post_norms:
+                    out[f"{at}.mlp_post_norm"] = self.hidden
+            for name, (rows, _) in self.linear_shapes(i).items():
+                part = name.split(".")[1]
+                has = {"q": self.qkv_bias, "k": self.qkv_bias, "v": self.qkv_bias, "o": self.o_bias}
+                if has.get(part, self.mlp_bias):
+                    out[f"{at}.{name}.bias"] = rows
+        out["norm"] = self.hidden
+        return out
+
+    def parameters(self) -> int:
+        """Number of parameters, tied weights counted once."""
+        return sum(n * k for n, k in self.matrices().values()) + sum(self.vectors().values())
+
+    def with_layers(self, layers: tuple[LayerSpec, ...]) -> ModelSpec:
+        """The same model with other per-layer widths."""
+        return replace(self, layers=layers)
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> ModelSpec:
+        """Undo `to_json`; KeyError or TypeError when fields are missing or unknown."""
+        raw = json.loads(text)
+        raw["layers"] = tuple(LayerSpec(**layer) for layer in raw["layers"])
+        raw["ropes"] = tuple(RopeSpec(tuple(r["inv_freq"]), r["scaling"]) for r in raw["ropes"])
+        raw["eos_ids"] = tuple(raw["eos_ids"])
+        return ModelSpec(**raw)

@@ -1,0 +1,70 @@
+"""Stored quantized weights (numpy, torch-free): the record, and codes back to numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jpq_export.numerics.packing import pack_codes, unpack_codes
+from jpq_export.numerics.scheme import Scheme, row_bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeight:
+    """A weight [N, K] as stored.
+
+    packed: uint8 [N, ceil(K*bits/8)]; scales: float16 [N, K/g]; zeros: None when symmetric, else packed integer zero
+    points uint8 [N, ceil(K/g*bits/8)].
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    packed: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        n, k = self.shape
+        groups = self.scheme.groups(k)
+        expected = {"packed": (np.uint8, (n, row_bytes(k, self.scheme.bits))), "scales": (np.float16, (n, groups))}
+        if not self.scheme.symmetric:
+            expected["zeros"] = (np.uint8, (n, row_bytes(groups, self.scheme.bits)))
+        for name, (dtype, shape) in expected.items():
+            array = getattr(self, name)
+            if array is None or array.dtype != dtype or array.shape != shape:
+                got = "nothing" if array is None else f"{array.dtype} {array.shape}"
+                raise ValueError(f"{name}: expected {np.dtype(dtype)} {shape}, got {got}")
+        if self.scheme.symmetric and self.zeros is not None:
+            raise ValueError("a symmetric weight stores no zeros")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return self.packed.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+
+    def codes(self) -> np.ndarray:
+        """Codes: uint8 [N, K]."""
+        return unpack_codes(self.packed, self.scheme.bits, self.shape[1])
+
+    def zero_points(self) -> np.ndarray:
+        """Zero points in codes: float32 [N, K/g]."""
+        groups = self.scheme.groups(self.shape[1])
+        if self.zeros is None:
+            return np.full((self.shape[0], groups), self.scheme.centre, np.float32)
+        return unpack_codes(self.zeros, self.scheme.bits, groups).astype(np.float32)
+
+    def dequantize(self) -> np.ndarray:
+        """The weight: float32 [N, K] = scale * (code - zero), in fp32."""
+        n, k = self.shape
+        codes = self.codes().astype(np.float32).reshape(n, -1, self.scheme.group_size)  # [N, K/g, g]
+        zeros = self.zero_points()[:, :, None]
+        scales = self.scales.astype(np.float32)[:, :, None]
+        return ((codes - zeros) * scales).reshape(n, k)
+
+
+def store(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, scheme: Scheme) -> QuantizedWeight:
+    """Pack codes uint8 [N, K], scales [N, K/g] and (asymmetric) integer zeros uint8 [N, K/g]."""
+    packed_zeros = None if scheme.symmetric or zeros is None else pack_codes(zeros, scheme.bits)
+    shape = (codes.shape[0], codes.shape[1])
+    return QuantizedWeight(scheme, shape, pack_codes(codes, scheme.bits), scales.astype(np.float16), packed_zeros)

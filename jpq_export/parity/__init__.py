@@ -1,0 +1,1 @@
+"""Prove that a runtime computes what PyTorch computes."""
