@@ -1,0 +1,210 @@
+"""Weights to codes: scale search, GPTQ, coordinate descent, closed-form scale refit. Pure tensors in, tensors out.
+
+All of them lower tr(E H Eᵀ) for the error E = Ŵ - W, with H a Fisher-weighted second moment of the layer's inputs
+(Frantar et al., GPTQ, 2023; Kim et al., GuidedQuant, 2025 for the weighting). Rows are independent, so a stack of rows
+may mix bit widths: `max_code` is then a vector.
+
+Columns live in the first dimension here (W as [K, N]): the inner loops walk over K and touch contiguous rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jpq_export.numerics.affine import QuantizedWeight, store
+from jpq_export.numerics.scheme import Scheme
+
+BLOCK = 64  # columns updated lazily together; 64 measured fastest of 32/64/128 at K = 576 and 1536
+DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounded:
+    """Codes uint8 [N, K], scales float32 [N, K/g] (fp16 values), zeros float32 [N, K/g] in codes."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def dequantize(self) -> Tensor:
+        """float32 [N, K]."""
+        n, k = self.codes.shape
+        codes = self.codes.float().view(n, self.scales.shape[1], -1)  # [N, K/g, g]
+        return ((codes - self.zeros[:, :, None]) * self.scales[:, :, None]).view(n, k)
+
+    def rows(self, index: slice) -> Rounded:
+        """A subset of the rows."""
+        return Rounded(self.codes[index], self.scales[index], self.zeros[index])
+
+
+def damped(H: Tensor, *, damping: float = DAMPING) -> Tensor:
+    """H with `damping` of its mean diagonal added; a dead input (zero diagonal) becomes harmless."""
+    diagonal = H.diagonal()
+    level = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return H + torch.eye(H.shape[0], device=H.device) * (damping * level)
+
+
+def search_scales(W: Tensor, weight: Tensor, max_code: Tensor, group_size: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Per group, the clipping that minimises Σ weight_k (w - ŵ)²; W [N, K], weight [K], max_code [N] -> scales, zeros [N, K/g]."""
+    n, k = W.shape
+    groups = W.view(n, k // group_size, group_size)
+    importance = weight.view(1, -1, group_size)
+    top = max_code.view(n, 1)
+    if symmetric:
+        peak = groups.abs().amax(-1).clamp(min=1e-8)  # [N, K/g]
+        base, zero = peak / (top / 2), (top / 2).expand_as(peak)
+    else:
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        base = (high - low).clamp(min=1e-8) / top
+        zero = (-low / base).round()
+    best = torch.full(base.shape, torch.inf, device=W.device)
+    scales, zeros = base.clone(), zero.clone()
+    for shrink in torch.linspace(0.40, 1.10, 29).tolist():
+        scale = to_fp16(base * shrink)
+        z = zero if symmetric else (-groups.amin(-1).clamp(max=0) / base).round().clamp(torch.zeros_like(top), top)
+        codes = (groups / scale[..., None] + z[..., None]).round_().clamp_(min=0).minimum(top[..., None])
+        error = ((codes - z[..., None]) * scale[..., None] - groups).square_().mul_(importance).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, z, zeros)
+    return scales, zeros
+
+
+def to_fp16(scales: Tensor) -> Tensor:
+    """Round to what the file stores, never to zero."""
+    return scales.clamp(6e-8, 6e4).half().float()
+
+
+def nearest(W: Tensor, scales: Tensor, zeros: Tensor, max_code: Tensor) -> Rounded:
+    """Round to nearest: W [N, K]."""
+    n, k = W.shape
+    groups = W.view(n, scales.shape[1], -1)
+    codes = (groups / scales[..., None] + zeros[..., None]).round_().clamp_(min=0).minimum(max_code.view(n, 1, 1))
+    return Rounded(codes.view(n, k).to(torch.uint8), scales, zeros)
+
+
+def gptq(W: Tensor, H: Tensor, scales: Tensor, zeros: Tensor, max_code: Tensor) -> Rounded:
+    """GPTQ with fixed group scales and columns in order of falling diag(H) (Frantar et al., 2023, algorithm 1).
+
+    W [N, K]; H [K, K] symmetric; scales, zeros [N, K/g]; max_code [N].
+    """
+    n, k = W.shape
+    group_size = k // scales.shape[1]
+    H = damped(H)
+    order = torch.argsort(H.diagonal(), descending=True)
+    factor = torch.linalg.cholesky(H[order][:, order])
+    U = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)  # H⁻¹ = UᵀU
+    work = W.T[order].contiguous()  # [K, N]
+    scale, zero = scales.T[order // group_size], zeros.T[order // group_size]  # [K, N]
+    inverse = 1 / scale
+    codes = torch.empty_like(work)
+    for start in range(0, k, BLOCK):
+        end = min(start + BLOCK, k)
+        errors = torch.empty_like(work[start:end])
+        for j in range(start, end):
+            w = work[j]
+            q = torch.addcmul(zero[j], w, inverse[j]).round_().clamp_(min=0)
+            torch.minimum(q, max_code, out=codes[j])
+            error = w.sub(codes[j].sub(zero[j]).mul_(scale[j])).div_(U[j, j].item())
+            errors[j - start] = error
+            if j + 1 < end:
+                work[j + 1 : end].addr_(U[j, j + 1 : end], error, alpha=-1)
+        if end < k:
+            work[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+    back = torch.argsort(order)
+    return Rounded(codes[back].T.contiguous().to(torch.uint8), scales, zeros)
+
+
+def coordinate_descent(W: Tensor, H: Tensor, start: Rounded, max_code: Tensor, *, passes: int = 1) -> Rounded:
+    """Cyclic coordinate descent on the codes; every accepted move lowers tr(E H Eᵀ) (Behdin et al., QuantEase, 2023).
+
+    Shapes as in `gptq`; scales and zeros stay.
+    """
+    n, k = W.shape
+    group_size = k // start.scales.shape[1]
+    H = damped(H)
+    scale = start.scales.T.repeat_interleave(group_size, 0)  # [K, N]
+    zero = start.zeros.T.repeat_interleave(group_size, 0)
+    inverse = 1 / scale
+    codes = start.codes.T.float().contiguous()
+    current = (codes - zero) * scale
+    slope = H @ (current - W.T)  # [K, N], half the gradient of f
+    diagonal = H.diagonal().tolist()
+    for _ in range(passes):
+        for begin in range(0, k, BLOCK):
+            end = min(begin + BLOCK, k)
+            moved = torch.zeros_like(current[begin:end])
+            for j in range(begin, end):
+                wanted = torch.add(current[j], slope[j], alpha=-1 / diagonal[j])
+                q = torch.addcmul(zero[j], wanted, inverse[j]).round_().clamp_(min=0)
+                torch.minimum(q, max_code, out=codes[j])
+                fresh = codes[j].sub(zero[j]).mul_(scale[j])
+                torch.sub(fresh, current[j], out=moved[j - begin])
+                current[j] = fresh
+                if j + 1 < end:
+                    slope[j + 1 : end].addr_(H[j + 1 : end, j], moved[j - begin])
+            slope[:begin].addmm_(H[:begin, begin:end], moved)
+            slope[end:].addmm_(H[end:, begin:end], moved)
+            inside = H[begin:end, begin:end].tril(0).T  # what the inner loop has not added yet: j and the columns before
+            slope[begin:end].addmm_(inside, moved)
+    return Rounded(codes.T.contiguous().to(torch.uint8), start.scales, start.zeros)
+
+
+def refit_scales(W: Tensor, H: Tensor, rounded: Rounded) -> Rounded:
+    """All scales of a row at once, in closed form: θ = (ΦᵀHΦ)⁻¹ ΦᵀHw with Φ = the centred codes (design of AQLM's refit)."""
+    n, k = W.shape
+    groups = rounded.scales.shape[1]
+    H = damped(H)
+    centred = rounded.codes.float().view(n, groups, -1) - rounded.zeros[..., None]  # [N, G, g]
+    flat = centred.view(n, k)
+    size = k // groups
+    normal = torch.empty(n, groups, groups, device=W.device)
+    for g in range(groups):
+        part = centred[:, g] @ H[g * size : (g + 1) * size]  # [N, K]
+        normal[:, g] = (part * flat).view(n, groups, size).sum(-1)
+    target = ((W @ H) * flat).view(n, groups, size).sum(-1)  # [N, G]
+    ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    eye = torch.eye(groups, device=W.device)
+    # Ridge towards the present scales: an all-zero group keeps its scale instead of becoming arbitrary.
+    system = normal + ridge[:, None, None] * eye
+    scales = torch.linalg.solve(system, (target + ridge[:, None] * rounded.scales)[..., None])[..., 0]
+    scales = torch.where(scales > 0.25 * rounded.scales, scales, rounded.scales)
+    fresh = Rounded(rounded.codes, to_fp16(scales), rounded.zeros)
+    keep = row_loss(W, H, fresh) < row_loss(W, H, rounded)
+    return Rounded(rounded.codes, torch.where(keep[:, None], fresh.scales, rounded.scales), rounded.zeros)
+
+
+def row_loss(W: Tensor, H: Tensor, rounded: Rounded) -> Tensor:
+    """e H eᵀ of every row: [N]."""
+    E = rounded.dequantize() - W
+    return ((E @ H) * E).sum(-1)
+
+
+def quantize(W: Tensor, H: Tensor, scheme: Scheme, *, method: str = "jpq", passes: int = 2) -> Rounded:
+    """Quantize W [N, K] under H [K, K]: "rtn" (nearest, min-max), "gptq" (plain), "jpq" (GPTQ, then descent and refits)."""
+    top = torch.full((W.shape[0],), float(scheme.max_code), device=W.device)
+    return quantize_rows(W, H, top, scheme.group_size, symmetric=scheme.symmetric, method=method, passes=passes)
+
+
+def quantize_rows(
+    W: Tensor, H: Tensor, max_code: Tensor, group_size: int, *, symmetric: bool, method: str = "jpq", passes: int = 2
+) -> Rounded:
+    """`quantize` with a code range per row: `max_code` float [N]."""
+    weight = H.diagonal().clamp(min=0) + 1e-3 * H.diagonal().mean() + 1e-30
+    scales, zeros = search_scales(W, weight, max_code, group_size, symmetric=symmetric)
+    if method == "rtn":
+        return nearest(W, scales, zeros, max_code)
+    rounded = gptq(W, H, scales, zeros, max_code)
+    if method == "jpq":
+        for _ in range(passes):
+            rounded = coordinate_descent(W, H, refit_scales(W, H, rounded), max_code)
+    return rounded
+
+
+def stored(rounded: Rounded, scheme: Scheme) -> QuantizedWeight:
+    """As the file holds it."""
+    zeros = None if scheme.symmetric else rounded.zeros.to(torch.uint8).cpu().numpy()
+    return store(rounded.codes.cpu().numpy(), rounded.scales.cpu().numpy(), zeros, scheme)

@@ -1,0 +1,196 @@
+"""One forward and one backward pass per calibration batch: what every later decision is priced with.
+
+Targets are sampled from the teacher itself, so the squared gradients estimate the Fisher information, which at the
+teacher is the Hessian of KL(teacher ‖ model) (Kunstner et al., 2019). Everything is summed as it streams; memory does
+not grow with tokens except for one weight per token and linear (4 bytes each).
+
+Units: all prices are nats of KL per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jpq_export.compress.decoder import Decoder
+from jpq_export.compress.precision import autocast
+
+HEAD_ROWS_PER_CHUNK = 256  # tokens whose logits exist at once: 256 x 49152 x 4 bytes = 50 MB
+TOP = 64  # teacher probabilities kept per token for later distillation
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True, eq=False)
+class Statistics:
+    """Sums over the calibration tokens, by canonical name.
+
+    hessians: [K, K], mean over tokens of w_t x_t x_tᵀ with w_t = mean over outputs of the squared loss gradient, so that
+        0.5 * tr(E H Eᵀ) predicts the KL of an error E. `embed` holds the head's inputs plus the input side's diagonal.
+    token_weights: w_t of every calibration token, [tokens], in order.
+    rows: row weights of the embedding or head, [vocab], mean teacher probability of each token.
+    gates: predicted KL of removing: layers.{i}.attn -> [1 + kv_heads] and layers.{i}.mlp -> [1 + ffn], the whole
+        sub-layer first, then each key/value group or channel.
+    teacher_top: teacher's TOP largest log-probabilities: ids int32 and values float16 [tokens, TOP].
+    """
+
+    hessians: dict[str, Tensor] = field(default_factory=dict)
+    token_weights: dict[str, Tensor] = field(default_factory=dict)
+    rows: Tensor = field(default_factory=lambda: torch.empty(0))
+    gates: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    sequences: int = 0
+
+
+class _Recorder:
+    """Hooks on every linear and sub-layer of the teacher; each backward pass adds to the statistics."""
+
+    def __init__(self, model: Decoder, stats: Statistics) -> None:
+        self.model, self.stats, self.handles = model, stats, []
+        self.weights: dict[str, list[Tensor]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name != "head":
+                self.handles.append(module.register_forward_hook(self._linear(name)))
+        for i, layer in enumerate(model.layers):
+            if layer.attn is not None:
+                self.handles.append(layer.attn.register_forward_hook(self._sublayer(f"layers.{i}.attn")))
+                self.handles.append(layer.attn.o.register_forward_pre_hook(self._inner(f"layers.{i}.attn", i)))
+            if layer.mlp is not None:
+                self.handles.append(layer.mlp.register_forward_hook(self._sublayer(f"layers.{i}.mlp")))
+                self.handles.append(layer.mlp.down.register_forward_pre_hook(self._inner(f"layers.{i}.mlp", i)))
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _linear(self, name: str) -> Callable:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach().flatten(0, -2)
+
+            def on_gradient(gradient: Tensor) -> None:
+                w = gradient.detach().flatten(0, -2).float().square().mean(-1)  # [tokens]
+                self.weights.setdefault(name, []).append(w)
+                add_moment(self.stats.hessians, name, x.float() * w.sqrt()[:, None])
+
+            output.register_hook(on_gradient)
+
+        return hook
+
+    def _sublayer(self, name: str) -> Callable:
+        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            value = output.detach()
+
+            def on_gradient(gradient: Tensor) -> None:
+                total = (value.float() * gradient.float()).sum((1, 2))  # [batch]
+                self._gate(name, 0, total.square().sum()[None] / 2)
+
+            output.register_hook(on_gradient)
+
+        return hook
+
+    def _inner(self, name: str, index: int) -> Callable:
+        layer = self.model.spec.layers[index]
+        groups = layer.kv_heads if name.endswith("attn") else layer.ffn
+
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            value = inputs[0]
+            kept = value.detach()
+
+            def on_gradient(gradient: Tensor) -> None:
+                product = (kept.float() * gradient.float()).sum(1)  # [batch, features]
+                per_group = product.view(product.shape[0], groups, -1).sum(-1)  # [batch, groups]
+                self._gate(name, 1, per_group.square().sum(0) / 2)
+
+            value.register_hook(on_gradient)
+
+        return hook
+
+    def _gate(self, name: str, start: int, values: Tensor) -> None:
+        layer = self.model.spec.layers[int(name.split(".")[1])]
+        size = 1 + (layer.kv_heads if name.endswith("attn") else layer.ffn)
+        gates = self.stats.gates.setdefault(name, torch.zeros(size, device=values.device))
+        gates[start : start + len(values)] += values
+
+
+def add_moment(moments: dict[str, Tensor], name: str, rows: Tensor) -> None:
+    """moments[name] += rowsᵀ rows, fp32: bf16 products would cost positive definiteness."""
+    if name in moments:
+        moments[name].addmm_(rows.T, rows)
+    else:
+        moments[name] = rows.T @ rows
+
+
+def collect(
+    model: Decoder, sequences: np.ndarray, *, seed: int, batch: int = 4, progress: Progress | None = None
+) -> Statistics:
+    """Statistics of the teacher on `sequences`: int64 [n, length]."""
+    stats, device = Statistics(), model.embed.weight.device
+    stats.rows = torch.zeros(model.spec.vocab, device=device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    recorder = _Recorder(model, stats)
+    try:
+        for start in range(0, len(sequences), batch):
+            ids = torch.from_numpy(sequences[start : start + batch]).to(device)
+            _one_batch(model, ids, stats, generator)
+            if progress:
+                progress(min(start + batch, len(sequences)), len(sequences))
+    finally:
+        recorder.close()
+    stats.token_weights = {name: torch.cat(parts) for name, parts in recorder.weights.items()}
+    stats.tokens, stats.sequences = sequences.size, len(sequences)
+    for table in (stats.hessians, stats.gates):
+        for value in table.values():
+            value /= stats.tokens
+    stats.rows /= stats.tokens
+    return stats
+
+
+def _one_batch(model: Decoder, ids: Tensor, stats: Statistics, generator: torch.Generator) -> None:
+    with autocast(ids.device), torch.enable_grad():
+        start = model.embed_tokens(ids).detach().requires_grad_(True)
+        hidden = hidden_from(model, start, ids)
+    flat = hidden.detach().flatten(0, 1)  # [tokens, hidden]
+    gradient = torch.empty_like(flat)
+    for begin in range(0, len(flat), HEAD_ROWS_PER_CHUNK):
+        rows = slice(begin, begin + HEAD_ROWS_PER_CHUNK)
+        gradient[rows] = _sampled_gradient(model, flat[rows], stats, generator)
+    hidden.backward(gradient.view_as(hidden))
+    add_moment(stats.hessians, "head" if model.head is not None else "embed", flat.float())
+    if start.grad is not None:
+        side = start.grad.flatten(0, 1).float().square().sum(0) * model.spec.embed_scale**2  # [hidden]
+        name = "embed"
+        if name not in stats.hessians:
+            stats.hessians[name] = torch.zeros(len(side), len(side), device=side.device)
+        stats.hessians[name].diagonal().add_(side)
+
+
+def hidden_from(model: Decoder, embedded: Tensor, ids: Tensor) -> Tensor:
+    """Final hidden states from embedded tokens [batch, seq, hidden]."""
+    context = model.context(ids)
+    x = embedded
+    for layer in model.layers:
+        x = layer(x, context)
+    return model.norm(x)
+
+
+def _sampled_gradient(model: Decoder, hidden: Tensor, stats: Statistics, generator: torch.Generator) -> Tensor:
+    """d(-log p(t))/d hidden for t ~ p, [rows, hidden]; adds mean probabilities to the row weights."""
+    with autocast(hidden.device):
+        probability = F.softmax(model.logits(hidden).float(), -1)  # [rows, vocab]
+    stats.rows += probability.sum(0)
+    target = torch.multinomial(probability, 1, generator=generator)
+    probability.scatter_add_(1, target, torch.full_like(target, -1, dtype=probability.dtype))
+    table = model.embed.weight if model.head is None else model.head.weight
+    with autocast(hidden.device):
+        return (probability @ table).to(hidden.dtype)
+
+
+def batches(sequences: np.ndarray, batch: int) -> Iterator[Tensor]:
+    """Consecutive batches as int64 tensors."""
+    for start in range(0, len(sequences), batch):
+        yield torch.from_numpy(sequences[start : start + batch])
