@@ -1,0 +1,68 @@
+"""From "the logits differ" to the node: the first value that is wrong, in order of execution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jpq_export.format.compressed import CompressedModel
+from jpq_export.parity import tolerance
+from jpq_export.parity.compare import peak_error, relative_rms
+from jpq_export.parity.points import Point, linear_input, node_of, points
+from jpq_export.parity.result import Divergence, LayerResult
+from jpq_export.parity.runners import OrtRunner
+
+
+def layer_errors(point_list: Sequence[Point], errors: Mapping[str, float], *, judged: bool) -> tuple[LayerResult, ...]:
+    """Errors of the taps, with their bounds when rounding is the judge."""
+    return tuple(
+        LayerResult(p.name, errors[p.name], p.bound if judged else None, not judged or errors[p.name] <= p.bound)
+        for p in point_list
+        if p.is_tap and p.name in errors
+    )
+
+
+def value_errors(reference: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Relative RMS error of every point both sides have."""
+    return {name: relative_rms(reference[name], value) for name, value in values.items() if name in reference}
+
+
+def find_divergence(
+    model: CompressedModel, runner: OrtRunner, reference: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray]
+) -> Divergence | None:
+    """The first wrong value among the points of one pass, or None.
+
+    First every linear is recomputed from the input the runtime itself gave it: that error owes nothing to earlier
+    layers, so even one wrong code in an early weight is found where it is. If all linears are right, it is the first
+    point beyond its bound against the reference (rotary, norms, cache, masks).
+    """
+    for point in points(model.spec):
+        local = _local_error(model, point.name, values)
+        if local is not None and local > tolerance.PEAK * _local_bound(model, point.name):
+            return _divergence(runner, point, local, tolerance.PEAK * _local_bound(model, point.name))
+        if local is None and point.name in values:
+            error = relative_rms(reference[point.name], values[point.name])
+            if error > point.bound:
+                return _divergence(runner, point, error, point.bound)
+    return None
+
+
+def _divergence(runner: OrtRunner, point: Point, error: float, bound: float) -> Divergence:
+    node = node_of(runner.proto.graph, runner.places[point.name])
+    return Divergence(point.sublayer, point.blame, node, error, bound)
+
+
+def _local_error(model: CompressedModel, name: str, values: Mapping[str, np.ndarray]) -> float | None:
+    """Peak error of a linear against its weight times the runtime's own input; None when `name` is no linear."""
+    source = linear_input(name) if name in model.quantized and name not in ("embed", "head") else None
+    if source is None or source not in values or name not in values:
+        return None
+    expected = values[source].astype(np.float64) @ model.quantized[name].dequantize().astype(np.float64).T
+    if f"{name}.bias" in model.vectors:
+        expected = expected + model.vectors[f"{name}.bias"]
+    return peak_error(expected, values[name])
+
+
+def _local_bound(model: CompressedModel, name: str) -> float:
+    return tolerance.CHAIN * tolerance.dot(model.quantized[name].shape[1])

@@ -1,0 +1,122 @@
+"""What a parity check found, and parity.json. No timings: the same inputs on the same machine give the same bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jpq_export.parity.compare import LogitsError
+
+FORMAT = "jpq-parity/1"
+DIGITS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """Relative RMS error of one tap; `bound` is None where no arithmetic bound holds (8-bit activations)."""
+
+    name: str
+    rel_rms: float
+    bound: float | None
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """One input shape: "prefill", "decode", "padded batch", "sliding window"; `positions` logits rows compared."""
+
+    name: str
+    positions: int
+    logits: LogitsError
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GreedyResult:
+    """Free-running greedy decoding of both sides; `equal` tokens before the first difference.
+
+    At a difference, `margin` is the reference's distance between its two best logits and `rounding` the distance that
+    rounding explains; `tie` when the margin is within it.
+    """
+
+    steps: int
+    equal: int
+    margin: float | None = None
+    rounding: float | None = None
+
+    @property
+    def tie(self) -> bool:
+        """Whether the first difference is one that no fp32 runtime can avoid."""
+        return self.margin is not None and self.rounding is not None and self.margin <= self.rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The first wrong value: its sub-layer (tap), the point or weight to look at, the ONNX node, the error there."""
+
+    sublayer: str
+    place: str
+    node: str
+    rel_rms: float
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeResult:
+    """One runtime against the reference. `judged_by`: "rounding" (elementwise bounds) or "effect" (KL only)."""
+
+    name: str
+    version: str
+    path: str
+    judged_by: str
+    logits: LogitsError
+    greedy: GreedyResult
+    cases: tuple[CaseResult, ...]
+    layers: tuple[LayerResult, ...]
+    first_diverging: Divergence | None
+    passed: bool
+
+    def to_raw(self) -> dict[str, Any]:
+        """As in parity.json."""
+        raw = {**asdict(self), "greedy_tokens_equal": self.greedy.equal == self.greedy.steps}
+        raw |= {"greedy_tokens": self.greedy.equal, "greedy": {**asdict(self.greedy), "tie": self.greedy.tie}}
+        raw["first_diverging"] = self.first_diverging.place if self.first_diverging else None
+        raw["divergence"] = asdict(self.first_diverging) if self.first_diverging else None
+        return raw
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """All runtimes of one bundle against the compressed PyTorch model."""
+
+    reference: str
+    runtimes: tuple[RuntimeResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every runtime computes the model."""
+        return all(runtime.passed for runtime in self.runtimes)
+
+    @property
+    def first_diverging(self) -> Divergence | None:
+        """The first wrong value of the first runtime that has one."""
+        return next((r.first_diverging for r in self.runtimes if r.first_diverging), None)
+
+    def to_json(self) -> str:
+        """The text of parity.json; a number that is not finite is null."""
+        raw = {"format": FORMAT, "passed": self.passed, "reference": self.reference}
+        raw["runtimes"] = [runtime.to_raw() for runtime in self.runtimes]
+        return json.dumps(_rounded(raw), indent=1) + "\n"
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to a few digits (the rest says nothing), and none that JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value

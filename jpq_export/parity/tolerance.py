@@ -1,0 +1,59 @@
+"""How far apart two correct runtimes may be: one table, each bound with its reason from arithmetic.
+
+Both sides compute in fp32 with the same weights, so they differ only in the order of additions.
+
+    u = 2**-24                 one rounding of fp32
+    dot(K) = u sqrt(K)         RMS difference of two sums of K products added in different order, relative to the RMS
+                               of the sum: each partial sum of j terms is rounded once, an error of u sqrt(j) in units
+                               of one term; K of them in quadrature give u K / sqrt(2), the sum itself is sqrt(K), and
+                               two such errors are independent.
+    residual(d) = C dot(K) sqrt(1 + d)     after d sub-layers: each adds an independent error of dot(K) relative to what
+                               it adds, and they meet in the residual stream; C = 4 covers the sub-layer's own chain of
+                               two dot products, a softmax or activation, and the norm, which scales errors as values.
+    inside(d) = 8 residual(d)  within a sub-layer: a projection may cancel most of its input and so magnify the error
+                               it is given, 8 being the spread between the largest directions of a weight and its mean.
+    PEAK = 8                   the largest single feature over the RMS bound: 5.5 sigma for the 10**7 values looked at,
+                               and half as much again because errors in different features are not alike.
+    LOGITS_REL_RMS = 1e-4      the product's promise; residual(60) of a model 2048 wide is 9e-5.
+    KL_MEAN = 1e-6             KL = var(error) / 2 under the reference's probabilities; logits with an RMS of 10 and a
+                               relative error of 1e-4 give (1e-3)**2 / 2 = 5e-7, and fp32 logits round at 1e-6.
+    KL_MEAN_INT8 = 5e-3        runtimes that round activations to 8 bits (MatMulNBits accuracy level 4) are other
+                               functions, judged by their effect: 0.5% of perplexity is 0.005 nats.
+"""
+
+from __future__ import annotations
+
+from jpq_export.format.spec import ModelSpec
+
+UNIT_ROUNDOFF = 2.0**-24
+LOGITS_REL_RMS = 1e-4
+KL_MEAN = 1e-6
+KL_MEAN_INT8 = 5e-3
+PEAK = 8.0
+CHAIN = 4.0
+INSIDE = 8.0
+
+
+def dot(terms: int) -> float:
+    """Relative RMS difference of two fp32 sums of `terms` products."""
+    return UNIT_ROUNDOFF * terms**0.5
+
+
+def longest_sum(spec: ModelSpec) -> int:
+    """The longest dot product in the model."""
+    return max(columns for _, columns in spec.matrices().values())
+
+
+def residual(spec: ModelSpec, depth: int) -> float:
+    """Bound on the residual stream after `depth` sub-layers."""
+    return CHAIN * dot(longest_sum(spec)) * (1 + depth) ** 0.5
+
+
+def inside(spec: ModelSpec, depth: int) -> float:
+    """Bound on a value inside the sub-layer that comes after `depth` others."""
+    return INSIDE * residual(spec, depth)
+
+
+def greedy_tie(logits_rms: float) -> float:
+    """Top-two margin that rounding alone may turn round: each of the two logits may move by the promised error."""
+    return 2 * LOGITS_REL_RMS * logits_rms

@@ -1,0 +1,120 @@
+"""vectors.safetensors: recorded inputs and what the PyTorch model computed, so that a device can check without torch.
+
+    ids.prefill int64 [1, seq]      ids.padded, mask.padded int64 [3, seq]
+    greedy      int64 [steps]       margin, rounding float32 [steps]   how near each choice was to a tie
+    logits.last     float32 [1, <= LAST_WIDTH]              last position of the prefill, nearly in full
+    logits.prefill  float32 [seq, <= WIDTH]                 all others folded by `compare.sketch`
+    logits.padded   float32 [real positions, <= WIDTH]
+    logits.decode   float32 [steps, <= WIDTH]
+    point.{name}    float32 [POSITIONS, <= WIDTH]           every point at a few positions of the prefill
+
+Two megabytes for a 30-layer model, whatever its width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jpq_export.errors import BundleError
+from jpq_export.format.compressed import CompressedModel
+from jpq_export.parity import tolerance
+from jpq_export.parity.cases import Cases, make_cases
+from jpq_export.parity.compare import margin, sketch
+from jpq_export.parity.runners import OrtRunner, TorchRunner
+
+FORMAT = "jpq-vectors/1"
+WIDTH = 256
+LAST_WIDTH = 65536
+POSITIONS = 4
+Runner = TorchRunner | OrtRunner
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vectors:
+    """What the file holds; `reference` names the program that computed it."""
+
+    reference: str
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def points(self) -> dict[str, np.ndarray]:
+        """Recorded values by point."""
+        return {name.removeprefix("point."): v for name, v in self.tensors.items() if name.startswith("point.")}
+
+    def save(self, path: Path) -> None:
+        """Write the file; one metadata key, because safetensors writes several in random order."""
+        tensors = {name: np.ascontiguousarray(self.tensors[name]) for name in sorted(self.tensors)}
+        meta = {"format": FORMAT, "reference": self.reference}
+        save_file(tensors, path, metadata={"jpq": json.dumps(meta, sort_keys=True)})
+
+    @staticmethod
+    def load(path: Path) -> Vectors:
+        """Read it back; BundleError when it is missing or damaged."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                meta = json.loads((file.metadata() or {})["jpq"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+            if meta["format"] != FORMAT:
+                raise ValueError(f"expected {FORMAT}, got {meta['format']}")
+            return Vectors(meta["reference"], tensors)
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            raise BundleError(f"{path}: not readable recorded vectors ({error}); export the bundle again") from error
+
+
+def record_vectors(model: CompressedModel, path: Path, *, prompts: Sequence[Sequence[int]], steps: int = 64) -> None:
+    """Run the PyTorch model on cases cut from `prompts` and write what it computed."""
+    runner = TorchRunner(model)
+    cases = make_cases(prompts, model.spec)
+    Vectors(f"pytorch {runner.version}", compute(runner, cases, steps=steps)).save(path)
+
+
+def compute(runner: Runner, cases: Cases, *, steps: int, forced: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """All tensors of the file, from either runner; `forced` tokens are fed instead of the runner's own choices."""
+    prefill = runner.forward(cases.prefill, values=True)
+    at = np.unique(np.linspace(1, cases.prefill.shape[1] - 1, POSITIONS).astype(int))
+    out = {f"point.{name}": sketch(value[0, at], WIDTH) for name, value in prefill.values.items() if name != "logits"}
+    out |= {"ids.prefill": cases.prefill, "ids.padded": cases.padded, "mask.padded": cases.mask}
+    out["logits.last"] = sketch(prefill.logits[0, -1:], LAST_WIDTH)
+    out["logits.prefill"] = sketch(prefill.logits[0], WIDTH)
+    out["logits.padded"] = _padded(runner, cases)
+    return out | _decode(runner, prefill.logits[0, -1], prefill.cache, steps=steps, forced=forced)
+
+
+def _padded(runner: Runner, cases: Cases) -> np.ndarray:
+    """Folded logits of the real positions of the padded batch, prefill and single steps."""
+    cache, start, rows = None, 0, []
+    for end in range(cases.padded_prefill, cases.padded.shape[1] + 1):
+        mask = cases.mask[:, :end]
+        outcome = runner.forward(cases.padded[:, start:end], mask=mask, cache=cache)
+        rows.append(sketch(outcome.logits[mask[:, start:].astype(bool)], WIDTH))
+        cache, start = outcome.cache, end
+    return np.concatenate(rows)
+
+
+def _decode(
+    runner: Runner, logits: np.ndarray, cache: object, *, steps: int, forced: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Greedy decoding after the prefill: tokens, folded logits of each step, and how near each choice was to a tie."""
+    tokens, rows, margins, roundings = [], [], [], []
+    for step in range(steps):
+        tokens.append(int(logits.argmax()))
+        rows.append(sketch(logits[None], WIDTH))
+        margins.append(margin(logits))
+        roundings.append(tolerance.greedy_tie(float(np.sqrt(np.mean(logits.astype(np.float64) ** 2)))))
+        if step + 1 < steps:
+            token = tokens[-1] if forced is None else int(forced[step])
+            outcome = runner.forward(np.array([[token]], np.int64), cache=cache)
+            logits, cache = outcome.logits[0, -1], outcome.cache
+    return {
+        "greedy": np.array(tokens, np.int64),
+        "logits.decode": np.concatenate(rows),
+        "margin": np.array(margins, np.float32),
+        "rounding": np.array(roundings, np.float32),
+    }

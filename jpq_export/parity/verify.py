@@ -1,0 +1,121 @@
+"""`verify_bundle`: hashes, then the recorded vectors in onnxruntime. Needs numpy, onnx and onnxruntime; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jpq_export.errors import BundleError
+from jpq_export.format.bundle import Problem, check_hashes, read_manifest
+from jpq_export.parity import tolerance
+from jpq_export.parity.cases import Cases
+from jpq_export.parity.compare import peak_error, relative_rms
+from jpq_export.parity.points import Point, node_of, points
+from jpq_export.parity.result import Divergence, GreedyResult
+from jpq_export.parity.runners import OrtRunner
+from jpq_export.parity.vectors import Vectors, compute
+
+Progress = Callable[[int, int], None]
+PHASES = 3
+ONNX, VECTORS = "model.onnx", "vectors.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` found. `problems` of the files first, then of the numbers; none means the bundle is as exported."""
+
+    problems: tuple[Problem, ...]
+    files: int
+    runtime: str | None = None
+    logits_rel_rms: float | None = None
+    greedy: GreedyResult | None = None
+    first_diverging: Divergence | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify_bundle(folder: Path, *, progress: Progress | None = None) -> VerifyReport:
+    """Check every file's hash, then recompute the recorded vectors; BundleError when there is no readable manifest.
+
+    The numbers are checked even when a hash is wrong, so that the report says what the damage does, and even when all
+    hashes are right, for files and hashes can be rewritten together.
+    """
+    tick = progress or (lambda _done, _total: None)
+    manifest = read_manifest(folder)
+    problems = check_hashes(folder, manifest)
+    tick(1, PHASES)
+    try:
+        vectors = Vectors.load(folder / VECTORS)
+        runner = OrtRunner(folder / ONNX, with_points=True)
+        tick(2, PHASES)
+        report = _check_numbers(vectors, runner, problems, files=len(manifest.files))
+    except BundleError as error:
+        report = VerifyReport((*problems, Problem(ONNX, str(error))), len(manifest.files))
+    tick(PHASES, PHASES)
+    return report
+
+
+def _check_numbers(vectors: Vectors, runner: OrtRunner, problems: list[Problem], *, files: int) -> VerifyReport:
+    recorded = vectors.tensors
+    cases = Cases(recorded["ids.prefill"], recorded["ids.padded"], recorded["mask.padded"], None)
+    steps = len(recorded["greedy"])
+    computed = compute(runner, cases, steps=steps, forced=recorded["greedy"])
+    divergence = _first_divergence(vectors, runner, computed)
+    greedy = _compare_greedy(recorded, computed["greedy"])
+    found = list(problems)
+    if divergence:
+        found.append(Problem(divergence.place, _line(divergence)))
+    if greedy.equal < steps and not greedy.tie and not divergence:
+        found.append(Problem("greedy", f"token {greedy.equal + 1} of {steps} differs from the recorded one"))
+    rel_rms = max(relative_rms(recorded[name], computed[name]) for name in recorded if name.startswith("logits."))
+    return VerifyReport(tuple(found), files, f"onnxruntime {runner.version}", rel_rms, greedy, divergence)
+
+
+def _line(divergence: Divergence) -> str:
+    return (
+        f"first value that differs from the recorded one: error {divergence.rel_rms:.1e}, rounding explains at most "
+        f"{divergence.bound:.1e} (sub-layer {divergence.sublayer}, node {divergence.node})"
+    )
+
+
+def _first_divergence(vectors: Vectors, runner: OrtRunner, computed: dict[str, np.ndarray]) -> Divergence | None:
+    """The first point, then the first logits, beyond what rounding explains."""
+    for point in points(runner.spec):
+        kept = ("logits.last", "logits.prefill", "logits.padded", "logits.decode")
+        for name in kept if point.name == "logits" else (f"point.{point.name}",):
+            if name in vectors.tensors:
+                found = _beyond(point, vectors.tensors[name], computed.get(name))
+                if found:
+                    return _divergence(runner, point, *found)
+    return None
+
+
+def _beyond(point: Point, recorded: np.ndarray, computed: np.ndarray | None) -> tuple[float, float] | None:
+    """(error, bound) when a value is out of bounds on the whole or in one feature; a missing one is infinitely so."""
+    if computed is None or computed.shape != recorded.shape:
+        return float("inf"), point.bound
+    error, peak = relative_rms(recorded, computed), peak_error(recorded, computed)
+    if error > point.bound:
+        return error, point.bound
+    return (peak, tolerance.PEAK * point.bound) if peak > tolerance.PEAK * point.bound else None
+
+
+def _divergence(runner: OrtRunner, point: Point, error: float, bound: float) -> Divergence:
+    node = node_of(runner.proto.graph, runner.places.get(point.name, point.name))
+    return Divergence(point.sublayer, point.blame, node, error, bound)
+
+
+def _compare_greedy(recorded: dict[str, np.ndarray], tokens: np.ndarray) -> GreedyResult:
+    """Tokens chosen after the same prefix; the first difference with the recorded margin."""
+    steps = len(tokens)
+    different = np.flatnonzero(recorded["greedy"] != tokens)
+    if not different.size:
+        return GreedyResult(steps, steps)
+    first = int(different[0])
+    return GreedyResult(steps, first, float(recorded["margin"][first]), float(recorded["rounding"][first]))
