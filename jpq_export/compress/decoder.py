@@ -217,7 +217,8 @@ class Decoder(nn.Module):
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """[batch, seq] -> [batch, seq, hidden]."""
-        return self.embed(ids) * self.spec.embed_scale
+        rows = self.embed.look_up(ids) if hasattr(self.embed, "look_up") else self.embed(ids)
+        return rows * self.spec.embed_scale
 
     def hidden(self, ids: Tensor, context: Context, tap: Tap | None = None) -> Tensor:
         """Final hidden states after the last norm; `tap(name, value)` sees the residual stream after every sub-layer."""
@@ -238,7 +239,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab]."""
-        return F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+        if self.head is not None:
+            return self.head(hidden)
+        return self.embed(hidden) if hasattr(self.embed, "look_up") else F.linear(hidden, self.embed.weight)
 
     def forward(
         self,

@@ -21,7 +21,6 @@ from jpq_export.compress.decoder import Decoder
 from jpq_export.compress.precision import autocast
 
 HEAD_ROWS_PER_CHUNK = 256  # tokens whose logits exist at once: 256 x 49152 x 4 bytes = 50 MB
-TOP = 64  # teacher probabilities kept per token for later distillation
 
 Progress = Callable[[int, int], None]
 
@@ -35,8 +34,8 @@ class Statistics:
     token_weights: w_t of every calibration token, [tokens], in order.
     rows: row weights of the embedding or head, [vocab], mean teacher probability of each token.
     gates: predicted KL of removing: layers.{i}.attn -> [1 + kv_heads] and layers.{i}.mlp -> [1 + ffn], the whole
-        sub-layer first, then each key/value group or channel.
-    teacher_top: teacher's TOP largest log-probabilities: ids int32 and values float16 [tokens, TOP].
+        sub-layer first (squared per sequence), then each key/value group or channel (squared per token: thousands of
+        samples instead of a few, so that picking the smallest does not pick luck).
     """
 
     hessians: dict[str, Tensor] = field(default_factory=dict)
@@ -102,9 +101,9 @@ class _Recorder:
             kept = value.detach()
 
             def on_gradient(gradient: Tensor) -> None:
-                product = (kept.float() * gradient.float()).sum(1)  # [batch, features]
-                per_group = product.view(product.shape[0], groups, -1).sum(-1)  # [batch, groups]
-                self._gate(name, 1, per_group.square().sum(0) / 2)
+                product = kept.float() * gradient.float()  # [batch, seq, features]
+                per_token = product.view(*product.shape[:2], groups, -1).sum(-1)  # [batch, seq, groups]
+                self._gate(name, 1, per_token.square().sum((0, 1)) / 2)
 
             value.register_hook(on_gradient)
 
@@ -126,7 +125,7 @@ def add_moment(moments: dict[str, Tensor], name: str, rows: Tensor) -> None:
 
 
 def collect(
-    model: Decoder, sequences: np.ndarray, *, seed: int, batch: int = 4, progress: Progress | None = None
+    model: Decoder, sequences: np.ndarray, *, seed: int, batch: int = 2, progress: Progress | None = None
 ) -> Statistics:
     """Statistics of the teacher on `sequences`: int64 [n, length]."""
     stats, device = Statistics(), model.embed.weight.device

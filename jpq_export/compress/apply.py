@@ -1,0 +1,214 @@
+"""A plan becomes a compressed model: layer by layer, inputs from the compressed prefix, targets from the teacher.
+
+For each linear the teacher's output y = W x is refit on the compressed inputs x̂ that will really arrive (and, where
+channels were pruned, on those that remain):
+
+    W' = W_kept + (B - W_kept Ĥ)(Ĥ + λI)⁻¹,   Ĥ = Σ w x̂ x̂ᵀ,  B = Σ w y x̂ᵀ
+
+and W' is then rounded under Ĥ. This sees and corrects propagated error and pruning with one formula (the asymmetric
+calibration of GPTAQ, Li et al., 2025; the weights w are the Fisher's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jpq_export.compress.decoder import Decoder, Layer, build_decoder, named_weights
+from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
+from jpq_export.compress.rounding import Rounded, quantize
+from jpq_export.compress.statistics import Progress, Statistics
+from jpq_export.numerics.scheme import Scheme
+
+REFIT_RIDGE = 0.05  # of the mean diagonal of Ĥ: refits from few thousand tokens must not chase noise
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """What is kept of one layer, sorted: key/value heads and MLP channels."""
+
+    kv_heads: tuple[int, ...]
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to build a compressed model: structure, one scheme per matrix, rounding method ("jpq", "gptq", "rtn")."""
+
+    layers: tuple[LayerChoice, ...]
+    schemes: dict[str, Scheme]
+    method: str = "jpq"
+    passes: int = 2
+
+
+def prune(model: Decoder, layers: tuple[LayerChoice, ...]) -> Decoder:
+    """The model with only the kept heads and channels, weights shared or sliced, no refit."""
+    spec = model.spec
+    old = named_weights(model)
+    fresh_layers, weights = [], {k: v for k, v in old.items() if not k.startswith("layers.")}
+    for i, (layer, choice) in enumerate(zip(spec.layers, layers, strict=True)):
+        rows = kept_rows(model, i, choice)
+        for name, value in old.items():
+            if not name.startswith(f"layers.{i}."):
+                continue
+            part = name.removeprefix(f"layers.{i}.")
+            if (part.startswith("attn") and not choice.kv_heads) or (part.startswith("mlp") and not choice.channels):
+                continue
+            weights[name] = _slice(value, part, rows)
+        fresh_layers.append(type(layer)(len(choice.kv_heads), len(choice.channels), layer.window, layer.rope))
+    return build_decoder(spec.with_layers(tuple(fresh_layers)), weights)
+
+
+def kept_rows(model: Decoder, index: int, choice: LayerChoice) -> dict[str, Tensor | None]:
+    """Kept query rows, key/value rows and channels of a layer; None when all are kept."""
+    spec, layer = model.spec, model.spec.layers[index]
+    kv = torch.tensor(choice.kv_heads, dtype=torch.long)
+    per_group = spec.heads_per_group * spec.head_dim
+    whole_heads = len(kv) == layer.kv_heads
+    return {
+        "q": None if whole_heads else (kv[:, None] * per_group + torch.arange(per_group)).flatten(),
+        "kv": None if whole_heads else (kv[:, None] * spec.head_dim + torch.arange(spec.head_dim)).flatten(),
+        "ffn": None if len(choice.channels) == layer.ffn else torch.tensor(choice.channels, dtype=torch.long),
+    }
+
+
+ROWS_OF = {"attn.q": "q", "attn.k": "kv", "attn.v": "kv", "mlp.gate": "ffn", "mlp.up": "ffn"}
+COLUMNS_OF = {"attn.o": "q", "mlp.down": "ffn"}
+
+
+def _slice(value: Tensor, part: str, rows: dict[str, Tensor | None]) -> Tensor:
+    base = part.removesuffix(".bias")
+    if (index := rows.get(ROWS_OF.get(base, ""))) is not None:
+        return value[index]
+    if part in COLUMNS_OF and (index := rows[COLUMNS_OF[part]]) is not None:
+        return value[:, index]
+    return value
+
+
+class Compressor:
+    """Walks teacher and compressed model side by side, one layer at a time."""
+
+    def __init__(self, teacher: Decoder, recipe: Recipe, stats: Statistics, sequences: np.ndarray) -> None:
+        self.teacher, self.recipe, self.stats = teacher, recipe, stats
+        self.student = prune(teacher, recipe.layers)
+        self.ids = torch.from_numpy(sequences).to(teacher.embed.weight.device)
+        self.batch = max(1, 2048 // self.ids.shape[1])
+
+    @torch.no_grad()
+    def run(self, progress: Progress | None = None) -> Decoder:
+        """The student, every matrix quantized."""
+        student, count = self.student, len(self.student.layers)
+        self._round_embedding()
+        teacher_stream, student_stream = self.teacher.embed_tokens(self.ids), student.embed_tokens(self.ids)
+        context = self.teacher.context(self.ids[:1])
+        for i in range(count):
+            self._attention(i, teacher_stream, student_stream, context)
+            self._mlp(i, teacher_stream, student_stream, context)
+            if progress:
+                progress(i + 1, count)
+        return student
+
+    def _round_embedding(self) -> None:
+        student, stats = self.student, self.stats
+        rounded = self._round(student.embed.weight, stats.hessians["embed"], self.recipe.schemes["embed"])
+        student.embed = QuantEmbedding(rounded, None)
+        if student.head is not None:
+            rounded = self._round(student.head.weight, stats.hessians["head"], self.recipe.schemes["head"])
+            student.head = QuantLinear(rounded, None)
+
+    def _round(self, W: Tensor, H: Tensor, scheme: Scheme) -> Rounded:
+        """Row chunks bound the memory of a large vocabulary."""
+        parts = [
+            quantize(chunk, H, scheme, method=self.recipe.method, passes=self.recipe.passes) for chunk in W.split(16384)
+        ]
+        return Rounded(
+            torch.cat([p.codes for p in parts]),
+            torch.cat([p.scales for p in parts]),
+            torch.cat([p.zeros for p in parts]),
+        )
+
+    def _attention(self, i: int, teacher_stream: Tensor, student_stream: Tensor, context: object) -> None:
+        old, new = self.teacher.layers[i], self.student.layers[i]
+        if new.attn is not None:
+            old_in = self._map(old.attn_norm, teacher_stream)
+            new_in = self._map(new.attn_norm, student_stream)
+            for part in ("q", "k", "v"):
+                self._linear(i, f"attn.{part}", old_in, new_in)
+            old_core = self._map(lambda x: attention_core(old, x, context), old_in)
+            new_core = self._map(lambda x: attention_core(new, x, context), new_in)
+            self._linear(i, "attn.o", old_core, new_core)
+            student_stream += self._map(lambda y: post(new.attn.o(y), new.attn_post_norm), new_core)
+        elif old.attn is not None:
+            old_core = self._map(lambda x: attention_core(old, old.attn_norm(x), context), teacher_stream)
+        else:
+            return
+        teacher_stream += self._map(lambda y: post(old.attn.o(y), old.attn_post_norm), old_core)
+
+    def _mlp(self, i: int, teacher_stream: Tensor, student_stream: Tensor, _context: object) -> None:
+        old, new = self.teacher.layers[i], self.student.layers[i]
+        if old.mlp is None:
+            return
+        old_in = self._map(old.mlp_norm, teacher_stream)
+        old_core = self._map(lambda x: mlp_core(old, x), old_in)
+        if new.mlp is not None:
+            new_in = self._map(new.mlp_norm, student_stream)
+            for part in ("gate", "up"):
+                self._linear(i, f"mlp.{part}", old_in, new_in)
+            new_core = self._map(lambda x: mlp_core(new, x), new_in)
+            self._linear(i, "mlp.down", old_core, new_core)
+            student_stream += self._map(lambda y: post(new.mlp.down(y), new.mlp_post_norm), new_core)
+        teacher_stream += self._map(lambda y: post(old.mlp.down(y), old.mlp_post_norm), old_core)
+
+    def _map(self, function: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
+        return torch.cat([function(part) for part in stream.split(self.batch)])
+
+    def _linear(self, i: int, part: str, old_in: Tensor, new_in: Tensor) -> None:
+        """Refit and round one linear of the student; old_in, new_in [batch, seq, K] (K may differ by pruning)."""
+        name = f"layers.{i}.{part}"
+        sublayer, short = part.split(".")
+        module: nn.Linear = getattr(getattr(self.student.layers[i], sublayer), short)
+        full = getattr(getattr(self.teacher.layers[i], sublayer), short).weight
+        weight = self.stats.token_weights[name].to(new_in.device)
+        weight = (weight / weight.mean()).sqrt()[:, None]
+        x, z = new_in.flatten(0, 1) * weight, old_in.flatten(0, 1) * weight
+        H = x.T @ x / len(x)
+        W = module.weight
+        if self.recipe.method == "jpq":
+            choice = kept_rows(self.teacher, i, self.recipe.layers[i])
+            rows = choice.get(ROWS_OF.get(part, ""))
+            target = full if rows is None else full[rows]
+            B = target @ (z.T @ x / len(x))
+            level = REFIT_RIDGE * H.diagonal().mean().clamp(min=1e-30)
+            system = H + level * torch.eye(H.shape[0], device=H.device)
+            W = W + torch.linalg.solve(system, (B - W @ H).T).T
+        module_bias = module.bias
+        rounded = self._round(W, H, self.recipe.schemes[name])
+        setattr(getattr(self.student.layers[i], sublayer), short, QuantLinear(rounded, module_bias))
+
+
+def post(y: Tensor, norm: nn.Module | None) -> Tensor:
+    """The optional norm after a sub-layer."""
+    return y if norm is None else norm(y)
+
+
+def attention_core(layer: Layer, x: Tensor, context: object) -> Tensor:
+    """Attention up to the input of the output projection."""
+    attn = layer.attn
+    out: list[Tensor] = []
+    handle = attn.o.register_forward_pre_hook(lambda _m, inputs: out.append(inputs[0]))
+    try:
+        attn(x, context)
+    finally:
+        handle.remove()
+    return out[0]
+
+
+def mlp_core(layer: Layer, x: Tensor) -> Tensor:
+    """MLP up to the input of the down projection."""
+    mlp = layer.mlp
+    return mlp.activation(mlp.gate(x)) * mlp.up(x)
+

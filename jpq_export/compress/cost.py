@@ -1,0 +1,75 @@
+"""What a choice costs on a target: stored bytes and decode latency.
+
+Latency is one token at batch 1 with a full context: every weight and the key/value cache are read once (memory-bound),
+each operator costs a fixed launch time, and the arithmetic is added where it exceeds the memory time. An estimate from
+the target's data sheet, labelled so; it ranks plans, it does not promise milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jpq_export.format.spec import ModelSpec
+from jpq_export.format.target import Target
+from jpq_export.numerics.scheme import Scheme
+
+OPS_PER_ATTENTION = 10  # norm, q, k, v, two rotations, cache append, attention, output, add
+OPS_PER_MLP = 5  # norm, gate, up, activation-multiply, down (add fused)
+FP32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Bytes and microseconds of the parts of a model on a target, at a context length in tokens."""
+
+    spec: ModelSpec
+    target: Target
+    context: int
+
+    def microseconds(self, stored_bytes: float, ops: int, macs: float) -> float:
+        """Time of `ops` operators that read `stored_bytes` and do `macs` multiply-adds for one token."""
+        memory = stored_bytes / (self.target.bandwidth_gb_s * 1e3)  # GB/s = 1e3 bytes per microsecond
+        compute = 2 * macs / (self.target.fp16_tflops * 1e6)
+        return max(memory, compute) + ops * self.target.op_overhead_us
+
+    def matrix(self, rows: int, columns: int, scheme: Scheme) -> tuple[int, float]:
+        """(bytes, microseconds without launches) of one matrix-vector product."""
+        size = scheme.weight_bytes(rows, columns)
+        return size, self.microseconds(size, 0, rows * columns)
+
+    def attention_rest(self, index: int, kv_heads: int) -> tuple[int, float]:
+        """(bytes, microseconds) of an attention sub-layer beside its matrices: norms, biases, cache, launches."""
+        if kv_heads == 0:
+            return 0, 0.0
+        spec, window = self.spec, self.spec.layers[index].window
+        tokens = min(self.context, window or self.context)
+        cache_bytes = 2 * kv_heads * spec.head_dim * tokens * 2  # keys and values, fp16 on the device
+        macs = 2 * kv_heads * spec.heads_per_group * spec.head_dim * tokens
+        size = self._vector_bytes(index, "attn", kv_heads, None)
+        return size, self.microseconds(size + cache_bytes, OPS_PER_ATTENTION, macs)
+
+    def mlp_rest(self, index: int, channels: int) -> tuple[int, float]:
+        """(bytes, microseconds) of an MLP sub-layer beside its matrices."""
+        if channels == 0:
+            return 0, 0.0
+        size = self._vector_bytes(index, "mlp", None, channels)
+        return size, self.microseconds(size, OPS_PER_MLP, 0)
+
+    def fixed(self) -> tuple[int, float]:
+        """(bytes, microseconds) of what no choice changes: the last norm, embedding look-up and head launches."""
+        size = FP32 * self.spec.hidden
+        return size, self.microseconds(size, 4, 0)
+
+    def table(self, name: str, scheme: Scheme) -> tuple[int, float]:
+        """(bytes, microseconds) of the embedding or head; an untied embedding reads one row a token."""
+        size, time = self.matrix(self.spec.vocab, self.spec.hidden, scheme)
+        return size, time if name == "head" or self.spec.tied else 0.0
+
+    def _vector_bytes(self, index: int, sub: str, kv_heads: int | None, channels: int | None) -> int:
+        layer = self.spec.layers[index]
+        layer = type(layer)(
+            layer.kv_heads if kv_heads is None else kv_heads, layer.ffn if channels is None else channels
+        )
+        layers = (*self.spec.layers[:index], layer, *self.spec.layers[index + 1 :])
+        at = f"layers.{index}.{sub}"
+        return FP32 * sum(n for name, n in self.spec.with_layers(layers).vectors().items() if name.startswith(at))

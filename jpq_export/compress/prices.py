@@ -1,0 +1,273 @@
+"""The price list: how much KL each matrix costs at each width, and each removable unit when it goes. Made once per model.
+
+A price is 0.5 * tr(E H Eᵀ) of the really rounded weight (GPTQ at 2, 3, 4 bits; a quarter per further bit), scaled by
+measured KLs on held-out text: every sub-layer is once quantized to 2 bits, once removed and (MLP) once halved, with the
+rest of the model intact. Additive by construction; `search` corrects the sum with measured plans.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from jpq_export.compress.apply import LayerChoice, prune
+from jpq_export.compress.decoder import Context, Decoder, Layer
+from jpq_export.compress.precision import autocast
+from jpq_export.compress.rounding import Rounded, quantize, row_loss
+from jpq_export.compress.statistics import Progress, Statistics
+from jpq_export.errors import PlanError
+from jpq_export.format.spec import ModelSpec
+from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, choose_group_size
+
+FORMAT = "jpq-prices/1"
+ROUNDED_BITS = (2, 3, 4)
+FFN_STEPS = 12  # MLP widths offered: twelfths of the channels, rounded to whole groups
+HEAD_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StructurePrice:
+    """Removing parts of one sub-layer: units from the least to the most important, and the KL of removing the first n."""
+
+    order: tuple[int, ...]
+    removal: tuple[float, ...]  # [len(order) + 1]; removal[0] = 0, removal[-1] = the whole sub-layer
+    step: int  # units removed together
+
+
+@dataclass(frozen=True, slots=True)
+class PriceList:
+    """`matrices[name][bits]` and `structures["layers.i.attn" | "layers.i.mlp"]`, nats of KL per token."""
+
+    spec: ModelSpec
+    group_size: int
+    matrices: dict[str, dict[int, float]]
+    structures: dict[str, StructurePrice]
+
+    def scheme(self, columns: int, bits: int) -> Scheme:
+        """The scheme of a matrix with `columns` inputs."""
+        return Scheme(bits, choose_group_size(columns, self.group_size))
+
+    def save(self, path: Path) -> None:
+        """Write prices.json."""
+        raw = {
+            "format": FORMAT,
+            "spec": json.loads(self.spec.to_json()),
+            "group_size": self.group_size,
+            "matrices": self.matrices,
+            "structures": {name: asdict(s) for name, s in self.structures.items()},
+        }
+        path.write_text(json.dumps(raw), encoding="utf-8")
+
+    @staticmethod
+    def load(path: Path) -> PriceList:
+        """Read prices.json; PlanError when it is damaged."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw["format"] != FORMAT:
+                raise ValueError(f"format {raw['format']!r}, expected {FORMAT!r}")
+            structures = {
+                name: StructurePrice(tuple(s["order"]), tuple(s["removal"]), s["step"])
+                for name, s in raw["structures"].items()
+            }
+            matrices = {name: {int(b): p for b, p in prices.items()} for name, prices in raw["matrices"].items()}
+            return PriceList(ModelSpec.from_json(json.dumps(raw["spec"])), raw["group_size"], matrices, structures)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"{path}: damaged price list ({error!r}); delete it and run again") from error
+
+
+class RoundedCache:
+    """Rounded weights of the teacher by (name, bits), so that a candidate model is assembled instead of computed."""
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[str, int], Rounded] = {}
+
+    def weight(self, name: str, bits: int) -> Tensor:
+        """Dequantized float32 [N, K]; widths above 4 were not rounded and read as the 4-bit one's caller decides."""
+        return self.entries[name, bits].dequantize()
+
+
+def round_all(
+    weights: dict[str, Tensor], spec: ModelSpec, stats: Statistics, *, group_size: int, progress: Progress | None = None
+) -> tuple[RoundedCache, dict[str, dict[int, float]]]:
+    """Every matrix rounded at 2, 3 and 4 bits, and the raw Fisher prices of all widths."""
+    cache, prices = RoundedCache(), {}
+    names = list(spec.matrices())
+    for done, name in enumerate(names):
+        W, H = weights[name], stats.hessians[name]
+        size = choose_group_size(W.shape[1], group_size)
+        row_weight = stats.rows if name in ("embed", "head") else torch.ones(W.shape[0], device=W.device)
+        prices[name] = {}
+        for bits in ROUNDED_BITS:
+            parts = [quantize(part, H, Scheme(bits, size), method="gptq") for part in W.split(16384)]
+            rounded = Rounded(*(torch.cat([getattr(p, f) for p in parts]) for f in ("codes", "scales", "zeros")))
+            cache.entries[name, bits] = rounded
+            losses = [row_loss(w, H, p) for w, p in zip(W.split(16384), parts, strict=True)]
+            prices[name][bits] = float((torch.cat(losses) * row_weight).sum()) / 2
+        for bits in BIT_WIDTHS:
+            if bits not in prices[name]:
+                prices[name][bits] = prices[name][4] * 4.0 ** (4 - bits)  # uniform quantizers: 6 dB a bit
+        if progress:
+            progress(done + 1, len(names))
+    return cache, prices
+
+
+class PartialForward:
+    """The teacher's residual stream before every layer on held-out text; re-runs the rest after one changed layer."""
+
+    @torch.no_grad()
+    def __init__(self, teacher: Decoder, sequences: np.ndarray) -> None:
+        self.teacher = teacher
+        self.ids = torch.from_numpy(sequences).to(teacher.embed.weight.device)
+        self.context = teacher.context(self.ids)
+        self.streams: list[Tensor] = []
+        with autocast(self.ids.device):
+            x = teacher.embed_tokens(self.ids)
+            for layer in teacher.layers:
+                self.streams.append(x)
+                x = layer(x, self.context)
+            self.final = teacher.norm(x).flatten(0, 1)
+
+    @torch.no_grad()
+    def kl(self, index: int, changed: Callable[[Tensor, Context], Tensor]) -> float:
+        """KL per token when layer `index` is replaced by `changed(x, context)`."""
+        with autocast(self.ids.device):
+            x = changed(self.streams[index], self.context)
+            for layer in self.teacher.layers[index + 1 :]:
+                x = layer(x, self.context)
+            return self.final_kl(self.teacher, self.teacher.norm(x).flatten(0, 1))
+
+    @torch.no_grad()
+    def kl_of(self, model: Decoder) -> float:
+        """KL per token of a whole other model."""
+        with autocast(self.ids.device):
+            return self.final_kl(model, model.hidden(self.ids, model.context(self.ids)).flatten(0, 1))
+
+    def final_kl(self, model: Decoder, hidden: Tensor) -> float:
+        """Mean KL(teacher ‖ model) over the tokens, from final hidden states [tokens, hidden]."""
+        total = 0.0
+        for mine, theirs in zip(hidden.split(HEAD_CHUNK), self.final.split(HEAD_CHUNK), strict=True):
+            p = F.log_softmax(self.teacher.logits(theirs).float(), -1)
+            q = F.log_softmax(model.logits(mine).float(), -1)
+            total += float(F.kl_div(q, p, reduction="sum", log_target=True))
+        return total / len(hidden)
+
+
+def measure_prices(
+    teacher: Decoder,
+    stats: Statistics,
+    raw: dict[str, dict[int, float]],
+    cache: RoundedCache,
+    forward: PartialForward,
+    *,
+    group_size: int,
+    progress: Progress | None = None,
+) -> PriceList:
+    """Scale the Fisher prices by measured KLs, sub-layer by sub-layer."""
+    spec = teacher.spec
+    matrices = {name: dict(prices) for name, prices in raw.items()}
+    structures: dict[str, StructurePrice] = {}
+    jobs = list(_sublayers(spec))
+    for done, (i, sub) in enumerate(jobs):
+        key = f"layers.{i}.{sub}"
+        names = [f"layers.{i}.{n}" for n in spec.linear_shapes(i) if n.startswith(sub)]
+        measured = forward.kl(i, lambda x, c, i=i, names=names: _with_weights(teacher, i, names, cache)(x, c))
+        factor = measured / max(sum(raw[n][2] for n in names), 1e-12)
+        for name in names:
+            for bits in BIT_WIDTHS:
+                matrices[name][bits] = raw[name][bits] * factor
+        structures[key] = _structure(teacher, stats, forward, i, sub, group_size)
+        if progress:
+            progress(done + 1, len(jobs))
+    for name in ("embed", "head"):
+        if name in raw:
+            _measure_table(teacher, name, raw, cache, forward, matrices)
+    return PriceList(spec, group_size, matrices, structures)
+
+
+def _sublayers(spec: ModelSpec) -> Iterator[tuple[int, str]]:
+    for i, layer in enumerate(spec.layers):
+        if layer.kv_heads:
+            yield i, "attn"
+        if layer.ffn:
+            yield i, "mlp"
+
+
+def _measure_table(
+    teacher: Decoder, name: str, raw: dict, cache: RoundedCache, forward: PartialForward, matrices: dict
+) -> None:
+    """Embedding and head: every rounded width is measured, being few and a fifth of a small model's bytes."""
+    module = teacher.embed if name == "embed" else teacher.head
+    original = module.weight.data
+    for bits in ROUNDED_BITS:
+        module.weight.data = cache.weight(name, bits)
+        matrices[name][bits] = forward.kl_of(teacher)
+    module.weight.data = original
+    for bits in BIT_WIDTHS:
+        if bits not in ROUNDED_BITS:
+            matrices[name][bits] = matrices[name][4] * raw[name][bits] / raw[name][4]
+
+
+def _with_weights(teacher: Decoder, i: int, names: list[str], cache: RoundedCache) -> Layer:
+    """Layer i with the named matrices replaced by their 2-bit versions."""
+    keep = all_kept(teacher.spec)
+    layer = prune(teacher, keep).layers[i]
+    for name in names:
+        sub, part = name.split(".")[2:]
+        getattr(getattr(layer, sub), part).weight.data = cache.weight(name, 2)
+    return layer
+
+
+def all_kept(spec: ModelSpec) -> tuple[LayerChoice, ...]:
+    """Nothing removed."""
+    return tuple(LayerChoice(tuple(range(layer.kv_heads)), tuple(range(layer.ffn))) for layer in spec.layers)
+
+
+def _structure(
+    teacher: Decoder, stats: Statistics, forward: PartialForward, i: int, sub: str, group_size: int
+) -> StructurePrice:
+    """Removal prices of one sub-layer: gates give the order and shape, two measured points the size."""
+    layer, gates = teacher.layers[i], stats.gates[f"layers.{i}.{sub}"][1:].cpu()
+    order = torch.argsort(gates, stable=True)
+    cumulative = torch.cat([torch.zeros(1), gates[order].cumsum(0)])
+    units = len(order)
+    if sub == "attn":
+        whole = forward.kl(i, lambda x, c: layer.mlp_part(x))
+        step, half = 1, max(1, units // 2)
+    else:
+        whole = forward.kl(i, lambda x, c: layer.attention_part(x, c))
+        step, half = ffn_step(units, group_size), units // 2
+    if units == 1:
+        return StructurePrice((0,), (0.0, whole), 1)
+    measured = forward.kl(i, _without(teacher, i, sub, order[:half].tolist()))
+    # Below the measured half: the gates' shape; above it: a power law through both measured points.
+    scale = measured / max(float(cumulative[half]), 1e-12)
+    power = max(1.0, float(np.log(max(whole, 1e-9) / max(measured, 1e-9)) / np.log(units / half)))
+    removal = [
+        float(cumulative[n]) * scale if n <= half else measured * (n / half) ** power for n in range(units + 1)
+    ]
+    removal[-1] = whole
+    return StructurePrice(tuple(order.tolist()), tuple(np.maximum.accumulate(removal).tolist()), step)
+
+
+def ffn_step(channels: int, group_size: int) -> int:
+    """Channels removed together: whole groups of the down projection, about a twelfth of the width."""
+    unit = choose_group_size(channels, group_size)
+    return max(unit, round(channels / FFN_STEPS / unit) * unit)
+
+
+def _without(teacher: Decoder, i: int, sub: str, units: list[int]) -> Callable[[Tensor, Context], Tensor]:
+    spec, gone = teacher.spec, set(units)
+    choices = list(all_kept(spec))
+    heads, channels = choices[i].kv_heads, choices[i].channels
+    if sub == "attn":
+        choices[i] = LayerChoice(tuple(h for h in heads if h not in gone), channels)
+    else:
+        choices[i] = LayerChoice(heads, tuple(c for c in channels if c not in gone))
+    return prune(teacher, tuple(choices)).layers[i]

@@ -1,0 +1,134 @@
+"""End-to-end recovery: scales and norms of the compressed model learn to reproduce the teacher's output distribution.
+
+Codes stay frozen, so the packed bytes do not change (as in EfficientQAT's second phase, Chen et al., 2024). The loss is
+the full KL(teacher ‖ student) over the vocabulary; the teacher's final hidden states are kept in bf16 (2 * hidden bytes
+a token) and its logits are rebuilt chunk by chunk, which costs less than storing them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jpq_export.compress.decoder import Decoder, RMSNorm
+from jpq_export.compress.precision import autocast
+from jpq_export.compress.quant_linear import QuantLinear
+from jpq_export.compress.statistics import Progress
+
+HEAD_ROWS_PER_CHUNK = 256  # tokens whose two sets of logits exist at once
+
+
+@dataclass(frozen=True, slots=True)
+class TuneSettings:
+    """`steps` of `batch` sequences; scales learn relative to their own size, so one rate fits every layer and width."""
+
+    steps: int
+    batch: int = 2
+    scale_rate: float = 2e-3
+    norm_rate: float = 1e-3
+    warmup: int = 5
+
+
+@torch.no_grad()
+def teacher_hidden(teacher: Decoder, sequences: np.ndarray, *, batch: int = 4) -> Tensor:
+    """Final hidden states, bf16 [n, length, hidden]."""
+    out = []
+    for start in range(0, len(sequences), batch):
+        ids = torch.from_numpy(sequences[start : start + batch]).to(teacher.embed.weight.device)
+        with autocast(ids.device):
+            out.append(teacher.hidden(ids, teacher.context(ids)).bfloat16())
+    return torch.cat(out)
+
+
+def trainable(student: Decoder) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(scales, norm weights) of the student."""
+    scales = [m.scales for m in student.modules() if isinstance(m, QuantLinear)]
+    norms = [m.weight for m in student.modules() if isinstance(m, RMSNorm)]
+    return scales, norms
+
+
+def tune(
+    teacher: Decoder, student: Decoder, sequences: np.ndarray, settings: TuneSettings, *, seed: int, progress: Progress | None = None
+) -> list[float]:
+    """Train in place; returns the training KL of every step (nats per token)."""
+    scales, norms = trainable(student)
+    for parameter in (*scales, *norms):
+        parameter.requires_grad_(True)
+    optimizer = RelativeAdam(scales, norms, settings)
+    hidden = teacher_hidden(teacher, sequences)
+    losses = []
+    for step, index in enumerate(_schedule(len(sequences), settings, seed)):
+        ids = torch.from_numpy(sequences[index]).to(hidden.device)
+        losses.append(distil_step(teacher, student, ids, hidden[torch.from_numpy(index)]))
+        optimizer.step(step)
+        if progress:
+            progress(step + 1, settings.steps)
+    for parameter in (*scales, *norms):
+        parameter.requires_grad_(False)
+    return losses
+
+
+def _schedule(count: int, settings: TuneSettings, seed: int) -> Iterator[np.ndarray]:
+    """Sequence indices of every step: shuffled epochs."""
+    generator, pool = np.random.default_rng(seed), np.empty(0, np.int64)
+    for _ in range(settings.steps):
+        while len(pool) < settings.batch:
+            pool = np.concatenate([pool, generator.permutation(count)])
+        yield pool[: settings.batch]
+        pool = pool[settings.batch :]
+
+
+def distil_step(teacher: Decoder, student: Decoder, ids: Tensor, target: Tensor) -> float:
+    """Accumulate gradients of KL(teacher ‖ student) for one batch: ids [batch, seq], target [batch, seq, hidden]."""
+    with autocast(ids.device), torch.enable_grad():
+        hidden = student.hidden(ids, student.context(ids))
+    flat = hidden.detach().flatten(0, 1)
+    goal = target.flatten(0, 1)
+    gradient, total = torch.empty_like(flat), 0.0
+    for begin in range(0, len(flat), HEAD_ROWS_PER_CHUNK):
+        rows = slice(begin, begin + HEAD_ROWS_PER_CHUNK)
+        piece = flat[rows].detach().requires_grad_(True)
+        with torch.no_grad(), autocast(ids.device):
+            wanted = F.softmax(teacher.logits(goal[rows].to(flat.dtype)).float(), -1)
+        with torch.enable_grad(), autocast(ids.device):
+            loss = F.kl_div(F.log_softmax(student.logits(piece).float(), -1), wanted, reduction="sum") / len(flat)
+        loss.backward()
+        gradient[rows] = piece.grad
+        total += float(loss.detach())
+    hidden.backward(gradient.view_as(hidden))
+    return total
+
+
+class RelativeAdam:
+    """Adam on log(scale) for scales (a step is relative to the scale) and plain Adam for norms; cosine to a tenth."""
+
+    def __init__(self, scales: list[nn.Parameter], norms: list[nn.Parameter], settings: TuneSettings) -> None:
+        self.settings, self.scales, self.norms = settings, scales, norms
+        self.logs = [nn.Parameter(p.detach().log()) for p in scales]
+        self.adam = torch.optim.Adam(
+            [{"params": self.logs, "lr": settings.scale_rate}, {"params": norms, "lr": settings.norm_rate}],
+            betas=(0.9, 0.99),
+        )
+        self.base = [settings.scale_rate, settings.norm_rate]
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        """One update from the accumulated gradients, which are cleared."""
+        progress = step / max(1, self.settings.steps)
+        factor = min(1.0, (step + 1) / self.settings.warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        for group, rate in zip(self.adam.param_groups, self.base, strict=True):
+            group["lr"] = rate * factor
+        for log, scale in zip(self.logs, self.scales, strict=True):
+            log.grad = None if scale.grad is None else scale.grad * scale  # d/d log s = s d/d s
+            scale.grad = None
+        self.adam.step()
+        for log, scale in zip(self.logs, self.scales, strict=True):
+            scale.copy_(log.exp())
+        for norm in self.norms:
+            norm.grad = None

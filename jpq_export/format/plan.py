@@ -1,0 +1,197 @@
+"""The plan: what is kept of every layer and in how many bits, why, and the size-quality front it was chosen from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jpq_export.errors import PlanError
+from jpq_export.format.spec import ModelSpec
+from jpq_export.numerics.scheme import Scheme
+
+FORMAT = "jpq-plan/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What was asked for. kind: "size" (bytes), "bits" (per weight, whole file), "ratio" (of fp16 bytes), "latency" (ms)."""
+
+    kind: str
+    value: float
+    bytes: int | None
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """Structure of one layer: which key/value heads stay, and which MLP channels (None = all `ffn_of` of them)."""
+
+    index: int
+    kv_heads: tuple[int, ...]
+    kv_heads_of: int
+    ffn: int
+    ffn_of: int
+    channels: tuple[int, ...] | None = None
+
+    @property
+    def kept_channels(self) -> tuple[int, ...]:
+        """Sorted channel numbers that stay."""
+        return tuple(range(self.ffn)) if self.channels is None else self.channels
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One matrix [rows, columns] after pruning, its scheme, its stored bytes, its predicted KL (nats a token) and why."""
+
+    name: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    rows: int
+    columns: int
+    bytes: int
+    predicted_kl: float
+    reason: str = ""
+
+    @property
+    def scheme(self) -> Scheme:
+        """As a Scheme."""
+        return Scheme(self.bits, self.group_size, self.symmetric)
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A unit that was removed: a sub-layer, heads of it or channels of it."""
+
+    name: str
+    predicted_kl: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What the price list says of the whole plan; gap = how far above the best possible plan it can be, as a fraction."""
+
+    kl: float
+    bytes: int
+    latency_ms: float
+    gap: float
+
+
+@dataclass(frozen=True, slots=True)
+class FrontPoint:
+    """One plan of the size-quality front."""
+
+    bytes: int
+    bits_per_weight: float
+    latency_ms: float
+    predicted_kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """plan.json."""
+
+    model_name: str
+    model_sha256: str
+    target: str
+    method: str
+    budget: Budget
+    layers: tuple[LayerPlan, ...]
+    choices: tuple[Choice, ...]
+    removed: tuple[Removal, ...]
+    predicted: Predicted
+    front: tuple[FrontPoint, ...]
+    search: dict[str, Any]
+
+    def to_json(self) -> str:
+        """Readable, stable JSON."""
+        raw = asdict(self)
+        model = {"name": raw.pop("model_name"), "sha256": raw.pop("model_sha256")}
+        return json.dumps({"format": FORMAT, "model": model, **raw}, indent=1) + "\n"
+
+    def spec(self, teacher: ModelSpec) -> ModelSpec:
+        """The teacher's spec with this plan's widths; PlanError when the plan belongs to another model."""
+        if len(self.layers) != len(teacher.layers):
+            raise PlanError(
+                f"plan: made for {len(self.layers)} layers, {teacher.name} has {len(teacher.layers)}; use the plan of this model"
+            )
+        fresh = []
+        for old, new in zip(teacher.layers, self.layers, strict=True):
+            if (new.kv_heads_of, new.ffn_of) != (old.kv_heads, old.ffn):
+                raise PlanError(
+                    f"plan: layers.{new.index} was planned for {new.kv_heads_of} key/value heads and {new.ffn_of} channels, "
+                    f"the model has {old.kv_heads} and {old.ffn}; use the plan of this model"
+                )
+            fresh.append(type(old)(len(new.kv_heads), new.ffn, old.window, old.rope))
+        return teacher.with_layers(tuple(fresh))
+
+    def check(self, teacher: ModelSpec) -> None:
+        """PlanError when choices and structure do not fit together or not this model."""
+        matrices = self.spec(teacher).matrices()
+        chosen = {c.name: c for c in self.choices}
+        if missing := sorted(matrices.keys() - chosen.keys()):
+            raise PlanError(f"plan: no choice for {missing[0]} ({len(missing)} missing); make the plan again")
+        if extra := sorted(chosen.keys() - matrices.keys()):
+            raise PlanError(f"plan: {extra[0]} is not a matrix of this model; make the plan again")
+        for name, shape in matrices.items():
+            choice = chosen[name]
+            if (choice.rows, choice.columns) != shape:
+                got = (choice.rows, choice.columns)
+                raise PlanError(f"plan: {name} has shape {got}, the model needs {shape}; make the plan again")
+            if shape[1] % choice.group_size:
+                raise PlanError(
+                    f"plan: {name} has in_features {shape[1]}, not a multiple of group_size {choice.group_size}; "
+                    "choose a divisor"
+                )
+        for layer in self.layers:
+            kept, of = layer.kept_channels, layer.ffn_of
+            if list(kept) != sorted(set(kept)) or len(kept) != layer.ffn or any(not 0 <= c < of for c in kept):
+                raise PlanError(f"plan: layers.{layer.index} channels are not {layer.ffn} rising numbers below {of}")
+            heads = layer.kv_heads
+            if list(heads) != sorted(set(heads)) or any(not 0 <= h < layer.kv_heads_of for h in heads):
+                raise PlanError(f"plan: layers.{layer.index} kv_heads {list(heads)} are not rising numbers below {layer.kv_heads_of}")
+
+
+def load_plan(path: Path) -> Plan:
+    """Read plan.json; PlanError says what is wrong and where."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read ({error.strerror}); give the path of a plan.json") from error
+    except ValueError as error:
+        raise PlanError(f"{path}: not JSON ({error}); make the plan again with `jpq-export plan`") from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        got = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        raise PlanError(f"{path}: format is {got!r}, expected {FORMAT!r}; make the plan again with `jpq-export plan`")
+    try:
+        return Plan(
+            model_name=raw["model"]["name"],
+            model_sha256=raw["model"]["sha256"],
+            target=raw["target"],
+            method=raw["method"],
+            budget=Budget(**raw["budget"]),
+            layers=tuple(_layer(layer) for layer in raw["layers"]),
+            choices=tuple(_choice(choice) for choice in raw["choices"]),
+            removed=tuple(Removal(**removal) for removal in raw["removed"]),
+            predicted=Predicted(**raw["predicted"]),
+            front=tuple(FrontPoint(**point) for point in raw["front"]),
+            search=dict(raw["search"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"{path}: damaged plan ({error!r}); make it again with `jpq-export plan`") from error
+
+
+def _layer(raw: dict[str, Any]) -> LayerPlan:
+    channels = raw.get("channels")
+    kept = None if channels is None else tuple(channels)
+    return LayerPlan(raw["index"], tuple(raw["kv_heads"]), raw["kv_heads_of"], raw["ffn"], raw["ffn_of"], kept)
+
+
+def _choice(raw: dict[str, Any]) -> Choice:
+    choice = Choice(**raw)
+    if choice.scheme.weight_bytes(choice.rows, choice.columns) != choice.bytes:  # also validates bits and group_size
+        raise ValueError(f"{choice.name}: bytes {choice.bytes} do not match its scheme")
+    return choice
