@@ -24,7 +24,11 @@ from jpq_export.compress.rounding import Rounded, quantize
 from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.numerics.scheme import Scheme
 
-REFIT_RIDGE = 0.05  # of the mean diagonal of Ĥ: refits from few thousand tokens must not chase noise
+# SmolLM2, 3 bits, 12k tokens, held-out KL of two texts: ridge 0.1 1.05/0.77, ridge 1.0 0.84/0.69, no refit 0.84/0.74.
+REFIT_RIDGE = 1.0
+# Weights are tempered: raw Fisher weights span decades and leave few effective tokens. Same setting, no refit:
+# power 0 (plain) 1.04/0.85, power 0.5 0.84/0.74, power 1 0.97/0.79.
+FISHER_POWER = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +177,8 @@ class Compressor:
         module: nn.Linear = getattr(getattr(self.student.layers[i], sublayer), short)
         full = getattr(getattr(self.teacher.layers[i], sublayer), short).weight
         weight = self.stats.token_weights[name].to(new_in.device)
-        weight = (weight / weight.mean()).sqrt()[:, None]
+        weight = (weight / weight.mean()) ** (FISHER_POWER / 2)  # its square multiplies x xᵀ
+        weight = (weight / weight.square().mean().sqrt())[:, None]
         x, z = new_in.flatten(0, 1) * weight, old_in.flatten(0, 1) * weight
         H = x.T @ x / len(x)
         W = module.weight

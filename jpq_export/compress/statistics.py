@@ -9,7 +9,7 @@ Units: all prices are nats of KL per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -189,7 +189,20 @@ def _sampled_gradient(model: Decoder, hidden: Tensor, stats: Statistics, generat
         return (probability @ table).to(hidden.dtype)
 
 
-def batches(sequences: np.ndarray, batch: int) -> Iterator[Tensor]:
-    """Consecutive batches as int64 tensors."""
-    for start in range(0, len(sequences), batch):
-        yield torch.from_numpy(sequences[start : start + batch])
+@torch.no_grad()
+def plain_statistics(model: Decoder, sequences: np.ndarray) -> Statistics:
+    """What plain GPTQ knows: every token weighs the same; the head's inputs for the embedding's Hessian."""
+    stats, device = Statistics(), model.embed.weight.device
+    for ids in (torch.from_numpy(row[None]).to(device) for row in sequences):
+        name = "embed" if model.head is None else "head"
+        add_moment(stats.hessians, name, model.hidden(ids, model.context(ids)).flatten(0, 1))
+    for value in stats.hessians.values():
+        value /= sequences.size
+    if model.head is not None:
+        stats.hessians["embed"] = torch.eye(model.spec.hidden, device=device)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "head":
+            stats.token_weights[name] = torch.ones(sequences.size, device=device)
+    stats.rows = torch.full((model.spec.vocab,), 1 / model.spec.vocab, device=device)
+    stats.tokens, stats.sequences = sequences.size, len(sequences)
+    return stats

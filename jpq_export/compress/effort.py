@@ -1,0 +1,34 @@
+"""How much work each effort does: tokens, trials and steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jpq_export.compress.refine import TRIALS
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """`sequences` of `length` tokens for statistics and rounding, `heldout` for gates and candidate plans,
+    `tune_sequences` and `tune_steps` for end-to-end recovery."""
+
+    name: str
+    sequences: int
+    heldout: int
+    length: int
+    passes: int
+    tune_sequences: int
+    tune_steps: int
+    trials: tuple[tuple[str, tuple[float, ...]], ...]
+
+    @property
+    def calibration_sequences(self) -> int:
+        """Sequences needed in all, apart from the held-out ones."""
+        return max(self.sequences, self.tune_sequences)
+
+
+EFFORTS = {
+    "quick": Effort("quick", 8, 2, 512, 1, 64, 40, (("removal", (float("inf"), 2.0)), ("table", (0.6,)))),
+    "standard": Effort("standard", 24, 4, 512, 2, 280, 280, TRIALS),
+    "max": Effort("max", 128, 16, 512, 3, 600, 3000, TRIALS),
+}

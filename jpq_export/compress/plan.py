@@ -1,0 +1,207 @@
+"""From the price list to a plan: budgets, the search at its best knobs, uniform baselines, and the reasons in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jpq_export.compress.cost import CostModel
+from jpq_export.compress.prices import PriceList
+from jpq_export.compress.refine import bits_of, layer_choices
+from jpq_export.compress.search import Class, Knobs, Solution, build_classes, front, solve
+from jpq_export.errors import BudgetError
+from jpq_export.format.plan import Budget, Choice, FrontPoint, LayerPlan, Plan, Predicted, Removal
+from jpq_export.format.spec import ModelSpec
+from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, choose_group_size
+
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetRequest:
+    """What the user asked for; `value` in bytes, bits per weight, fraction of fp16, or milliseconds."""
+
+    kind: Literal["size", "bits", "ratio", "latency"]
+    value: float
+
+    def resolve(self, spec: ModelSpec) -> Budget:
+        """Bytes or milliseconds for this model."""
+        if self.kind == "latency":
+            return Budget("latency", self.value, None, self.value)
+        per_unit = {"size": 1.0, "bits": spec.parameters() / 8, "ratio": spec.parameters() * 2.0}
+        return Budget(self.kind, self.value, int(self.value * per_unit[self.kind]))
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One budgeted search: prices, the target's costs, which widths and whether pruning may be used."""
+
+    prices: PriceList
+    cost: CostModel
+    budget: Budget
+    bits: tuple[int, ...] = BIT_WIDTHS
+
+    @property
+    def by(self) -> str:
+        """The budgeted cost."""
+        return "microseconds" if self.budget.bytes is None else "bytes"
+
+    def solve(self, knobs: Knobs) -> Solution:
+        """Exact solution at these knobs."""
+        size, time = self.cost.fixed()
+        classes = self.classes(knobs)
+        if self.budget.bytes is None:
+            assert self.budget.latency_ms is not None
+            return solve(classes, self.budget.latency_ms * 1e3, by=self.by, fixed=time)
+        return solve(classes, self.budget.bytes, by=self.by, fixed=size)
+
+    def classes(self, knobs: Knobs) -> list[Class]:
+        """All classes at these knobs."""
+        return build_classes(self.prices, self.cost, by=self.by, knobs=knobs, bits=self.bits)
+
+
+def make_plan(problem: Problem, solution: Solution, knobs: Knobs, *, sha256: str, method: str, measured: dict) -> Plan:
+    """The plan record of a solution, with the front it lies on."""
+    prices, cost = problem.prices, problem.cost
+    spec, classes = prices.spec, problem.classes(knobs)
+    choices = layer_choices(prices, solution)
+    layers = tuple(
+        LayerPlan(
+            i,
+            choice.kv_heads,
+            layer.kv_heads,
+            len(choice.channels),
+            layer.ffn,
+            None if len(choice.channels) in (0, layer.ffn) else choice.channels,
+        )
+        for i, (layer, choice) in enumerate(zip(spec.layers, choices, strict=True))
+    )
+    fixed_bytes, fixed_time = cost.fixed()
+    points = front(classes, by=problem.by, fixed_bytes=fixed_bytes, fixed_microseconds=fixed_time)
+    parameters = spec.parameters()
+    return Plan(
+        model_name=spec.name,
+        model_sha256=sha256,
+        target=cost.target.name,
+        method=method,
+        budget=problem.budget,
+        layers=layers,
+        choices=_choices(problem, solution, layers),
+        removed=_removals(problem, solution),
+        predicted=Predicted(
+            solution.price,
+            solution.bytes + fixed_bytes,
+            (solution.microseconds + fixed_time) / 1e3,
+            solution.gap,
+        ),
+        front=tuple(FrontPoint(p.bytes, p.bytes * 8 / parameters, p.microseconds / 1e3, p.price) for p in points),
+        search=measured,
+    )
+
+
+def _choices(problem: Problem, solution: Solution, layers: tuple[LayerPlan, ...]) -> tuple[Choice, ...]:
+    prices = problem.prices
+    fresh = prices.spec.with_layers(
+        tuple(
+            type(old)(len(new.kv_heads), new.ffn, old.window, old.rope)
+            for old, new in zip(prices.spec.layers, layers, strict=True)
+        )
+    )
+    chosen = bits_of(solution)
+    full = prices.spec.matrices()
+    out = []
+    for name, (rows, columns) in fresh.matrices().items():
+        scheme = prices.scheme(columns, chosen[name])
+        share = rows * columns / (full[name][0] * full[name][1])
+        price = prices.matrices[name][scheme.bits] * share
+        reason = _reason(problem, solution, name, scheme, rows, columns, share)
+        size = scheme.weight_bytes(rows, columns)
+        out.append(Choice(name, scheme.bits, scheme.group_size, True, rows, columns, size, price, reason))
+    return tuple(out)
+
+
+def _reason(
+    problem: Problem, solution: Solution, name: str, scheme: Scheme, rows: int, columns: int, share: float
+) -> str:
+    """What one step up would save and one step down would cost, against the going rate of the budget."""
+    prices, cost = problem.prices.matrices[name], problem.cost
+    unit = "MB" if problem.by == "bytes" else "ms"
+    scale = 1e6 if problem.by == "bytes" else 1e3
+    at = 0 if problem.by == "bytes" else 1
+    here = cost.matrix(rows, columns, scheme)[at]
+    steps = []
+    position = BIT_WIDTHS.index(scheme.bits)
+    for other, word in ((position + 1, "saves"), (position - 1, "adds")):
+        if 0 <= other < len(BIT_WIDTHS):
+            bits = BIT_WIDTHS[other]
+            extra = abs(cost.matrix(rows, columns, problem.prices.scheme(columns, bits))[at] - here)
+            change = abs(prices[bits] - prices[scheme.bits]) * share
+            if extra > 0:
+                steps.append(f"{bits} bits {word} {change:.2g} nats ({change / extra * scale:.3g}/{unit})")
+    rate = f"budget trades at {solution.multiplier * scale:.3g} nats/{unit}"
+    return "; ".join([*steps, rate])
+
+
+def _removals(problem: Problem, solution: Solution) -> tuple[Removal, ...]:
+    scale, unit = (1e6, "MB") if problem.by == "bytes" else (1e3, "ms")
+    out = []
+    for name, option in solution.picks.items():
+        structure = problem.prices.structures.get(name)
+        if structure is None or option.kept == len(structure.order):
+            continue
+        units = len(structure.order)
+        what = "key/value heads" if name.endswith("attn") else "channels"
+        price = structure.removal[units - option.kept]
+        text = "the whole sub-layer" if option.kept == 0 else f"{units - option.kept} of {units} {what}, the least important"
+        reason = f"{text}: costs {price:.2g} nats, less than the same room is worth at {solution.multiplier * scale:.3g} nats/{unit}"
+        out.append(Removal(name, price, reason))
+    return tuple(out)
+
+
+def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: str, method: str) -> Plan:
+    """The plain baseline: one width for every linear, the largest that fits, and one for embedding and head."""
+    if budget.bytes is None:
+        raise BudgetError(f"--method {method} has one width for all and takes a byte budget; give --size, --bits or --ratio")
+    best: tuple | None = None
+    for linear in BIT_WIDTHS:
+        for table in BIT_WIDTHS:
+            for group in GROUP_SIZES:
+                schemes = _uniform_schemes(spec, linear, table, group)
+                size = uniform_bytes(spec, schemes)
+                if size <= budget.bytes and table >= linear:
+                    key = (linear, size)
+                    best = (key, schemes) if best is None or key > best[0] else best
+    if best is None:
+        smallest = uniform_bytes(spec, _uniform_schemes(spec, 2, 2, 128))
+        raise BudgetError(
+            f"budget of {budget.bytes / 1e6:.2f} MB cannot be met: --method {method} needs at least {smallest / 1e6:.2f} MB; "
+            "ask for at least that"
+        )
+    schemes = best[1]
+    layers = tuple(
+        LayerPlan(i, tuple(range(layer.kv_heads)), layer.kv_heads, layer.ffn, layer.ffn)
+        for i, layer in enumerate(spec.layers)
+    )
+    choices = tuple(
+        Choice(
+            name, s.bits, s.group_size, s.symmetric, *shape, s.weight_bytes(*shape), 0.0, "uniform width, no search"
+        )
+        for (name, shape), s in zip(spec.matrices().items(), schemes.values(), strict=True)
+    )
+    size = uniform_bytes(spec, schemes)
+    time = sum(cost.matrix(*shape, schemes[name])[1] for name, shape in spec.matrices().items())
+    predicted = Predicted(0.0, size, time / 1e3, 0.0)
+    return Plan(spec.name, sha256, cost.target.name, method, budget, layers, choices, (), predicted, (), {})
+
+
+def _uniform_schemes(spec: ModelSpec, linear: int, table: int, group: int) -> dict[str, Scheme]:
+    return {
+        name: Scheme(table if name in ("embed", "head") else linear, choose_group_size(columns, group), symmetric=False)
+        for name, (_, columns) in spec.matrices().items()
+    }
+
+
+def uniform_bytes(spec: ModelSpec, schemes: dict[str, Scheme]) -> int:
+    """Whole-model bytes as stored."""
+    matrices = sum(schemes[name].weight_bytes(*shape) for name, shape in spec.matrices().items())
+    return matrices + 4 * sum(spec.vectors().values())

@@ -1,0 +1,106 @@
+"""What is computed once per model and calibration text, and kept on disk: statistics, rounded weights, the price list.
+
+Every later budget reads it: a plan then takes seconds, and an export resumes here after a kill. Files are safetensors
+and JSON in a folder named by a hash of everything that went in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from jpq_export.compress.prices import PriceList, RoundedCache
+from jpq_export.compress.rounding import Rounded
+from jpq_export.compress.statistics import Statistics
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """Price list, rounded weights, and the part of the statistics that compression needs again."""
+
+    prices: PriceList
+    cache: RoundedCache
+    stats: Statistics
+
+
+def cache_root() -> Path:
+    """$JPQ_CACHE or ~/.cache/jpq-export."""
+    return Path(os.environ.get("JPQ_CACHE") or Path.home() / ".cache" / "jpq-export")
+
+
+def prepared_folder(**inputs: object) -> Path:
+    """The folder for these inputs (all of them JSON values)."""
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return cache_root() / "search" / digest[:24]
+
+
+def save_prepared(folder: Path, prepared: Prepared) -> None:
+    """Write to a temporary folder and rename: a killed run leaves nothing that looks finished."""
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        save_file(_statistics_tensors(prepared.stats), partial / "statistics.safetensors")
+        save_file(_rounded_tensors(prepared.cache), partial / "rounded.safetensors")
+        prepared.prices.save(partial / "prices.json")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def load_prices(folder: Path) -> PriceList | None:
+    """The price list alone, when it is there."""
+    path = folder / "prices.json"
+    return PriceList.load(path) if path.is_file() else None
+
+
+def load_prepared(folder: Path, *, device: str = "cpu") -> Prepared | None:
+    """All of it, when it is there."""
+    prices = load_prices(folder)
+    if prices is None:
+        return None
+    stats = Statistics()
+    for name, value in load_file(folder / "statistics.safetensors", device=device).items():
+        kind, _, key = name.partition("/")
+        if kind == "rows":
+            stats.rows = value
+        else:
+            getattr(stats, kind)[key] = value
+    stats.tokens = next(iter(stats.token_weights.values())).numel()
+    return Prepared(prices, _load_rounded(folder / "rounded.safetensors", device), stats)
+
+
+def _statistics_tensors(stats: Statistics) -> dict[str, Tensor]:
+    """Only what compression uses: layer Hessians are made anew from the compressed prefix."""
+    out = {f"token_weights/{name}": value for name, value in stats.token_weights.items()}
+    out |= {f"hessians/{name}": stats.hessians[name] for name in ("embed", "head") if name in stats.hessians}
+    out["rows/"] = stats.rows
+    return {name: value.contiguous().cpu() for name, value in out.items()}
+
+
+def _rounded_tensors(cache: RoundedCache) -> dict[str, Tensor]:
+    out = {}
+    for (name, bits), rounded in cache.entries.items():
+        out[f"{bits}/{name}/codes"] = rounded.codes.cpu()
+        out[f"{bits}/{name}/scales"] = rounded.scales.half().cpu()
+    return out
+
+
+def _load_rounded(path: Path, device: str) -> RoundedCache:
+    cache, tensors = RoundedCache(), load_file(path, device=device)
+    for name in [n for n in tensors if n.endswith("/codes")]:
+        bits, matrix, _ = name.split("/")
+        scales = tensors[f"{bits}/{matrix}/scales"].float()
+        zeros = torch.full_like(scales, ((1 << int(bits)) - 1) / 2)
+        cache.entries[matrix, int(bits)] = Rounded(tensors[name], scales, zeros)
+    return cache

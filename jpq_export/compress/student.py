@@ -1,0 +1,67 @@
+"""Between the compressed model in PyTorch (codes and trainable scales) and the record that is stored and lowered."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from jpq_export.compress.decoder import Decoder, build_decoder
+from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
+from jpq_export.compress.rounding import Rounded, stored
+from jpq_export.format.compressed import CompressedModel
+from jpq_export.numerics.affine import QuantizedWeight
+from jpq_export.numerics.scheme import Scheme
+
+
+def quantized_modules(model: Decoder) -> dict[str, QuantLinear]:
+    """QuantLinears by canonical name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def to_compressed(model: Decoder, schemes: dict[str, Scheme]) -> CompressedModel:
+    """The record of a student whose every matrix is quantized."""
+    quantized = {name: stored(module.rounded(), schemes[name]) for name, module in quantized_modules(model).items()}
+    vectors = {}
+    for name, parameter in model.named_parameters():
+        if not name.endswith(".scales"):
+            vectors[name.removesuffix(".weight")] = parameter.detach().float().cpu().numpy().copy()
+    return CompressedModel(model.spec, quantized, vectors)
+
+
+def to_rounded(weight: QuantizedWeight, device: str) -> Rounded:
+    """A stored weight as tensors."""
+    return Rounded(
+        torch.from_numpy(weight.codes()).to(device),
+        torch.from_numpy(weight.scales.astype(np.float32)).to(device),
+        torch.from_numpy(weight.zero_points()).to(device),
+    )
+
+
+def to_student(compressed: CompressedModel, *, device: str = "cpu") -> Decoder:
+    """Undo `to_compressed`: trainable scales over the stored codes."""
+    with torch.device("meta"):
+        model = Decoder(compressed.spec)
+    vectors = {name: torch.from_numpy(v.copy()).to(device) for name, v in compressed.vectors.items()}
+    for name, weight in compressed.quantized.items():
+        rounded = to_rounded(weight, device)
+        if name in ("embed", "head"):
+            setattr(model, name, (QuantEmbedding if name == "embed" else QuantLinear)(rounded, None))
+            continue
+        _, i, sub, part = name.split(".")
+        setattr(getattr(model.layers[int(i)], sub), part, QuantLinear(rounded, vectors.get(f"{name}.bias")))
+    for name, module in model.named_modules():
+        if name in vectors:
+            module.weight = torch.nn.Parameter(vectors[name], requires_grad=False)
+    return model.eval().requires_grad_(False)
+
+
+def dequantized(compressed: CompressedModel) -> Decoder:
+    """The plain PyTorch reference of parity: the same numbers as float32 matrices."""
+    return build_decoder(compressed.spec, dequantized_weights(compressed))
+
+
+def dequantized_weights(compressed: CompressedModel) -> dict[str, torch.Tensor]:
+    """All weights as float32 tensors by canonical name."""
+    weights = {name: torch.from_numpy(w.dequantize()) for name, w in compressed.quantized.items()}
+    return weights | {name: torch.from_numpy(v) for name, v in compressed.vectors.items()}
+

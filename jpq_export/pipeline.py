@@ -1,0 +1,363 @@
+"""The export, stage by stage: load, prices, plan, compress, recover, lower, parity, quality, bundle.
+
+Every stage leaves a file in `<out>.partial/`; a run that was killed starts again after the last finished one and ends
+with the same bytes. The folder becomes `<out>` by one rename at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jpq_export import __version__
+from jpq_export.errors import CalibrationError, PlanError, StorageError, UsageError
+from jpq_export.format.plan import Plan, load_plan
+from jpq_export.format.target import Target
+from jpq_export.progress import Stages
+
+if TYPE_CHECKING:
+    from jpq_export.compress.load import LoadedModel
+    from jpq_export.compress.plan import BudgetRequest
+    from jpq_export.format.compressed import CompressedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Everything an export depends on."""
+
+    model: str | None
+    target: Target
+    out: Path
+    budget: BudgetRequest
+    method: str = "jpq"
+    effort: str = "standard"
+    calibration: Path | None = None
+    context: int = 2048
+    plan: Path | None = None
+    until: str | None = None
+    seed: int = 0
+    device: str = "cpu"
+    prune: bool = True
+    widths: tuple[int, ...] | None = None
+    force: bool = False
+
+    def key(self, model_sha256: str, calibration_sha256: str) -> str:
+        """Hash of what determines the bytes of the bundle."""
+        raw = {k: v for k, v in asdict(self).items() if k not in ("out", "force", "until", "plan", "calibration")}
+        plan = self.plan.read_text(encoding="utf-8") if self.plan else None
+        raw |= {"model": model_sha256, "calibration": calibration_sha256, "plan": plan, "version": __version__}
+        return sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Token sequences [n, length]: for statistics and tuning, and held out for gates and quality."""
+
+    calibration: np.ndarray
+    heldout: np.ndarray
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens."""
+        return sha256(self.calibration.tobytes() + self.heldout.tobytes()).hexdigest()
+
+
+class Workspace:
+    """`<out>.partial/`: stage results, valid only for one key."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.folder = out, out.with_name(f"{out.name}.partial")
+
+    def open(self, key: str) -> None:
+        """Keep the folder of a killed run with the same key; start afresh otherwise."""
+        mark = self.folder / "run.json"
+        try:
+            if self.folder.exists() and not (mark.is_file() and json.loads(mark.read_text()).get("key") == key):
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(mark, json.dumps({"key": key}))
+        except ValueError:
+            shutil.rmtree(self.folder)
+            self.open(key)
+
+    def path(self, name: str) -> Path:
+        """A stage's file."""
+        return self.folder / name
+
+    def has(self, name: str) -> bool:
+        """True when that stage finished."""
+        return self.path(name).exists()
+
+    def finish(self, *, keep: set[str]) -> None:
+        """Drop stage files that are not part of the bundle and give the folder its name."""
+        for path in sorted(self.folder.iterdir()):
+            if path.name not in keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self.out.exists():
+            shutil.rmtree(self.out)
+        self.folder.rename(self.out)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write beside and rename, so that a killed run never leaves half a file under the real name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def check_output(request: Request) -> None:
+    """Refuse early: an existing folder, a place that cannot be written, too little disk."""
+    out = request.out
+    if out.exists() and not request.force:
+        raise UsageError(f"--out {out}: already exists; choose another folder or pass --force to replace it")
+    parent = out.parent if out.parent.parts else Path()
+    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {out}: is not a bundle, so --force will not replace it; choose another folder")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        probe = parent / f".jpq-write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(f"--out {out}: cannot write to {parent} ({error.strerror}); choose a writable folder") from error
+
+
+def check_disk(request: Request, parameters: int) -> None:
+    """The run needs about 4 bytes a parameter for stage files and the bundle."""
+    needed = 4 * parameters + 50_000_000
+    free = shutil.disk_usage(request.out.parent).free
+    if free < needed:
+        raise StorageError(
+            f"--out {request.out}: {free / 1e9:.1f} GB free, the run needs about {needed / 1e9:.1f} GB; free some space"
+        )
+
+
+class Export:
+    """One run. Each method is a stage; `run` reads like a table of contents."""
+
+    def __init__(self, request: Request, stages: Stages) -> None:
+        from jpq_export.compress.effort import EFFORTS
+
+        self.request, self.stages = request, stages
+        self.effort = EFFORTS[request.effort]
+        self.staircase: list[dict[str, Any]] = []
+
+    def run(self) -> dict[str, Any]:
+        """All stages up to `request.until`; returns the summary shown at the end."""
+        check_output(self.request)
+        plan = load_plan(self.request.plan) if self.request.plan else None
+        loaded = self.load()
+        texts = self.texts(loaded)
+        self.work = Workspace(self.request.out)
+        self.work.open(self.request.key(loaded.sha256, texts.sha256))
+        plan = self.plan(loaded, texts, plan)
+        if self.request.until == "plan":
+            return self.stop_early(plan, keep={"plan.json", "prices.json"})
+        compressed = self.compress(loaded, texts, plan)
+        if self.request.until == "compress":
+            return self.stop_early(plan, keep={"plan.json", "compressed.safetensors", "prices.json"})
+        self.lower(loaded, compressed)
+        if self.request.until == "onnx":
+            names = {p.name for p in self.work.folder.glob("model*")} | {"tokenizer.json", "tokenizer_config.json"}
+            return self.stop_early(plan, keep={"plan.json", "compressed.safetensors", *names})
+        return self.prove(loaded, texts, plan, compressed)
+
+    def load(self) -> LoadedModel:
+        """The teacher."""
+        from jpq_export.compress.load import load_model
+
+        with self.stages.stage("load", "loading the model"):
+            loaded = load_model(self.request.model, device=self.request.device)
+        check_disk(self.request, loaded.spec.parameters())
+        return loaded
+
+    def texts(self, loaded: LoadedModel) -> Texts:
+        """Calibration and held-out sequences."""
+        from jpq_export.compress.calibration_text import calibration_and_heldout
+
+        calibration, heldout = calibration_and_heldout(
+            self.request.calibration,
+            loaded.encode,
+            bos_id=loaded.spec.bos_id if loaded.spec.add_bos else None,
+            calibration=self.effort.calibration_sequences,
+            heldout=self.effort.heldout,
+            length=self.effort.length,
+            seed=self.request.seed,
+        )
+        if calibration.max() >= loaded.spec.vocab:
+            raise CalibrationError(
+                f"calibration: token {calibration.max()} is outside the model's vocabulary of {loaded.spec.vocab}; "
+                "the tokenizer belongs to another model"
+            )
+        return Texts(calibration, heldout)
+
+    def plan(self, loaded: LoadedModel, texts: Texts, given: Plan | None) -> Plan:
+        """plan.json: the user's, a killed run's, a uniform baseline's, or the search's."""
+        from jpq_export.compress.cost import CostModel
+        from jpq_export.compress.plan import uniform_plan
+
+        if given is not None:
+            if given.model_sha256 != loaded.sha256:
+                raise PlanError(
+                    f"{self.request.plan}: made for a model with sha256 {given.model_sha256[:12]}…, this one has "
+                    f"{loaded.sha256[:12]}…; make the plan again with `jpq-export plan`"
+                )
+            given.check(loaded.spec)
+            write_atomic(self.work.path("plan.json"), given.to_json())
+            return given
+        if self.work.has("plan.json"):
+            self.stages.resumed("plan", "search")
+            return load_plan(self.work.path("plan.json"))
+        cost = CostModel(loaded.spec, self.request.target, self.request.context)
+        budget = self.request.budget.resolve(loaded.spec)
+        if self.request.method == "jpq":
+            plan = self.search(loaded, texts, cost)
+        else:
+            plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, method=self.request.method)
+        write_atomic(self.work.path("plan.json"), plan.to_json())
+        return plan
+
+    def search(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
+        """Prices, exact solution, true-KL refinement."""
+        from jpq_export.compress.plan import Problem, make_plan
+        from jpq_export.compress.prepare import prepare
+        from jpq_export.compress.prices import PartialForward
+        from jpq_export.compress.refine import refine
+        from jpq_export.compress.search import Knobs
+        from jpq_export.numerics.scheme import BIT_WIDTHS
+
+        request = self.request
+        folder = prepared_for(request, loaded, texts)
+        calibration = texts.calibration[: self.effort.sequences]
+        prepared = prepare(loaded.model, calibration, texts.heldout, folder, seed=request.seed, stages=self.stages)
+        budget = request.budget.resolve(loaded.spec)
+        problem = Problem(prepared.prices, cost, budget, request.widths or BIT_WIDTHS)
+        start = Knobs() if request.prune else Knobs(removal=float("inf"))
+        problem.solve(start)  # a budget that cannot be met is said before the long part
+        with self.stages.stage("plan", "searching structure and bits together") as report:
+            forward = PartialForward(loaded.model, texts.heldout)
+            trials = refine(
+                problem.solve,
+                loaded.model,
+                prepared.prices,
+                prepared.cache,
+                forward,
+                start=start,
+                trials=self.effort.trials,
+                progress=report,
+            )
+        best = trials[0]
+        measured = {
+            "knobs": _finite(asdict(best.knobs)),
+            "measured_kl_before_recovery": best.kl,
+            "trials": [{"knobs": _finite(asdict(t.knobs)), "kl": t.kl, "predicted": t.solution.price} for t in trials],
+        }
+        return make_plan(problem, best.solution, best.knobs, sha256=loaded.sha256, method="jpq", measured=measured)
+
+    def compress(self, loaded: LoadedModel, texts: Texts, plan: Plan) -> CompressedModel:
+        """Round, then recover; each stage is kept only if the held-out KL says so."""
+        from jpq_export.compress.stages import recover, round_model
+        from jpq_export.format.compressed import CompressedModel
+
+        if not self.work.has("rounded.safetensors"):
+            with self.stages.stage("compress", "pruning and rounding, layer by layer") as report:
+                calibration = texts.calibration[: self.effort.sequences]
+                rounded, kl = round_model(
+                    loaded.model, plan, calibration, texts.heldout, seed=self.request.seed, passes=self.effort.passes,
+                    prepared=prepared_for(self.request, loaded, texts), progress=report,
+                )
+                self._save(rounded, "rounded.safetensors", kl)
+        else:
+            self.stages.resumed("compress", "pruning and rounding")
+        rounded, kl = CompressedModel.load(self.work.path("rounded.safetensors")), self._kl("rounded.safetensors")
+        self.staircase.append({"stage": "prune and round", "heldout_kl": kl, "applied": True})
+        if plan.method != "jpq" or self.effort.tune_steps == 0:
+            shutil.copyfile(self.work.path("rounded.safetensors"), self.work.path("compressed.safetensors"))
+            return rounded
+        if not self.work.has("recovered.safetensors"):
+            with self.stages.stage("recover", "end-to-end recovery of scales and norms") as report:
+                tuned, fresh = recover(
+                    loaded.model, rounded, texts.calibration[: self.effort.tune_sequences], texts.heldout,
+                    steps=self.effort.tune_steps, seed=self.request.seed, progress=report,
+                )
+                self._save(tuned, "recovered.safetensors", fresh)
+        else:
+            self.stages.resumed("recover", "end-to-end recovery")
+        tuned, fresh = CompressedModel.load(self.work.path("recovered.safetensors")), self._kl("recovered.safetensors")
+        self.staircase.append({"stage": "recover", "heldout_kl": fresh, "applied": fresh < kl})
+        name = "recovered" if fresh < kl else "rounded"
+        shutil.copyfile(self.work.path(f"{name}.safetensors"), self.work.path("compressed.safetensors"))
+        return tuned if fresh < kl else rounded
+
+    def _save(self, model: CompressedModel, name: str, kl: float) -> None:
+        """The number first, the file last: a stage is finished when its file has its name."""
+        write_atomic(self.work.path(f"{name}.json"), json.dumps({"heldout_kl": kl}))
+        temporary = self.work.path(f".{name}.tmp")
+        model.save(temporary)
+        os.replace(temporary, self.work.path(name))
+
+    def _kl(self, name: str) -> float:
+        return json.loads(self.work.path(f"{name}.json").read_text(encoding="utf-8"))["heldout_kl"]
+
+    def lower(self, loaded: LoadedModel, compressed: CompressedModel) -> None:
+        """model.onnx, for TensorRT targets model.trt.onnx, and the tokenizer."""
+        from jpq_export.lower.check import check_graph
+        from jpq_export.lower.export import export_onnx
+
+        target, done = self.request.target, self.work.path("lowered.json")
+        if done.exists():
+            self.stages.resumed("lower", "ONNX graphs")
+            return
+        with self.stages.stage("lower", "writing the ONNX graphs"):
+            export_onnx(compressed, self.work.path("model.onnx"), form=target.graph)
+            check_graph(self.work.path("model.onnx"))
+            if target.tensorrt:
+                path = self.work.path("model.trt.onnx")
+                export_onnx(compressed, path, form="custom_op", tensorrt=target.tensorrt)
+            self.work.path("tokenizer.json").write_bytes(loaded.tokenizer_json)
+            self.work.path("tokenizer_config.json").write_bytes(loaded.tokenizer_config)
+            write_atomic(done, "{}")
+
+    def prove(self, loaded: LoadedModel, texts: Texts, plan: Plan, compressed: CompressedModel) -> dict[str, Any]:
+        """Parity, quality, manifest, report; then the folder gets its name."""
+        from jpq_export.prove import finish_bundle
+
+        return finish_bundle(self, loaded, texts, plan, compressed)
+
+    def stop_early(self, plan: Plan, *, keep: set[str]) -> dict[str, Any]:
+        """--until: what exists so far becomes the output folder."""
+        self.work.finish(keep=keep)
+        return {"out": str(self.request.out), "plan": plan, "until": self.request.until}
+
+
+def prepared_for(request: Request, loaded: LoadedModel, texts: Texts) -> Path:
+    """Where this model's price list lives."""
+    from jpq_export.compress.effort import EFFORTS
+    from jpq_export.compress.prepared import prepared_folder
+
+    effort = EFFORTS[request.effort]
+    return prepared_folder(
+        model=loaded.sha256,
+        texts=texts.sha256,
+        sequences=effort.sequences,
+        seed=request.seed,
+        device=request.device,
+        version=__version__,
+    )
+
+
+def _finite(knobs: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity: None means pruning was not allowed."""
+    return {name: value if np.isfinite(value) else None for name, value in knobs.items()}
+
+

@@ -1,0 +1,88 @@
+"""Stages told to the user while they run, and timed: one progress bar with remaining time each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """What a stage cost; `resumed` when its result was found finished on disk."""
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+    resumed: bool = False
+
+    def to_dict(self) -> dict:
+        """For the manifest."""
+        return asdict(self)
+
+
+class Stages:
+    """Runs stages by name, draws their bars on stderr, remembers their seconds and peak memory."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.records: list[StageRecord] = []
+
+    @contextmanager
+    def stage(self, name: str, text: str) -> Iterator[Report]:
+        """`with stages.stage("plan", "searching") as report: ... report(done, total)`."""
+        columns = (
+            TextColumn("{task.description:<44}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        reset_peak_memory()
+        start = time.perf_counter()
+        with Progress(*columns, console=self.console, transient=True) as bars:
+            task = bars.add_task(text, total=None)
+
+            def report(done: int, total: int) -> None:
+                bars.update(task, completed=done, total=total)
+
+            yield report
+        seconds = time.perf_counter() - start
+        self.records.append(StageRecord(name, round(seconds, 3), peak_memory_bytes()))
+        self.console.print(f"[green]✓[/green] {text} [dim]({seconds:.1f} s)[/dim]")
+
+    def resumed(self, name: str, text: str) -> None:
+        """A stage whose result was already there."""
+        self.records.append(StageRecord(name, 0.0, 0, resumed=True))
+        self.console.print(f"[green]✓[/green] {text} [dim](found finished, resumed)[/dim]")
+
+
+def reset_peak_memory() -> None:
+    """Start a new high-water mark where Linux allows it; elsewhere the mark is the process's."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        logger.debug("peak memory cannot be reset here; stages report the process's peak so far")
+
+
+def peak_memory_bytes() -> int:
+    """High-water mark of resident memory since the last reset, in bytes."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        logger.debug("/proc/self/status is not readable; using getrusage")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
