@@ -1,0 +1,269 @@
+"""The command line: options become a Request, a JpqError becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from click_default_group import DefaultGroup
+
+from jpq_export import __version__
+from jpq_export.errors import JpqError, StorageError, UsageError
+
+EFFORTS = ("quick", "standard", "max")
+METHODS = ("jpq", "gptq", "rtn")
+STOPS = ("plan", "compress", "onnx")
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+EXAMPLES = """
+\b
+Examples:
+  jpq-export --target jetson                         the default model, 4.0 bits over the whole file
+  jpq-export ./my-llama --target jetson --size 60MB --out bundle
+  jpq-export gemma-3-270m --target agx-orin-64gb --bits 3
+  jpq-export --target orin-nano-8gb --latency 2ms    chosen for decode latency instead of bytes
+  jpq-export run bundle "The capital of France is"
+  jpq-export verify bundle
+"""
+
+
+class Sentinel(click.ClickException):
+    """A JpqError on its way through click: one line on stderr, its own exit code."""
+
+    def __init__(self, error: JpqError) -> None:
+        super().__init__(str(error).replace("\n", " "))
+        self.exit_code = error.exit_code
+
+
+class Commands(DefaultGroup):
+    """The command group: export is the default command; errors a user can cause become one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run, translating errors."""
+        try:
+            return super().invoke(ctx)
+        except JpqError as error:
+            raise Sentinel(error) from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+                where = error.filename or "the output folder"
+                raise Sentinel(StorageError(f"{where}: {error.strerror}; free space or choose another --out")) from error
+            raise
+        except MemoryError as error:
+            raise Sentinel(JpqError("out of memory; use a smaller model or a machine with more memory")) from error
+
+
+def size_bytes(text: str) -> float:
+    """'60MB', '1.5 GiB', '42000000' -> bytes; UsageError otherwise."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
+        raise UsageError(f"--size {text!r}: expected a positive number of bytes such as 60MB, 1.5GB or 64MiB")
+    return float(match[1]) * UNITS[match[2].upper()]
+
+
+def latency_ms(text: str) -> float:
+    """'8ms', '0.5 s', '900us' -> milliseconds; UsageError otherwise."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s)?\s*", text)
+    if not match or float(match[1]) <= 0:
+        raise UsageError(f"--latency {text!r}: expected a positive time such as 8ms, 900us or 0.1s")
+    return float(match[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3, None: 1.0}[match[2]]
+
+
+def budget_request(size: str | None, bits: float | None, ratio: float | None, latency: str | None, default: float) -> Any:
+    """One of the four budgets, or the target's default bits."""
+    from jpq_export.compress.plan import BudgetRequest
+
+    given = [n for n, v in (("--size", size), ("--bits", bits), ("--ratio", ratio), ("--latency", latency)) if v is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: only one budget can be met at a time; keep one of them")
+    if size is not None:
+        return BudgetRequest("size", size_bytes(size))
+    if latency is not None:
+        return BudgetRequest("latency", latency_ms(latency))
+    if ratio is not None:
+        if not 0 < ratio <= 1:
+            raise UsageError(f"--ratio {ratio}: expected a fraction of the fp16 size above 0, up to 1, such as 0.2")
+        return BudgetRequest("ratio", ratio)
+    if bits is not None and not 0 < bits <= 16:
+        raise UsageError(f"--bits {bits}: expected bits per weight above 0, up to 16, such as 3.0")
+    return BudgetRequest("bits", default if bits is None else bits)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA GPU is usable here; use --device cpu or auto")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def search_options(command: Any) -> Any:
+    """Options shared by export and plan."""
+    for option in reversed(
+        (
+            click.argument("model", required=False),
+            click.option("--target", required=True, metavar="NAME|FILE.toml", help="Board to export for; see `targets`."),
+            click.option("--size", help="Budget: bytes of all weights as stored, e.g. 60MB."),
+            click.option("--bits", type=float, help="Budget: bits per weight over the whole file, e.g. 3.0."),
+            click.option("--ratio", type=float, help="Budget: fraction of the fp16 size, e.g. 0.2."),
+            click.option("--latency", help="Budget: decode latency of one token on the target, e.g. 8ms."),
+            click.option("--method", type=click.Choice(METHODS), default="jpq", show_default=True),
+            click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True),
+            click.option("--calibration", type=click.Path(path_type=Path), help="Text file or folder; default: shipped text."),
+            click.option("--context", type=int, default=2048, show_default=True, help="Tokens in the KV cache, for latency."),
+            click.option("--prune/--no-prune", default=True, show_default=True, help="Let the search remove structure."),
+            click.option("--seed", type=int, default=0, show_default=True),
+            click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),
+            click.option("--out", type=click.Path(path_type=Path), help="Bundle folder; default: named after model and target."),
+            click.option("--force", is_flag=True, help="Replace an existing bundle at --out."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def make_request(options: dict[str, Any], **extra: Any) -> Any:
+    """A Request from click's values, or a UsageError."""
+    from jpq_export.format.target import load_target
+    from jpq_export.pipeline import Request
+
+    target = load_target(options["target"])
+    if options["context"] < 1:
+        raise UsageError(f"--context {options['context']}: expected at least 1 token")
+    if options["seed"] < 0:
+        raise UsageError(f"--seed {options['seed']}: expected 0 or more")
+    budget = budget_request(
+        options["size"], options["bits"], options["ratio"], options["latency"], target.default_bits
+    )
+    name = Path(options["model"]).name.removesuffix(".gguf") if options["model"] else "smollm2-135m"
+    suffix = f"-{budget.kind}{budget.value:g}"
+    out = options["out"] or Path(re.sub(r"[^A-Za-z0-9._-]", "-", f"jpq-{name}-{target.name}{suffix}"))
+    taken = ("target", "size", "bits", "ratio", "latency", "out", "device")
+    rest = {k: v for k, v in options.items() if k not in taken}
+    return Request(target=target, out=out, budget=budget, device=_device(options["device"]), **rest, **extra)
+
+
+@click.group(
+    cls=Commands, default="export", default_if_no_args=False, epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)  # fmt: skip
+@click.version_option(__version__)
+@click.option("-v", "--verbose", is_flag=True, help="Log what the library does.")
+def main(*, verbose: bool) -> None:
+    """Compress a language model for an edge device, lower it to ONNX, and prove that every runtime computes it."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+@main.command(epilog=EXAMPLES)
+@search_options
+@click.option("--plan", type=click.Path(path_type=Path), help="Use this plan.json instead of searching.")
+@click.option("--until", type=click.Choice(STOPS), help="Stop after this stage and keep what exists.")
+def export(**options: Any) -> None:
+    """Export MODEL (hub id, folder, .gguf file; default: SmolLM2-135M-Instruct) to a bundle folder."""
+    from jpq_export.pipeline import Export
+    from jpq_export.progress import Stages
+    from jpq_export.summary import show_summary
+
+    request = make_request(options)
+    result = Export(request, Stages()).run()
+    show_summary(result)
+    if "parity" in result and not result["parity"].passed:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@search_options
+def plan(**options: Any) -> None:
+    """Search only: write plan.json and the size-quality front. A second budget of the same model takes seconds."""
+    from jpq_export.pipeline import Export
+    from jpq_export.progress import Stages
+    from jpq_export.summary import show_summary
+
+    show_summary(Export(make_request(options, until="plan"), Stages()).run())
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def targets(*, as_json: bool) -> None:
+    """List the boards this installation knows."""
+    from dataclasses import asdict
+
+    from jpq_export.format.target import list_targets
+    from jpq_export.summary import show_targets
+
+    found = list_targets()
+    if as_json:
+        click.echo(json.dumps([asdict(target) for target in found], indent=1))
+    else:
+        show_targets(found)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def verify(bundle: Path) -> None:
+    """Check a bundle's hashes, then its recorded vectors with onnxruntime; exit code 1 and the place if anything differs."""
+    from jpq_export.parity.verify import verify_bundle
+    from jpq_export.progress import Stages
+
+    stages = Stages()
+    with stages.stage("verify", "hashes, then recorded vectors") as report:
+        result = verify_bundle(bundle, progress=report)
+    for problem in result.problems:
+        click.echo(f"{problem.name}: {problem.text}", err=True)
+    if not result.passed:
+        raise Sentinel(JpqError(f"{bundle}: {len(result.problems)} problem(s) found; export the bundle again"))
+    click.echo(f"{bundle}: {result.files} files and the recorded vectors are as exported")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Default: all cores.")
+@click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
+def run(bundle: Path, prompt: str, **options: Any) -> None:
+    """Continue PROMPT with a bundle on onnxruntime, streaming; neither torch nor transformers is loaded."""
+    from jpq_export.runtime.bundle import load
+
+    loaded = load(bundle, threads=options.pop("threads"))
+    for piece in loaded.generate_text(prompt, **options):
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def report(bundle: Path) -> None:
+    """Write parity.html of a bundle anew from its JSON files."""
+    from jpq_export.parity.report import write_report
+
+    click.echo(write_report(bundle))
+
+
+@main.command("eval")
+@click.argument("model", required=False)
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text, .raw, or .jsonl with key text.")
+@click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--context", type=click.IntRange(2), default=2048, show_default=True)
+@click.option("--teacher", help="Model to compare with; default: the one in the bundle's manifest.")
+@click.option("--no-teacher", is_flag=True, help="Perplexity only.")
+@click.option("--json", "json_out", type=click.Path(path_type=Path), help="Write the result here.")
+def evaluate(**options: Any) -> None:
+    """Perplexity of MODEL or BUNDLE on a text, and its KL and top-1 agreement against a teacher."""
+    from jpq_export.evaluate.command import evaluate_command
+
+    result = evaluate_command(**options)
+    text = json.dumps(result, indent=1)
+    if options["json_out"]:
+        options["json_out"].write_text(text + "\n", encoding="utf-8")
+    click.echo(text)

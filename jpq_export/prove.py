@@ -1,0 +1,107 @@
+"""The last stages of an export: parity, recorded vectors, quality on held-out text, manifest, report, the final rename."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from jpq_export import __version__
+from jpq_export.format.bundle import Manifest, publish, write_manifest
+from jpq_export.format.plan import Plan
+
+if TYPE_CHECKING:
+    from jpq_export.compress.load import LoadedModel
+    from jpq_export.format.compressed import CompressedModel
+    from jpq_export.pipeline import Export, Texts
+
+VERSIONS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy", "safetensors")
+
+
+def finish_bundle(
+    export: Export, loaded: LoadedModel, texts: Texts, plan: Plan, compressed: CompressedModel
+) -> dict[str, Any]:
+    """Run the proof and write the bundle; the summary says whether parity passed."""
+    from jpq_export.parity.check import check_parity
+    from jpq_export.parity.report import write_report
+    from jpq_export.parity.vectors import record_vectors
+
+    work, stages = export.work, export.stages
+    prompts = [row[:64].tolist() for row in texts.heldout]
+    while len(prompts) < 3:  # the padded batch wants three different prompts
+        prompts.append(texts.calibration[len(prompts)][:64].tolist())
+    with stages.stage("parity", "PyTorch against onnxruntime, every sub-layer") as report:
+        parity = check_parity(
+            compressed, work.path("model.onnx"), prompts=prompts, steps=64, form=export.request.target.graph, progress=report
+        )
+        work.path("parity.json").write_text(parity.to_json(), encoding="utf-8")
+    with stages.stage("vectors", "recording vectors for the device"):
+        record_vectors(compressed, work.path("vectors.safetensors"), prompts=prompts)
+    with stages.stage("quality", "quality on held-out text") as report:
+        quality = _quality(loaded, texts, compressed, report)
+    keep = {
+        *("plan.json", "parity.json", "vectors.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *(path.name for path in work.folder.glob("model*.onnx*")),
+    }
+    for path in work.folder.iterdir():
+        if path.name not in keep:
+            path.unlink()
+    manifest = _manifest(export, loaded, plan, compressed, quality).with_contents(work.folder)
+    write_manifest(work.folder, manifest)
+    write_report(work.folder)
+    manifest = manifest.with_contents(work.folder)
+    write_manifest(work.folder, manifest)
+    publish(work.folder, work.out)
+    return {"out": str(work.out), "plan": plan, "manifest": manifest, "parity": parity}
+
+
+def _quality(loaded: LoadedModel, texts: Texts, compressed: CompressedModel, report: Any) -> dict[str, Any]:
+    """The numbers of the manifest, on the held-out part of the calibration text."""
+    from jpq_export.compress.student import dequantized
+    from jpq_export.evaluate.text_quality import evaluate_text
+
+    student = dequantized(compressed).to(loaded.model.embed.weight.device)
+    result = evaluate_text(student, loaded.model, texts.heldout, progress=report)
+    return asdict(result)
+
+
+def _manifest(
+    export: Export, loaded: LoadedModel, plan: Plan, compressed: CompressedModel, quality: dict[str, Any]
+) -> Manifest:
+    import json
+
+    request = export.request
+    parameters = loaded.spec.parameters()
+    return Manifest(
+        model={
+            "name": loaded.name,
+            "source": loaded.source,
+            "sha256": loaded.sha256,
+            "parameters": parameters,
+            "spec": json.loads(compressed.spec.to_json()),
+        },
+        target=asdict(request.target),
+        method=plan.method,
+        bits_per_weight=compressed.weight_bytes * 8 / parameters,
+        weight_bytes=compressed.weight_bytes,
+        original_bytes=loaded.original_bytes,
+        effort=request.effort,
+        seed=request.seed,
+        budget=asdict(plan.budget),
+        quality=quality,
+        staircase=tuple(export.staircase),
+        stages=tuple(record.to_dict() for record in export.stages.records),
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of everything whose numbers matter."""
+    found = {"jpq-export": __version__, "python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
