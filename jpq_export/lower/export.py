@@ -1,0 +1,119 @@
+"""`export_onnx`: a compressed model as model.onnx and model.onnx.data, checked after it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from jpq_export.errors import BundleError, ModelError, StorageError, TargetError
+from jpq_export.format.compressed import CompressedModel
+from jpq_export.lower.decoder import DecoderGraph, Dialect
+from jpq_export.lower.functions import DOMAIN
+from jpq_export.lower.weights import Form
+
+FORMAT = "jpq-onnx/1"
+SPEC_KEY, FORMAT_KEY = "jpq.spec", "jpq.format"
+
+
+def export_onnx(
+    model: CompressedModel, path: Path, *, form: Form, tensorrt: str | None = None, taps: bool = False
+) -> None:
+    """Write `path` and `path.name + ".data"` (all weights), then check the file.
+
+    `form`: "custom_op" stores every matrix packed for `jpq::LowBitMatMul`; "qdq" stores 4 and 8 bits as standard
+    DequantizeLinear, other widths and a tied embedding as custom operators. `tensorrt`: version the file must parse in.
+    `taps`: add graph outputs "embed", "layers.{i}.attn", "layers.{i}.mlp", "norm".
+
+    Raises:
+        TargetError: `tensorrt` is no version number.
+        StorageError: the files cannot be written.
+        BundleError: the written graph does not pass the ONNX checker.
+    """
+    dialect = dialect_for(tensorrt)
+    graph = DecoderGraph(model, form, dialect)
+    logits = graph.build()
+    logits.shape, logits.type = ir.Shape(["batch", "seq", model.spec.vocab]), ir.TensorType(ir.DataType.FLOAT)
+    outputs = [logits, *graph.presents]
+    if taps:
+        outputs += _typed(graph.taps, model.spec.hidden)
+    _save(_assemble(graph, outputs, dialect), path)
+    check_graph(path)
+
+
+def dialect_for(tensorrt: str | None) -> Dialect:
+    """What a TensorRT version reads; onnxruntime (None) reads all of opset 23.
+
+    Up to 10.6 a model-local function is preferred to a plugin of the same name, and functions are told apart by name
+    only, so such a file carries none. RMSNormalization and RotaryEmbedding are parsed from 10.15.
+    """
+    if tensorrt is None:
+        return Dialect()
+    try:
+        version = tuple(int(part) for part in tensorrt.split("."))[:2]
+    except ValueError as error:
+        raise TargetError(
+            f'tensorrt: got {tensorrt!r}, expected a version such as "10.3"; correct the target'
+        ) from error
+    if version >= (10, 15):
+        return Dialect()
+    return Dialect(opset=20, ir_version=10, fused=False, functions=version >= (10, 7))
+
+
+def _typed(values: list[ir.Value], width: int) -> list[ir.Value]:
+    for value in values:
+        value.shape, value.type = ir.Shape(["batch", "seq", width]), ir.TensorType(ir.DataType.FLOAT)
+    return values
+
+
+def _assemble(graph: DecoderGraph, outputs: list[ir.Value], dialect: Dialect) -> ir.Model:
+    opsets = {"": dialect.opset, DOMAIN: 1}
+    body = ir.Graph(
+        graph.inputs,
+        outputs,
+        nodes=graph.nodes.nodes,
+        initializers=sorted(graph.nodes.initializers.values(), key=_place_in_file),
+        opset_imports=opsets,
+        name="decoder",
+    )
+    return ir.Model(
+        body,
+        ir_version=dialect.ir_version,
+        producer_name="jpq-export",
+        functions=graph.weights.functions(dialect.opset) if dialect.functions else (),
+        metadata_props={FORMAT_KEY: FORMAT, SPEC_KEY: graph.spec.to_json()},
+    )
+
+
+def _place_in_file(value: ir.Value) -> tuple[float, str]:
+    """Widest elements first: packed without gaps, every tensor is aligned, and the file is as large as the weights."""
+    assert value.dtype is not None
+    return (-value.dtype.itemsize, value.name or "")
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    try:
+        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=0)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(f"{path}: cannot write ({reason}); free some space or choose another --out") from error
+
+
+def check_graph(path: Path) -> None:
+    """Run the ONNX checker with strict shape inference, functions included; BundleError says what is wrong."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BundleError(f"{path}: not a valid ONNX graph ({reason}); export it again") from error
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of all weights stored in an ONNX file written here: every initializer is one."""
+    from math import prod
+
+    model: Any = ir.load(path)
+    return sum(-(-prod(v.shape) * v.dtype.bitwidth // 8) for v in model.graph.initializers.values())

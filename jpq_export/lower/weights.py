@@ -1,0 +1,135 @@
+"""Stored weights in a graph: initializers, and the nodes that multiply with them or look rows up."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from jpq_export.format.compressed import CompressedModel
+from jpq_export.lower import functions
+from jpq_export.lower.functions import Variant
+from jpq_export.lower.nodes import Nodes
+from jpq_export.numerics.affine import QuantizedWeight
+
+Form = Literal["custom_op", "qdq"]
+STANDARD_BITS = (4, 8)  # widths with an ONNX type at opset 23
+
+
+class Weights:
+    """The weights of one model while its graph is built.
+
+    Initializers are `<name>.packed`, `.scales` and `.zeros` for a matrix, `<name>.weight` for a norm (the plain name is
+    the value that norm computes), and the canonical name for a bias.
+    """
+
+    def __init__(self, model: CompressedModel, form: Form, nodes: Nodes, *, with_overloads: bool) -> None:
+        self.variants: dict[tuple[str, str], Variant] = {}
+        self._model, self._form, self._nodes, self._with_overloads = model, form, nodes, with_overloads
+        self._sums: dict[tuple[str | None, int], ir.Value] = {}
+
+    def norm(self, name: str) -> ir.Value:
+        """The factor of a norm."""
+        return self._store(f"{name}.weight", ir.tensor(self._model.vectors[name]))
+
+    def linear(self, x: ir.Value, name: str, *, weight: str | None = None) -> ir.Value:
+        """X [batch, seq, K] times matrix `weight` (by default the one called `name`), plus its bias: value `name`."""
+        weight = weight or name
+        bias = self._bias(f"{weight}.bias")
+        stored = self._model.quantized[weight]
+        shared = weight == "embed" and self._model.spec.tied  # rows are looked up too: keep rows together
+        if self._form == "qdq" and not shared and _has_standard_form(stored):
+            return self._standard(x, name, weight, bias)
+        inputs = [x, *self._packed(weight), *([bias] if bias else [])]
+        variant = Variant.of("LowBitMatMul", stored.scheme, stored.shape[1], bias=bias is not None)
+        return self._custom(variant, inputs, name, stored)
+
+    def rows(self, indices: ir.Value, weight: str, *, name: str | None) -> ir.Value:
+        """Rows of matrix `weight` at `indices` [batch, seq]."""
+        stored = self._model.quantized[weight]
+        variant = Variant.of("LowBitGather", stored.scheme, stored.shape[1])
+        return self._custom(variant, [indices, *self._packed(weight)], name, stored)
+
+    def functions(self, opset: int) -> list[ir.Function]:
+        """Bodies of all operators used so far, sorted."""
+        return [functions.function(self.variants[key], opset) for key in sorted(self.variants)]
+
+    def _custom(self, variant: Variant, inputs: list[ir.Value], name: str | None, stored: QuantizedWeight) -> ir.Value:
+        self.variants[variant.op_type, variant.overload] = variant
+        scheme = stored.scheme
+        return self._nodes.many(
+            variant.op_type,
+            *inputs,
+            names=[name],
+            domain=functions.DOMAIN,
+            overload=variant.overload if self._with_overloads else "",
+            bits=scheme.bits,
+            K=stored.shape[1],
+            N=stored.shape[0],
+            group_size=scheme.group_size,
+            symmetric=int(scheme.symmetric),
+            plugin_namespace=functions.DOMAIN,
+            plugin_version=functions.VERSION,
+        )[0]
+
+    def _packed(self, name: str) -> list[ir.Value]:
+        stored = self._model.quantized[name]
+        parts = {"packed": stored.packed, "scales": stored.scales, "zeros": stored.zeros}
+        return [self._store(f"{name}.{part}", ir.tensor(a)) for part, a in parts.items() if a is not None]
+
+    def _bias(self, name: str) -> ir.Value | None:
+        return self._store(name, ir.tensor(self._model.vectors[name])) if name in self._model.vectors else None
+
+    def _store(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        return self._nodes.initializers.get(name) or self._nodes.initializer(name, tensor)
+
+    def _standard(self, x: ir.Value, name: str, weight: str, bias: ir.Value | None) -> ir.Value:
+        """MatMul with a blocked DequantizeLinear over axis 0 of [K, N]: onnxruntime fuses it into MatMulNBits.
+
+        A symmetric zero is 2^(b-1) - 1/2: signed codes take the integer part, `half_correction` adds the half.
+        """
+        nodes, stored = self._nodes, self._model.quantized[weight]
+        scheme = stored.scheme
+        scales = self._store(f"{weight}.scales", ir.tensor(np.ascontiguousarray(stored.scales.T)))
+        scales = nodes("Cast", scales, to=ir.DataType.FLOAT)  # fp16 in the file, folded at load
+        inputs = [self._store(f"{weight}.packed", _codes_tensor(stored)), scales]
+        if not scheme.symmetric:
+            zeros = stored.zero_points().astype(np.uint8).T
+            inputs.append(self._store(f"{weight}.zeros", narrow(zeros, scheme.bits, signed=False)))
+        matrix = nodes("DequantizeLinear", *inputs, axis=0, block_size=scheme.group_size)
+        y = nodes("MatMul", x, matrix, name=None if scheme.symmetric or bias else name)
+        if scheme.symmetric:
+            half = nodes("Mul", scales, nodes.const(0.5, np.float32))
+            missing = nodes("MatMul", self._group_sums(x, scheme.group_size), half)
+            y = nodes("Add", y, missing, name=None if bias else name)
+        return nodes("Add", y, bias, name=name) if bias else y
+
+    def _group_sums(self, x: ir.Value, group_size: int) -> ir.Value:
+        """Sums of X over groups, computed once for all matrices that read it."""
+        key = (x.name, group_size)
+        if key not in self._sums:
+            self._sums[key] = functions.group_sums(self._nodes, x, group_size)
+        return self._sums[key]
+
+
+def _has_standard_form(stored: QuantizedWeight) -> bool:
+    return stored.scheme.bits in STANDARD_BITS and stored.scheme.group_size in functions.FUSED_BLOCKS
+
+
+def _codes_tensor(stored: QuantizedWeight) -> ir.TensorProtocol:
+    """Codes as [K, N]; signed around 2^(b-1) when symmetric."""
+    codes = np.ascontiguousarray(stored.codes().T)
+    return narrow(codes, stored.scheme.bits, signed=stored.scheme.symmetric)
+
+
+def narrow(codes: np.ndarray, bits: int, *, signed: bool) -> ir.TensorProtocol:
+    """Codes uint8 [K, N] as an ONNX tensor of 4 or 8 bits; `signed` subtracts 2^(bits-1)."""
+    if signed:
+        codes = codes ^ (1 << (bits - 1))  # flipping the top bit subtracts 2^(b-1) in two's complement
+    if bits == 8:
+        return ir.tensor(codes.view(np.int8) if signed else np.ascontiguousarray(codes))
+    flat = codes.reshape(-1)
+    flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
+    packed = flat[0::2] | (flat[1::2] << 4)  # the first of a pair in the low half
+    return ir.PackedTensor(packed, ir.DataType.INT4 if signed else ir.DataType.UINT4, shape=codes.shape)
