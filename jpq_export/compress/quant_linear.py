@@ -13,27 +13,27 @@ from jpq_export.compress.rounding import Rounded
 
 
 class _ScaledMatMul(torch.autograd.Function):
-    """x · (scale * (code - zero))ᵀ; the weight is rebuilt in the backward pass instead of kept (4 bytes a weight saved)."""
+    """x · (scale * centred)ᵀ with centred = code - zero [N, K], in the type of `centred`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, codes, zeros, scales)
-        ctx.dtype = dtype
-        return x.to(dtype) @ expand(codes, zeros, scales, dtype).T
+    def forward(ctx: Any, x: Tensor, centred: Tensor, scales: Tensor) -> Tensor:
+        n, groups = scales.shape
+        weight = (centred.view(n, groups, -1) * scales[..., None].to(centred.dtype)).view(n, -1)
+        x = x.to(centred.dtype)
+        ctx.save_for_backward(x, centred, weight)
+        ctx.groups = groups
+        return x @ weight.T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, codes, zeros, scales = ctx.saved_tensors
-        gradient = gradients[0].to(ctx.dtype)
-        dx = (gradient @ expand(codes, zeros, scales, ctx.dtype)).to(x.dtype)
+        x, centred, weight = ctx.saved_tensors
+        gradient = gradients[0].to(centred.dtype)
         dscales = None
-        if ctx.needs_input_grad[3]:
-            dw = gradient.flatten(0, -2).T @ x.to(ctx.dtype).flatten(0, -2)  # [N, K]
-            n, groups = scales.shape
-            centred = codes.view(n, groups, -1).to(ctx.dtype) - zeros[..., None].to(ctx.dtype)
-            dscales = (dw.view(n, groups, -1) * centred).sum(-1).to(scales.dtype)
-        return dx, None, None, dscales, None
+        if ctx.needs_input_grad[2]:
+            dw = gradient.flatten(0, -2).T @ x.flatten(0, -2)  # [N, K]
+            dscales = scale_gradient(dw, centred, ctx.groups)
+        return gradient @ weight, None, dscales
 
 
 def expand(codes: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -41,6 +41,12 @@ def expand(codes: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> 
     n, groups = scales.shape
     weight = codes.view(n, groups, -1).to(dtype).sub_(zeros[..., None].to(dtype))
     return weight.mul_(scales[..., None].to(dtype)).view(n, -1)
+
+
+def scale_gradient(dw: Tensor, centred: Tensor, groups: int) -> Tensor:
+    """dL/dscale = Σ over the group of dL/dw * (code - zero): float32 [N, K/g]."""
+    n = len(dw)
+    return (dw * centred).view(n, groups, -1).sum(-1, dtype=torch.float32)
 
 
 class QuantLinear(nn.Module):
@@ -52,20 +58,42 @@ class QuantLinear(nn.Module):
         self.register_buffer("zeros", rounded.zeros)
         self.scales = nn.Parameter(rounded.scales.clone(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+        self.centred: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
         """Dequantized weight, float32 [N, K]."""
         return expand(self.codes, self.zeros, self.scales, torch.float32)
 
+    def start_training(self, dtype: torch.dtype) -> None:
+        """Keep code - zero in `dtype` (exact: at most 8 bits and a half) so that a step only multiplies."""
+        n, groups = self.scales.shape
+        self.centred = (self.codes.view(n, groups, -1).float() - self.zeros[..., None]).view(n, -1).to(dtype)
+        self.scales.requires_grad_(True)
+
+    def stop_training(self) -> None:
+        """Free what training kept."""
+        self.centred = None
+        self.scales.requires_grad_(False)
+
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N], in the autocast type when one is active."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        if torch.is_grad_enabled():
-            y = _ScaledMatMul.apply(x, self.codes, self.zeros, self.scales, dtype)
-            return y if self.bias is None else y + self.bias  # pyright: ignore[reportOptionalOperand] always a tensor
-        return F.linear(x, expand(self.codes, self.zeros, self.scales, x.dtype), self.bias)
+        """[..., K] -> [..., N]; in the training type while training."""
+        if self.centred is not None and torch.is_grad_enabled():
+            y: Tensor = _ScaledMatMul.apply(x, self.centred, self.scales)  # pyright: ignore[reportAssignmentType]
+            return y if self.bias is None else y + self.bias
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+    def expanded(self) -> Tensor:
+        """The weight [N, K] in the training type, detached."""
+        assert self.centred is not None
+        n, groups = self.scales.shape
+        return (self.centred.view(n, groups, -1) * self.scales.detach()[..., None].to(self.centred.dtype)).view(n, -1)
+
+    def add_scale_gradient(self, dw: Tensor) -> None:
+        """Accumulate the scales' gradient from a weight gradient [N, K] computed elsewhere."""
+        assert self.centred is not None
+        fresh = scale_gradient(dw, self.centred, self.scales.shape[1])
+        self.scales.grad = fresh if self.scales.grad is None else self.scales.grad + fresh
 
     def rounded(self) -> Rounded:
         """Its codes with the present scales, rounded to what the file stores."""
