@@ -72,6 +72,11 @@ class Variant:
         return self.scheme.group_size if self.scheme.group_size in FUSED_BLOCKS else 0
 
     @property
+    def doubled(self) -> bool:
+        """Whether doubled codes fit the type MatMulNBits is given: all symmetric widths but 4 and 8."""
+        return self.scheme.symmetric and self.scheme.bits not in (4, 8)
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """Input names of the body, in order."""
         first = "X" if self.op_type == "LowBitMatMul" else "indices"
@@ -98,17 +103,26 @@ def function(variant: Variant, opset: int) -> ir.Function:
     return ir.Function(DOMAIN, variant.op_type, variant.overload, graph=graph, attributes=attributes)
 
 
-def _unpack(nodes: Nodes, packed: ir.Value, bits: int, *, count: int, doubled: bool = False) -> ir.Value:
-    """Packed uint8 [N, bytes] -> codes (times 2 when `doubled`) uint8 [N, codes], cut to `count` codes unless 0."""
+def _unpack(
+    nodes: Nodes, packed: ir.Value, bits: int, *, count: int, transposed: bool = False, doubled: bool = False
+) -> ir.Value:
+    """Packed uint8 [N, bytes] -> codes uint8 [N, codes], or [codes, N] when `transposed`; times 2 when `doubled`.
+
+    `count`: number of codes to cut to; 0 when rows end with a byte pattern. Bytes are transposed rather than codes:
+    what onnxruntime folds stays in memory, and there are fewer of them.
+    """
     codes, size = pattern(bits)
     if bits == 8:
-        return packed
+        return nodes("Transpose", packed, perm=[1, 0]) if transposed else packed
     if count:  # fill the last pattern with zero bytes
         missing = -(-count // codes) * size - row_bytes(count, bits)
         packed = nodes("Pad", packed, nodes.ints(0, 0, 0, missing))
     columns = (nodes("Reshape", packed, nodes.ints(0, -1, size)),)  # [N, patterns, size]
+    if transposed:
+        columns = (nodes("Transpose", columns[0], perm=[1, 2, 0]),)  # [patterns, size, N]
+    axis = 1 if transposed else 2
     if size > 1:
-        columns = nodes.many("Split", columns[0], names=[None] * size, axis=2, num_outputs=size)
+        columns = nodes.many("Split", columns[0], names=[None] * size, axis=axis, num_outputs=size)
     mask = nodes.const(((1 << bits) - 1) << doubled, np.uint8)
     out = []
     for code in range(codes):
@@ -117,8 +131,8 @@ def _unpack(nodes: Nodes, packed: ir.Value, bits: int, *, count: int, doubled: b
         if start + bits > 8:  # the code goes on in the next byte
             low = nodes("BitwiseOr", low, _shift(nodes, columns[byte + 1], start - doubled - 8))
         out.append(nodes("BitwiseAnd", low, mask))
-    flat = nodes("Reshape", nodes("Concat", *out, axis=2), nodes.ints(0, -1))  # [N, patterns * codes]
-    return nodes("Slice", flat, nodes.ints(0), nodes.ints(count), nodes.ints(1)) if count else flat
+    flat = nodes("Flatten", nodes("Concat", *out, axis=axis), axis=2 if transposed else 1)
+    return nodes("Slice", flat, nodes.ints(0), nodes.ints(count), nodes.ints(axis // 2)) if count else flat
 
 
 def _shift(nodes: Nodes, value: ir.Value, by: int) -> ir.Value:
@@ -143,26 +157,25 @@ def _matmul(nodes: Nodes, variant: Variant, inputs: dict[str, ir.Value]) -> ir.V
 
 def _fused(nodes: Nodes, variant: Variant, inputs: dict[str, ir.Value]) -> ir.Value:
     """The product through DequantizeLinear on [K, N], in the form onnxruntime fuses."""
-    scheme = variant.scheme
-    doubled = scheme.symmetric and scheme.bits < 8
-    codes = nodes(
-        "Transpose", _unpack(nodes, inputs["packed"], scheme.bits, count=variant.columns, doubled=doubled), perm=[1, 0]
+    scheme, doubled = variant.scheme, variant.doubled
+    codes = _unpack(
+        nodes, inputs["packed"], scheme.bits, count=variant.columns, transposed=True, doubled=doubled
     )
-    scales = nodes("Cast", inputs["scales"], to=FLOAT)
-    if doubled:
-        scales = nodes("Mul", scales, nodes.const(0.5, np.float32))
-    scales = nodes("Transpose", scales, perm=[1, 0])  # [K/g, N]
+    scales = nodes("Transpose", nodes("Cast", inputs["scales"], to=FLOAT), perm=[1, 0])  # [K/g, N]
+    half = nodes("Mul", scales, nodes.const(0.5, np.float32)) if scheme.symmetric else scales
     if scheme.symmetric:
-        zeros = nodes("Expand", nodes.const(scheme.max_code if doubled else 128, np.uint8), nodes("Shape", scales))
+        zero = scheme.max_code if doubled else 1 << (scheme.bits - 1)
+        zeros = nodes("Expand", nodes.const(zero, np.uint8), nodes("Shape", scales))
     else:
-        zeros = nodes("Transpose", _unpack(nodes, inputs["zeros"], scheme.bits, count=variant.groups), perm=[1, 0])
-    if scheme.bits + doubled <= 4:
+        zeros = _unpack(nodes, inputs["zeros"], scheme.bits, count=variant.groups, transposed=True)
+    if scheme.bits <= 4:
         codes, zeros = nodes("Cast", codes, to=UINT4), nodes("Cast", zeros, to=UINT4)
-    weight = nodes("DequantizeLinear", codes, scales, zeros, axis=0, block_size=scheme.group_size)
+    steps = half if doubled else scales
+    weight = nodes("DequantizeLinear", codes, steps, zeros, axis=0, block_size=scheme.group_size)
     y = nodes("MatMul", inputs["X"], weight)
     if doubled or not scheme.symmetric:
         return y
-    return nodes("Add", y, half_correction(nodes, inputs["X"], scales, scheme.group_size))
+    return nodes("Add", y, nodes("MatMul", group_sums(nodes, inputs["X"], scheme.group_size), half))
 
 
 def _dequantize(
@@ -177,11 +190,6 @@ def _dequantize(
         zeros = nodes("Cast", _unpack(nodes, packed_zeros, scheme.bits, count=variant.groups), to=FLOAT)
         zeros = nodes("Unsqueeze", zeros, nodes.ints(-1))
     return nodes("Mul", nodes("Sub", wide, zeros), nodes("Unsqueeze", nodes("Cast", scales, to=FLOAT), nodes.ints(-1)))
-
-
-def half_correction(nodes: Nodes, x: ir.Value, scales: ir.Value, group_size: int) -> ir.Value:
-    """Half a code step of every weight: sums of X [..., K] over groups times scales [K/g, N] / 2."""
-    return nodes("MatMul", group_sums(nodes, x, group_size), nodes("Mul", scales, nodes.const(0.5, np.float32)))
 
 
 def group_sums(nodes: Nodes, x: ir.Value, group_size: int) -> ir.Value:
