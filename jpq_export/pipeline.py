@@ -176,8 +176,8 @@ class Export:
         """The teacher."""
         from jpq_export.compress.load import load_model
 
-        with self.stages.stage("load", "loading the model"):
-            loaded = load_model(self.request.model, device=self.request.device)
+        with self.stages.stage("load", "loading the model") as report:
+            loaded = load_model(self.request.model, progress=report, device=self.request.device)
         check_disk(self.request, loaded.spec.parameters())
         return loaded
 
@@ -311,8 +311,7 @@ class Export:
 
     def lower(self, loaded: LoadedModel, compressed: CompressedModel) -> None:
         """model.onnx, for TensorRT targets model.trt.onnx, and the tokenizer."""
-        from jpq_export.lower.check import check_graph
-        from jpq_export.lower.export import export_onnx
+        from jpq_export.lower.export import check_graph, export_onnx
 
         target, done = self.request.target, self.work.path("lowered.json")
         if done.exists():
