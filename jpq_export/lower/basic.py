@@ -14,7 +14,7 @@ BLOCKED = -1e9  # added to a score that may not be looked at: its softmax is exa
 
 
 def norm(nodes: Nodes, x: ir.Value, weight: ir.Value, eps: float, name: str) -> ir.Value:
-    """x / rms(x) * weight over the last axis."""
+    """Compute x / rms(x) * weight over the last axis."""
     mean = nodes("ReduceMean", nodes("Mul", x, x), nodes.ints(-1), keepdims=1)
     rms = nodes("Sqrt", nodes("Add", mean, nodes.const(eps, np.float32)))
     return nodes("Mul", nodes("Div", x, rms), weight, name=name)
@@ -31,7 +31,7 @@ def rotate(nodes: Nodes, x: ir.Value, cos: ir.Value, sin: ir.Value, *, heads: in
 
 
 def mask(nodes: Nodes, allowed: ir.Value) -> ir.Value:
-    """What `attention` adds to scores [batch, kv_heads, group, seq, total], from a boolean mask [batch, 1, seq, total]."""
+    """What `attention` adds to scores, from booleans [batch, 1, seq, total]: float32 [batch, 1, 1, seq, total]."""
     bias = nodes("Where", allowed, nodes.const(0, np.float32), nodes.const(BLOCKED, np.float32))
     return nodes("Unsqueeze", bias, nodes.ints(1))
 
@@ -46,7 +46,10 @@ def attention(
     scale: float,
     names: tuple[str, str, str],
 ) -> tuple[ir.Value, ...]:
-    """Inputs query, key, value [batch, seq, heads * head_dim], mask, past key and value -> output, present key, value."""
+    """Grouped-query attention over past and new tokens: gives the output, present key and present value.
+
+    `inputs`: query, key, value [batch, seq, heads * head_dim], what `mask` gave, past key and past value.
+    """
     query, key, value, bias, past_key, past_value = inputs
     per_group = heads // kv_heads
     split = nodes("Reshape", query, nodes.ints(0, 0, kv_heads, per_group, head_dim))

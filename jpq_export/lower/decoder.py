@@ -27,9 +27,10 @@ class Dialect:
 
 
 class DecoderGraph:
-    """Builds one graph; `outputs` collects graph outputs in order, `taps` the residual stream by name."""
+    """Builds one graph. Afterwards `inputs`, `presents` and `taps` (the residual stream) hold its values in order."""
 
     def __init__(self, model: CompressedModel, form: Form, dialect: Dialect) -> None:
+        """Start with an empty graph."""
         self.spec: ModelSpec = model.spec
         self.dialect = dialect
         self.nodes = Nodes()
@@ -119,7 +120,7 @@ class DecoderGraph:
         return self.ops.norm(self.nodes, x, self.weights.norm(name), self.spec.norm_eps, name)
 
     def _residual(self, x: ir.Value, y: ir.Value, at: str) -> ir.Value:
-        """x + y, where y passes the post-norm first when the model has one: value `at`, a tap."""
+        """Add y to x, where y passes the post-norm first when the model has one: value `at`, a tap."""
         if self.spec.post_norms:
             y = self._norm(y, f"{at}_post_norm")
         out = self.nodes("Add", x, y, name=at)
@@ -127,7 +128,7 @@ class DecoderGraph:
         return out
 
     def _attention(self, index: int, x: ir.Value) -> ir.Value:
-        """x plus the attention sub-layer; x itself when it was removed."""
+        """Add the attention sub-layer to x; nothing when it was removed."""
         spec, layer = self.spec, self.spec.layers[index]
         if not layer.kv_heads:
             return x
@@ -168,7 +169,7 @@ class DecoderGraph:
         return self.ops.rotate(self.nodes, x, cos, sin, heads=heads, head_dim=self.spec.head_dim)
 
     def _mlp(self, index: int, x: ir.Value) -> ir.Value:
-        """x plus the MLP sub-layer; x itself when it was removed."""
+        """Add the MLP sub-layer to x; nothing when it was removed."""
         if not self.spec.layers[index].ffn:
             return x
         at = self.nodes.scope = f"layers.{index}.mlp"

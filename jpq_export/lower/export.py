@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from jpq_export.errors import BundleError, ModelError, StorageError, TargetError
+from jpq_export.errors import BundleError, StorageError, TargetError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.lower.decoder import DecoderGraph, Dialect
 from jpq_export.lower.functions import DOMAIN
@@ -15,6 +17,7 @@ from jpq_export.lower.weights import Form
 
 FORMAT = "jpq-onnx/1"
 SPEC_KEY, FORMAT_KEY = "jpq.spec", "jpq.format"
+UNFUSED_KEY = "jpq.unfused"  # matrices onnxruntime unpacks to fp32 at load
 
 
 def export_onnx(
@@ -82,7 +85,11 @@ def _assemble(graph: DecoderGraph, outputs: list[ir.Value], dialect: Dialect) ->
         ir_version=dialect.ir_version,
         producer_name="jpq-export",
         functions=graph.weights.functions(dialect.opset) if dialect.functions else (),
-        metadata_props={FORMAT_KEY: FORMAT, SPEC_KEY: graph.spec.to_json()},
+        metadata_props={
+            FORMAT_KEY: FORMAT,
+            SPEC_KEY: graph.spec.to_json(),
+            UNFUSED_KEY: json.dumps(sorted(graph.weights.unfused)),
+        },
     )
 
 
@@ -113,7 +120,5 @@ def check_graph(path: Path) -> None:
 
 def weight_bytes(path: Path) -> int:
     """Bytes of all weights stored in an ONNX file written here: every initializer is one."""
-    from math import prod
-
     model: Any = ir.load(path)
     return sum(-(-prod(v.shape) * v.dtype.bitwidth // 8) for v in model.graph.initializers.values())

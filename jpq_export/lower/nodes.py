@@ -12,11 +12,12 @@ import onnx_ir as ir
 class Nodes:
     """Collects the nodes of one graph or function body. Constants are Constant nodes: every initializer is a weight.
 
-    Every value gets a name: the one asked for, or `<scope>/<op_type>_<count>`. Nodes are named after their first output,
-    so node names are unique too (TensorRT needs that).
+    Every value gets a name: the one asked for, or `<scope>/<op_type>_<count>`. Nodes are named after their first
+    output, so node names are unique too (TensorRT needs that).
     """
 
     def __init__(self) -> None:
+        """Start with no node."""
         self.scope = ""
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
@@ -65,7 +66,7 @@ class Nodes:
         """A stored tensor; ValueError when the name is taken."""
         if name in self.initializers:
             raise ValueError(f"two initializers are named {name!r}")
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.initializers[name] = value
         return value
 

@@ -12,7 +12,7 @@ from jpq_export.lower.nodes import Nodes
 
 
 def norm(nodes: Nodes, x: ir.Value, weight: ir.Value, eps: float, name: str) -> ir.Value:
-    """x / rms(x) * weight over the last axis."""
+    """Compute x / rms(x) * weight over the last axis."""
     return nodes("RMSNormalization", x, weight, name=name, axis=-1, epsilon=eps)
 
 
@@ -38,13 +38,16 @@ def attention(
     scale: float,
     names: tuple[str, str, str],
 ) -> tuple[ir.Value, ...]:
-    """Inputs query, key, value [batch, seq, heads * head_dim], mask, past key and value -> output, present key, value."""
+    """Grouped-query attention over past and new tokens: gives the output, present key and present value.
+
+    `inputs`: query, key, value [batch, seq, heads * head_dim], what `mask` gave, past key and past value.
+    """
     del head_dim
     return nodes.many("Attention", *inputs, names=names, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale)
 
 
 def silu(nodes: Nodes, x: ir.Value) -> ir.Value:
-    """x * sigmoid(x)."""
+    """Compute x * sigmoid(x)."""
     return nodes("Mul", x, nodes("Sigmoid", x))
 
 

@@ -25,7 +25,9 @@ class Weights:
     """
 
     def __init__(self, model: CompressedModel, form: Form, nodes: Nodes, *, with_overloads: bool) -> None:
+        """Start with no weight stored."""
         self.variants: dict[tuple[str, str], Variant] = {}
+        self.unfused: set[str] = set()
         self._model, self._form, self._nodes, self._with_overloads = model, form, nodes, with_overloads
         self._sums: dict[tuple[str | None, int], ir.Value] = {}
 
@@ -43,6 +45,8 @@ class Weights:
             return self._standard(x, name, weight, bias)
         inputs = [x, *self._packed(weight), *([bias] if bias else [])]
         variant = Variant.of("LowBitMatMul", stored.scheme, stored.shape[1], bias=bias is not None)
+        if not variant.fused:
+            self.unfused.add(weight)
         return self._custom(variant, inputs, name, stored)
 
     def rows(self, indices: ir.Value, weight: str, *, name: str | None) -> ir.Value:

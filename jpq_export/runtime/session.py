@@ -1,0 +1,144 @@
+"""A decoder in onnxruntime on the CPU: one forward pass, and steps that feed the cache back without copying it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jpq_export.errors import BundleError, UsageError
+from jpq_export.format.spec import ModelSpec
+
+SPEC_KEY, UNFUSED_KEY = "jpq.spec", "jpq.unfused"
+
+
+class OrtModel:
+    """`spec`: the model's facts; `path`: what computes the matrix products, for the reader of a report.
+
+    `exact` keeps activations in fp32. Otherwise onnxruntime rounds them to 8 bits inside its low-bit kernels, which is
+    what makes those fast (error of a product 1e-2 instead of 1e-6).
+    `threads`: cores to use, by default onnxruntime's choice.
+    """
+
+    def __init__(self, path: Path, *, threads: int | None = None, exact: bool = False) -> None:
+        """Load the graph; BundleError when onnxruntime cannot, or when it is none of ours."""
+        self.session = _session(Path(path), threads, exact)
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if SPEC_KEY not in metadata:
+            raise BundleError(f"{path}: the ONNX metadata has no {SPEC_KEY!r}; use a model.onnx written by jpq-export")
+        self.spec = ModelSpec.from_json(metadata[SPEC_KEY])
+        self.path = _describe(json.loads(metadata.get(UNFUSED_KEY, "[]")), exact)
+        self._inputs = {value.name for value in self.session.get_inputs()}
+        self.outputs = tuple(value.name for value in self.session.get_outputs())
+        self._presents = tuple(name for name in self.outputs if name.startswith("present."))
+        _return_freed_memory()
+
+    def forward(
+        self,
+        ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        position_ids: np.ndarray | None = None,
+        past: Mapping[str, np.ndarray] | None = None,
+        outputs: Iterable[str] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """One pass over `ids` int64 [batch, seq]: graph outputs by name, `logits` [batch, seq, vocab] among them.
+
+        `attention_mask` int64 [batch, past + seq], 0 = padding on the left. `past`: an earlier result (its `present`s).
+        `outputs`: names to return, by default all. UsageError when positions run past the model's last one.
+        """
+        before = next((v.shape[2] for n, v in past.items() if n.startswith("present.")), 0) if past else 0
+        feeds = self._token_feeds(np.asarray(ids, np.int64), attention_mask, position_ids, before)
+        feeds |= self._past_feeds(len(ids), past)
+        names = list(outputs or self.outputs)
+        got = self.session.run(names, {name: value for name, value in feeds.items() if name in self._inputs})
+        return dict(zip(names, got, strict=True))
+
+    def _token_feeds(
+        self, ids: np.ndarray, mask: np.ndarray | None, positions: np.ndarray | None, past: int
+    ) -> dict[str, np.ndarray]:
+        if mask is None:
+            mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
+        if positions is None:
+            positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, past:]
+        if positions.size and int(positions.max()) >= self.spec.max_positions:
+            raise UsageError(
+                f"position {int(positions.max())} is beyond the model's {self.spec.max_positions} positions; "
+                "shorten the prompt or ask for fewer new tokens"
+            )
+        return {"input_ids": ids, "attention_mask": mask.astype(np.int64), "position_ids": positions.astype(np.int64)}
+
+    def _past_feeds(self, batch: int, past: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+        feeds = {}
+        for name in self._presents:
+            _, layer, _ = name.split(".")
+            empty = (batch, self.spec.layers[int(layer)].kv_heads, 0, self.spec.head_dim)
+            feeds[name.replace("present", "past", 1)] = past[name] if past else np.zeros(empty, np.float32)
+        return feeds
+
+    def start(self) -> Decoding:
+        """A new sequence of one row."""
+        return Decoding(self)
+
+
+class Decoding:
+    """One growing sequence; its cache stays inside onnxruntime."""
+
+    def __init__(self, model: OrtModel) -> None:
+        """Start empty."""
+        from onnxruntime import OrtValue
+
+        self.length = 0
+        self._model, self._wrap = model, OrtValue.ortvalue_from_numpy
+        self._past = {name: self._wrap(value) for name, value in model._past_feeds(1, None).items()}
+        self._names = ["logits", *model._presents]
+
+    def step(self, ids: Iterable[int]) -> np.ndarray:
+        """Append tokens; logits of the last one: float32 [vocab]. UsageError beyond the model's positions."""
+        row = np.asarray(list(ids), np.int64)[None]
+        if not row.size:
+            raise UsageError("the prompt has no tokens; give some text")
+        feeds = self._model._token_feeds(row, None, None, self.length)
+        values = {name: self._wrap(value) for name, value in feeds.items()} | self._past
+        values = {name: value for name, value in values.items() if name in self._model._inputs}
+        logits, *present = self._model.session.run_with_ort_values(self._names, values)
+        self._past = {
+            name.replace("present", "past", 1): value for name, value in zip(self._names[1:], present, strict=True)
+        }
+        self.length += row.shape[1]
+        return logits.numpy()[0, -1]
+
+
+def _session(path: Path, threads: int | None, exact: bool) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # Waiting threads would otherwise burn whole cores between the tokens of a stream.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has its own classes, all of them outside any public base
+        first_line = str(error).strip().splitlines()[0]
+        raise BundleError(f"{path}: onnxruntime cannot load it ({first_line}); export the bundle again") from error
+
+
+def _describe(unfused: list[str], exact: bool) -> str:
+    text = "onnxruntime CPU, MatMulNBits (weights of 4 or 8 bits), activations "
+    text += "in fp32" if exact else "rounded to 8 bits"
+    return text + (f"; {len(unfused)} matrices unpacked to fp32 at load" if unfused else "")
+
+
+def _return_freed_memory() -> None:
+    """Give back what unpacking at load left free: SmolLM2 holds 250 MB instead of 840 MB afterwards (glibc only)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
