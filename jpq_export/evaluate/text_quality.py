@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from jpq_export.errors import ModelError
 
 CHUNK_VALUES = 2**24  # logits that exist at once, 64 MB in fp32: 341 positions of 49152 tokens, 64 of 262144
 
-# (ids int64 [T], positions a chunk) -> logits float32 [positions, vocab] chunk by chunk, in order, all T positions.
+# (ids int64 [T], n) -> logits float32 [about n positions, vocab], chunk by chunk in order, until all T positions came.
 LogitSource = Callable[[np.ndarray, int], Iterator[np.ndarray]]
 Progress = Callable[[int, int], None]
 
@@ -86,21 +85,38 @@ def _perplexity(nll: np.ndarray) -> float:
 def _window(student: LogitSource, teacher: LogitSource | None, ids: np.ndarray, size: int, where: str) -> np.ndarray:
     """Per prediction of one window: (nll, teacher nll, KL, agreement), float64 [4, T - 1]."""
     columns, start = [], 0
-    theirs = repeat(None) if teacher is None else teacher(ids, size)
-    for chunk, goal in zip(student(ids, size), theirs, strict=False):
+    alone = ((chunk, None) for chunk in student(ids, size))
+    pairs = alone if teacher is None else _side_by_side(student, teacher, ids, size)
+    for chunk, goal in pairs:
         targets = ids[start + 1 : start + 1 + len(chunk)]
         start += len(chunk)
-        if goal is not None and goal.shape != chunk.shape:
-            raise ModelError(
-                f"vocabulary: the model has {chunk.shape[-1]} tokens, the teacher {goal.shape[-1]}; "
-                "compare models with the same tokenizer"
-            )
         columns.append(_chunk(chunk[: len(targets)], goal, targets))
         if not np.isfinite(columns[-1]).all():
             raise ModelError(f"{where}: logits are not finite before position {start}; the model is damaged")
     if start != len(ids):
         raise ValueError(f"{where}: logits of {start} positions, expected {len(ids)}")
     return np.concatenate(columns, 1)
+
+
+def _side_by_side(
+    student: LogitSource, teacher: LogitSource, ids: np.ndarray, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Chunks of both, cut to the same positions: two runtimes need not agree on how many they give at once."""
+    mine, theirs = student(ids, size), teacher(ids, size)
+    a = b = None
+    while True:
+        a = a if a is not None and len(a) else next(mine, None)
+        b = b if b is not None and len(b) else next(theirs, None)
+        if a is None or b is None:
+            return
+        if a.shape[-1] != b.shape[-1]:
+            raise ModelError(
+                f"vocabulary: the model has {a.shape[-1]} tokens, the teacher {b.shape[-1]}; "
+                "compare models with the same tokenizer"
+            )
+        n = min(len(a), len(b))
+        yield a[:n], b[:n]
+        a, b = a[n:], b[n:]
 
 
 def _chunk(logits: np.ndarray, goal: np.ndarray | None, targets: np.ndarray) -> np.ndarray:

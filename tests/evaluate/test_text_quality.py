@@ -170,6 +170,12 @@ def test_decoders_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert quality.kl_mean != pytest.approx(evaluate_text(student, small_decoder(2), sequences()).kl_mean, rel=1e-2)
 
 
+def test_sources_may_give_chunks_of_different_sizes() -> None:
+    student, teacher = random_logits(1), random_logits(2)
+    in_threes, in_sevens = (lambda ids, _n: table(student)(ids, 3)), (lambda ids, _n: table(teacher)(ids, 7))
+    assert_close(evaluate_text(in_threes, in_sevens, sequences()), slow_quality(student, teacher, sequences()))
+
+
 def test_progress_counts_windows() -> None:
     seen = []
     evaluate_text(table(random_logits(1)), None, sequences(), progress=lambda done, total: seen.append((done, total)))
