@@ -66,7 +66,8 @@ class Nodes:
         """A stored tensor; ValueError when the name is taken."""
         if name in self.initializers:
             raise ValueError(f"two initializers are named {name!r}")
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+        value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
         self.initializers[name] = value
         return value
 

@@ -64,7 +64,7 @@ def choose(
     """One token from logits [vocab]; `top_p` keeps the likeliest that reach it (Holtzman et al., 2020)."""
     if temperature == 0:
         return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")[:top_k]
+    order = np.argsort(-logits, kind="stable")[: top_k or None]
     scaled = logits[order].astype(np.float64) / temperature
     weights = np.exp(scaled - scaled[0])
     weights /= weights.sum()
@@ -92,7 +92,7 @@ def _check(
     for name, value, right, expected in (
         ("max_new_tokens", new, new >= 0, "0 or more"),
         ("temperature", temperature, temperature >= 0, "0 or more"),
-        ("top_k", top_k, top_k is None or top_k > 0, "1 or more"),
+        ("top_k", top_k, top_k is None or top_k >= 0, "1 or more, or 0 for all"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
     ):
         if not right:

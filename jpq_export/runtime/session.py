@@ -6,6 +6,7 @@ import ctypes
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ from jpq_export.errors import BundleError, UsageError
 from jpq_export.format.spec import ModelSpec
 
 SPEC_KEY, UNFUSED_KEY = "jpq.spec", "jpq.unfused"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Output:
+    """One pass: `logits` float32 [batch, seq, vocab]; `past`, the cache to go on with; `values`, other outputs by name.
+
+    The cache is {"0.key": float32 [batch, kv_heads, past, head_dim], "0.value": ..., ...}.
+    """
+
+    logits: np.ndarray
+    past: dict[str, np.ndarray]
+    values: dict[str, np.ndarray]
 
 
 class OrtModel:
@@ -29,13 +42,15 @@ class OrtModel:
         """Load the graph; BundleError when onnxruntime cannot, or when it is none of ours."""
         self.session = _session(Path(path), threads, exact)
         metadata = self.session.get_modelmeta().custom_metadata_map
-        if SPEC_KEY not in metadata:
-            raise BundleError(f"{path}: the ONNX metadata has no {SPEC_KEY!r}; use a model.onnx written by jpq-export")
-        self.spec = ModelSpec.from_json(metadata[SPEC_KEY])
-        self.path = _describe(json.loads(metadata.get(UNFUSED_KEY, "[]")), exact)
+        try:
+            self.spec = ModelSpec.from_json(metadata[SPEC_KEY])
+            unfused = json.loads(metadata[UNFUSED_KEY])
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{path}: not written by jpq-export ({error!r} in its metadata); export it again") from error
+        self.path = _describe(unfused, exact)
         self._inputs = {value.name for value in self.session.get_inputs()}
         self.outputs = tuple(value.name for value in self.session.get_outputs())
-        self._presents = tuple(name for name in self.outputs if name.startswith("present."))
+        self._cached = [name.removeprefix("present.") for name in self.outputs if name.startswith("present.")]
         _return_freed_memory()
 
     def forward(
@@ -44,19 +59,24 @@ class OrtModel:
         attention_mask: np.ndarray | None = None,
         position_ids: np.ndarray | None = None,
         past: Mapping[str, np.ndarray] | None = None,
-        outputs: Iterable[str] | None = None,
-    ) -> dict[str, np.ndarray]:
-        """One pass over `ids` int64 [batch, seq]: graph outputs by name, `logits` [batch, seq, vocab] among them.
+        outputs: Iterable[str] = (),
+    ) -> Output:
+        """One pass over `ids` int64 [batch, seq].
 
-        `attention_mask` int64 [batch, past + seq], 0 = padding on the left. `past`: an earlier result (its `present`s).
-        `outputs`: names to return, by default all. UsageError when positions run past the model's last one.
+        `attention_mask`: int64 [batch, past + seq], 0 = padding on the left. `past`: an earlier output's. `outputs`:
+        names of further graph outputs to return. UsageError when positions run past the model's last one.
         """
-        before = next((v.shape[2] for n, v in past.items() if n.startswith("present.")), 0) if past else 0
+        before = next(iter(past.values())).shape[2] if past else 0
+        if attention_mask is not None:
+            before = attention_mask.shape[1] - ids.shape[1]
         feeds = self._token_feeds(np.asarray(ids, np.int64), attention_mask, position_ids, before)
-        feeds |= self._past_feeds(len(ids), past)
-        names = list(outputs or self.outputs)
+        past = past or self._empty(len(ids))
+        feeds |= {f"past.{name}": value for name, value in past.items()}
+        names = ["logits", *(f"present.{name}" for name in past), *outputs]
         got = self.session.run(names, {name: value for name, value in feeds.items() if name in self._inputs})
-        return dict(zip(names, got, strict=True))
+        found = dict(zip(names, got, strict=True))
+        present = {name: found[f"present.{name}"] for name in past}
+        return Output(found["logits"], present, {name: found[name] for name in outputs})
 
     def _token_feeds(
         self, ids: np.ndarray, mask: np.ndarray | None, positions: np.ndarray | None, past: int
@@ -72,13 +92,13 @@ class OrtModel:
             )
         return {"input_ids": ids, "attention_mask": mask.astype(np.int64), "position_ids": positions.astype(np.int64)}
 
-    def _past_feeds(self, batch: int, past: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-        feeds = {}
-        for name in self._presents:
-            _, layer, _ = name.split(".")
-            empty = (batch, self.spec.layers[int(layer)].kv_heads, 0, self.spec.head_dim)
-            feeds[name.replace("present", "past", 1)] = past[name] if past else np.zeros(empty, np.float32)
-        return feeds
+    def _empty(self, batch: int) -> dict[str, np.ndarray]:
+        """The cache before the first token."""
+        cache = {}
+        for name in self._cached:
+            layer = int(name.split(".")[0])
+            cache[name] = np.zeros((batch, self.spec.layers[layer].kv_heads, 0, self.spec.head_dim), np.float32)
+        return cache
 
     def start(self) -> Decoding:
         """A new sequence of one row."""
@@ -94,8 +114,7 @@ class Decoding:
 
         self.length = 0
         self._model, self._wrap = model, OrtValue.ortvalue_from_numpy
-        self._past = {name: self._wrap(value) for name, value in model._past_feeds(1, None).items()}
-        self._names = ["logits", *model._presents]
+        self._past = {name: self._wrap(value) for name, value in model._empty(1).items()}
 
     def step(self, ids: Iterable[int]) -> np.ndarray:
         """Append tokens; logits of the last one: float32 [vocab]. UsageError beyond the model's positions."""
@@ -103,12 +122,11 @@ class Decoding:
         if not row.size:
             raise UsageError("the prompt has no tokens; give some text")
         feeds = self._model._token_feeds(row, None, None, self.length)
-        values = {name: self._wrap(value) for name, value in feeds.items()} | self._past
-        values = {name: value for name, value in values.items() if name in self._model._inputs}
-        logits, *present = self._model.session.run_with_ort_values(self._names, values)
-        self._past = {
-            name.replace("present", "past", 1): value for name, value in zip(self._names[1:], present, strict=True)
-        }
+        values = {name: self._wrap(value) for name, value in feeds.items() if name in self._model._inputs}
+        values |= {f"past.{name}": value for name, value in self._past.items()}
+        names = ["logits", *(f"present.{name}" for name in self._past)]
+        logits, *present = self._model.session.run_with_ort_values(names, values)
+        self._past = dict(zip(self._past, present, strict=True))
         self.length += row.shape[1]
         return logits.numpy()[0, -1]
 

@@ -1,0 +1,58 @@
+"""Schemes: what they accept, and what they cost in bytes."""
+
+import pytest
+
+from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, choose_group_size, row_bytes
+
+
+@pytest.mark.parametrize("bits", [0, 1, 7, 9, 16])
+def test_refuses_other_widths(bits):
+    with pytest.raises(ValueError, match=f"bits {bits}"):
+        Scheme(bits, 64)
+
+
+def test_refuses_an_empty_group():
+    with pytest.raises(ValueError, match="group_size 0"):
+        Scheme(4, 0)
+
+
+def test_refuses_rows_that_groups_do_not_divide():
+    with pytest.raises(ValueError, match="in_features 100 is not a multiple of group_size 64"):
+        Scheme(4, 64).groups(100)
+
+
+@pytest.mark.parametrize(
+    ("bits", "count", "expected"),
+    [(2, 4, 1), (2, 5, 2), (3, 8, 3), (3, 9, 4), (3, 1, 1), (4, 3, 2), (5, 8, 5), (5, 5, 4), (6, 4, 3), (8, 7, 7)],
+)
+def test_row_bytes(bits, count, expected):
+    assert row_bytes(count, bits) == expected
+
+
+def test_weight_bytes_counts_codes_scales_and_zeros():
+    # 10 rows of 96 codes of 3 bits = 36 bytes, 3 scales of 2 bytes, 3 zero points of 3 bits in 2 bytes
+    assert Scheme(3, 32).weight_bytes(10, 96) == 10 * (36 + 6)
+    assert Scheme(3, 32, symmetric=False).weight_bytes(10, 96) == 10 * (36 + 6 + 2)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (64, 0)])
+def test_a_removed_weight_costs_nothing(shape):
+    assert Scheme(4, 64).weight_bytes(*shape) == 0
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+def test_the_centre_lies_between_the_two_middle_codes(bits):
+    scheme = Scheme(bits, 8)
+    assert scheme.centre == (scheme.max_code // 2 + scheme.max_code // 2 + 1) / 2
+
+
+@pytest.mark.parametrize(
+    ("in_features", "expected"), [(576, 64), (1536, 64), (128, 64), (640, 64), (160, 80), (48, 48), (12, 12), (7, 7)]
+)
+def test_choose_group_size(in_features, expected):
+    assert choose_group_size(in_features) == expected
+
+
+@pytest.mark.parametrize("in_features", [1, 7, 13, 36, 100, 1100, 1536])
+def test_a_chosen_group_divides_the_row(in_features):
+    assert in_features % choose_group_size(in_features) == 0
