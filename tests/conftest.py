@@ -1,0 +1,146 @@
+"""Shared fixtures: one tiny random model per family, saved as transformers saves it, with a byte-level tokenizer.
+
+tiny_config("gemma3")            -> transformers configuration
+tiny_model("gemma3")             -> transformers model, seeded, weights large enough that every term matters
+tiny_folder("gemma3", **changes) -> folder with config.json, model.safetensors, tokenizer.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
+
+COMMON = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+# name -> model type, what differs from COMMON
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama_biased": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24, "rope_parameters": YARN}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+def byte_characters() -> list[str]:
+    """The printable stand-ins of the 256 byte values, as byte-level tokenizers write them."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [value for value in range(256) if value not in printable]
+    character = {value: chr(value) for value in printable} | {value: chr(256 + i) for i, value in enumerate(others)}
+    return [character[value] for value in range(256)]
+
+
+def tiny_tokenizer_json(*, add_bos: bool = False) -> dict[str, Any]:
+    """Bytes, three special tokens, two merges: 261 tokens, nothing trained."""
+    vocab = {character: i for i, character in enumerate(byte_characters())} | {"th": 259, "the": 260}
+    special = ["<s>", "</s>", "<pad>"]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [256], "tokens": ["<s>"]}},
+    }
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": 256 + i, "content": token} | flags for i, token in enumerate(special)],
+        "pre_tokenizer": byte_level,
+        "post_processor": template if add_bos else None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": [["t", "h"], ["th", "e"]]},
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_names() -> list[str]:
+    return list(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., Any]:
+    def make(name: str, **changes: Any) -> Any:
+        from transformers import CONFIG_MAPPING
+
+        model_type, facts = TINY[name]
+        # A copy: configuration classes write into the dictionaries they are given.
+        return CONFIG_MAPPING[model_type](**json.loads(json.dumps(COMMON | facts | changes)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
+    def make(name: str, *, seed: int = 0, **changes: Any) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        config = tiny_config(name, **changes)
+        config._attn_implementation = "eager"
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter_name, parameter in sorted(model.named_parameters()):
+            # Wide enough that attention is not uniform and no norm, bias or window is lost in rounding.
+            parameter.normal_(0, 0.2, generator=generator)
+            if "norm" in parameter_name and not name.startswith("gemma"):
+                parameter.add_(1)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path, tiny_model: Callable[..., Any]) -> Callable[..., Path]:
+    def make(name: str, *, add_bos: bool = False, seed: int = 0, **changes: Any) -> Path:
+        folder = tmp_path / name
+        tiny_model(name, seed=seed, **changes).save_pretrained(folder)
+        body = json.dumps(tiny_tokenizer_json(add_bos=add_bos), ensure_ascii=False)
+        (folder / "tokenizer.json").write_text(body, encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}', encoding="utf-8")
+        return folder
+
+    return make
