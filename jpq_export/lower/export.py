@@ -61,7 +61,9 @@ def dialect_for(tensorrt: str | None) -> Dialect:
         ) from error
     if version >= (10, 15):
         return Dialect()
-    return Dialect(opset=20, ir_version=10, fused=False, functions=version >= (10, 7))
+    if version >= (10, 7):
+        return Dialect(opset=21, fused=False)  # bodies need blocked DequantizeLinear, from opset 21
+    return Dialect(opset=20, fused=False, functions=False)
 
 
 def _typed(values: list[ir.Value], width: int) -> list[ir.Value]:

@@ -46,7 +46,7 @@ class OrtModel:
             self.spec = ModelSpec.from_json(metadata[SPEC_KEY])
             unfused = json.loads(metadata[UNFUSED_KEY])
         except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{path}: not written by jpq-export ({error!r} in its metadata); export it again") from error
+            raise BundleError(f"{path}: not written by jpq-export (metadata: {error!r}); export it again") from error
         self.path = _describe(unfused, exact)
         self._inputs = {value.name for value in self.session.get_inputs()}
         self.outputs = tuple(value.name for value in self.session.get_outputs())
