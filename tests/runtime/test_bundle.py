@@ -1,0 +1,135 @@
+"""Opening a bundle, chat templates, streamed text, and a light import."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from jpq_export.errors import BundleError, UsageError
+from jpq_export.runtime.bundle import load, stream_text
+from jpq_export.runtime.generate import generate
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_folder):
+    return load(bundle_folder, threads=1)
+
+
+@pytest.fixture
+def own(bundle_folder, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(bundle_folder, tmp_path / "copy")
+
+
+def test_text_is_the_tokens_of_generate(bundle):
+    text = "".join(bundle.generate_text("w3 w4 w5", max_new_tokens=8, stop_ids=[]))
+    ids = list(generate(bundle.model, bundle.encode("w3 w4 w5"), max_new_tokens=8, stop_ids=[]))
+    assert text == bundle.tokenizer.decode(ids)
+    assert text
+
+
+def test_chat_template(bundle):
+    ids = bundle.encode("w3 w4", chat=True)
+    assert bundle.tokenizer.decode(ids, skip_special_tokens=False) == "<s> w3 w4 </s> w7"
+    assert bundle.encode("w3 w4") == [5, 6]
+
+
+def test_bos_is_added_once(make_bundle):
+    from dataclasses import replace
+
+    from jpq_export.format.spec import ModelSpec
+
+    spec = load(make_bundle()).model.spec
+    assert isinstance(spec, ModelSpec)
+    bundle = load(make_bundle(spec=replace(spec, add_bos=True)))
+    assert bundle.encode("w3") == [0, 5]
+    assert bundle.encode("<s> w3") == [0, 5]
+    assert bundle.encode("w3", chat=True) == [0, 5, 1, 9]
+
+
+def test_a_template_may_refuse(own):
+    (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ raise_exception('only pairs') }}"}))
+    with pytest.raises(BundleError, match="chat template fails \\(only pairs\\)"):
+        load(own).encode("w3", chat=True)
+
+
+def test_a_template_cannot_reach_python(own):
+    config = {"chat_template": "{{ messages.__class__.__mro__[-1].__subclasses__() }}"}
+    (own / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(BundleError, match="chat template fails"):
+        load(own).encode("w3", chat=True)
+
+
+def test_no_template(own):
+    (own / "tokenizer_config.json").unlink()
+    with pytest.raises(UsageError, match="no chat template"):
+        load(own).encode("w3", chat=True)
+
+
+def test_a_damaged_file_is_found_when_asked(own):
+    data = bytearray((own / "model.onnx.data").read_bytes())
+    data[-1] ^= 1
+    (own / "model.onnx.data").write_bytes(data)
+    load(own)
+    with pytest.raises(BundleError, match=r"\.packed: the stored bytes"):
+        load(own, check=True)
+
+
+def test_an_undamaged_bundle_passes_the_check(bundle_folder):
+    load(bundle_folder, check=True)
+
+
+@pytest.mark.parametrize(("name", "message"), [("manifest.json", "not a bundle"), ("tokenizer.json", "missing")])
+def test_a_missing_file(own, name, message):
+    (own / name).unlink()
+    with pytest.raises(BundleError, match=message):
+        load(own)
+
+
+def test_a_broken_tokenizer(own):
+    (own / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match="not a readable tokenizer"):
+        load(own)
+
+
+def test_a_tokenizer_of_another_model(make_bundle):
+    folder = make_bundle(words=[f"w{i}" for i in range(60)] + ["</s>"])
+    with pytest.raises(BundleError, match="has 61 tokens, the model 40"):
+        load(folder)
+
+
+def test_a_character_of_several_tokens_comes_whole():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    byte_level = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(byte_level)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    ids = tokenizer.encode("aé 中🙂 z").ids
+    assert list(stream_text(tokenizer, iter(ids))) == ["a", "é", " ", "中", "🙂", " ", "z"]
+    assert "".join(stream_text(tokenizer, iter(ids[:2]))) == "a\ufffd"  # cut inside a character
+
+
+def test_spaces_between_words_survive(bundle):
+    ids = bundle.tokenizer.encode("w3 w4 w5 w6").ids
+    assert list(stream_text(bundle.tokenizer, iter(ids))) == ["w3", " w4", " w5", " w6"]
+
+
+def test_running_a_bundle_loads_neither_torch_nor_transformers(bundle_folder):
+    code = (
+        "import sys; from pathlib import Path; from jpq_export.runtime.bundle import load\n"
+        "print(''.join(load(Path(sys.argv[1])).generate_text('w3', max_new_tokens=4, chat=True)))\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnx_ir', 'onnxscript', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import jpq_export.compress.decoder\n"
+        "assert 'torch' in sys.modules"  # twin: the same check does see torch
+    )
+    subprocess.run([sys.executable, "-c", code, str(bundle_folder)], check=True, capture_output=True, text=True)
+
+
+def test_importing_the_runtime_loads_no_onnxruntime():
+    code = (
+        "import sys, jpq_export.runtime.bundle; sys.exit('onnxruntime' in sys.modules or 'tokenizers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
