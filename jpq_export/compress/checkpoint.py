@@ -78,9 +78,7 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / file for file in sorted(set(listed.values()))]
         missing = [file.name for file in files if file.parent != folder or not file.is_file()]
         if missing:
-            raise ModelError(
-                f"{folder}: {len(missing)} of {len(files)} weight files missing ({missing[0]}); download it"
-            )
+            raise ModelError(f"{folder}: {len(missing)} of {len(files)} weight files missing ({missing[0]}); get it")
         return files
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]

@@ -129,7 +129,7 @@ def gguf_family(architecture: str, where: str) -> Family:
 
 
 def parse_config(raw: Mapping[str, Any], family: Family, where: str) -> Any:
-    """transformers' configuration object of the language model: fills defaults and old spellings, validates types."""
+    """The configuration as transformers reads it: defaults and old spellings filled in, types validated."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
@@ -244,6 +244,8 @@ def rope_of_type(
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = parameters["rope_type"]
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError(f"{where}: partial_rotary_factor {parameters['partial_rotary_factor']} is not supported")
     if kind not in STATIC_ROPES:
         raise ModelError(
             f"{where}: rope type {kind!r} is not supported, its angles depend on the text's length; "
@@ -259,8 +261,8 @@ def rope_of_type(
         raise ModelError(f"{where}: rope {kind!r} lacks or misstates {error}; download config.json again") from error
     if len(inv_freq) * 2 != head_dim or not torch.isfinite(inv_freq).all():
         raise ModelError(
-            f"{where}: rope {kind!r} gives {len(inv_freq)} finite frequencies, expected {head_dim // 2} "
-            "(partial rotary embedding is not supported)"
+            f"{where}: rope {kind!r} gives {len(inv_freq)} frequencies, expected {head_dim // 2} finite ones; "
+            "download config.json again"
         )
     return RopeSpec(tuple(inv_freq.tolist()), float(scaling))
 

@@ -282,7 +282,7 @@ def _reader(file: GGUF, stored: str, heads: int) -> Read:
 
 
 def rotate_half_order(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's pairing of rotary dimensions: rows (0, d/2, 1, d/2 + 1, ...) of each head -> (0, 1, ..., d-1)."""
+    """Undo llama.cpp's pairing of rotary dimensions: rows 0, d/2, 1, d/2 + 1, ... of each head -> 0, 1, ..., d - 1."""
     if rows.shape[0] % (2 * heads):
         return rows  # the shape check that follows names it
     split = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])  # [heads, d/2, 2, in]

