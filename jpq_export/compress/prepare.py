@@ -30,7 +30,7 @@ def prepare(
         cache, raw = round_all(named_weights(teacher), teacher.spec, stats, group_size=GROUP_SIZE, progress=report)
         drop_layer_hessians(stats)
     with stages.stage("prices", "measuring what each sub-layer costs") as report:
-        forward = PartialForward(teacher, heldout[:2])
+        forward = PartialForward(teacher, heldout[: max(1, len(heldout) // 2)])
         prices = measure_prices(teacher, stats, raw, cache, forward, group_size=GROUP_SIZE, progress=report)
     prepared = Prepared(prices, cache, stats)
     save_prepared(folder, prepared)

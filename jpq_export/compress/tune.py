@@ -30,7 +30,7 @@ class TuneSettings:
 
     steps: int
     batch: int = 2
-    scale_rate: float = 2e-3
+    scale_rate: float = 3e-3
     norm_rate: float = 1e-3
     warmup: int = 5
 
