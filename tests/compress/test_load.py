@@ -165,7 +165,10 @@ CONFIG_FAULTS = [
     ({"num_key_value_heads": 3}, "4 attention heads, 3 key/value heads"),
     ({"hidden_act": "relu"}, "activation 'relu' is not supported"),
     ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial rotary"),
+    (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor 0.5 is not",
+    ),
     ({"hidden_size": 32}, "has shape (320, 64), expected (320, 32)"),
     ({"num_hidden_layers": 3}, "9 missing tensors (layers.2.attn.k)"),
     ({"num_hidden_layers": 1}, "9 unexpected tensors (layers.1.attn.k)"),
