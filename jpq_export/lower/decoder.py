@@ -39,6 +39,8 @@ class DecoderGraph:
         self.inputs: list[ir.Value] = []
         self.presents: list[ir.Value] = []
         self.taps: list[ir.Value] = []
+        self._rotary: dict[int, tuple[ir.Value, ir.Value]] = {}
+        self._masks: dict[int | None, ir.Value] = {}
 
     def build(self) -> ir.Value:
         """All nodes; returns the logits [batch, seq, vocab]."""
@@ -71,21 +73,20 @@ class DecoderGraph:
         self.taps.append(rows)
         return rows
 
-    def _rotary_tables(self, positions: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+    def _rotary_tables(self, positions: ir.Value) -> dict[int, tuple[ir.Value, ir.Value]]:
         """Cosine and sine [batch, seq, head_dim / 2] of every rope a layer uses, computed once a pass."""
-        used = {layer.rope for layer in self.spec.layers if layer.kv_heads}
-        nodes, tables = self.nodes, []
+        nodes, tables = self.nodes, {}
         nodes.scope = "rope"
+        used = sorted({layer.rope for layer in self.spec.layers if layer.kv_heads})
         wide = nodes("Unsqueeze", nodes("Cast", positions, to=FLOAT), nodes.ints(-1)) if used else positions
-        for index, rope in enumerate(self.spec.ropes):
-            if index not in used:
-                tables.append((wide, wide))
-                continue
+        for index in used:
+            rope = self.spec.ropes[index]
             angle = nodes("Mul", wide, nodes.const(rope.inv_freq, np.float32))
-            pair = nodes("Cos", angle), nodes("Sin", angle)
+            cos, sin = nodes("Cos", angle), nodes("Sin", angle)
             if rope.scaling != 1:
-                pair = tuple(nodes("Mul", part, nodes.const(rope.scaling, np.float32)) for part in pair)
-            tables.append((pair[0], pair[1]))
+                scaling = nodes.const(rope.scaling, np.float32)
+                cos, sin = nodes("Mul", cos, scaling), nodes("Mul", sin, scaling)
+            tables[index] = cos, sin
         return tables
 
     def _attention_masks(self, ids: ir.Value, mask: ir.Value) -> dict[int | None, ir.Value]:
@@ -97,8 +98,7 @@ class DecoderGraph:
         nodes.scope = "mask"
         total = nodes("Shape", mask, start=1, end=2)
         past = nodes("Sub", total, nodes("Shape", ids, start=1, end=2))
-        scalar = nodes.ints(0)
-        ends = [nodes("Squeeze", value, scalar) for value in (past, total)]
+        ends = [nodes("Squeeze", value, nodes.ints(0)) for value in (past, total)]
         zero, one = nodes.const(0, np.int64), nodes.const(1, np.int64)
         query = nodes("Unsqueeze", nodes("Range", ends[0], ends[1], one), nodes.ints(1))
         key = nodes("Unsqueeze", nodes("Range", zero, ends[1], one), nodes.ints(0))

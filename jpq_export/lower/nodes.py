@@ -27,7 +27,7 @@ class Nodes:
     def __call__(
         self, op_type: str, *inputs: ir.Value | None, name: str | None = None, domain: str = "", **attributes: Any
     ) -> ir.Value:
-        """Append a node with one output and return it. An attribute given as `ir.RefAttr` refers to the function's."""
+        """Append a node with one output and return it."""
         return self.many(op_type, *inputs, names=[name], domain=domain, **attributes)[0]
 
     def many(
@@ -41,10 +41,7 @@ class Nodes:
     ) -> tuple[ir.Value, ...]:
         """Append a node with `len(names)` outputs."""
         outputs = [ir.Value(name=name or self._fresh(op_type)) for name in names]
-        attrs = [
-            value if isinstance(value, ir.Attr) else ir.convenience.convert_attribute(key, value)
-            for key, value in attributes.items()
-        ]
+        attrs = ir.convenience.convert_attributes(attributes)
         node = ir.Node(domain, op_type, inputs, attrs, overload=overload, outputs=outputs, name=outputs[0].name)
         self.nodes.append(node)
         return tuple(outputs)
