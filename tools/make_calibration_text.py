@@ -1,4 +1,4 @@
-"""Make the generated half of the shipped calibration text: documents sampled from the default model, one JSON line each.
+"""Make the generated half of the calibration text: documents sampled from the default model, one JSON line each.
 
     python tools/make_calibration_text.py --out jpq_export/data/calibration.jsonl
 
