@@ -6,6 +6,7 @@ is the package's. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from jpq_export.format.spec import ModelSpec, RopeSpec
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+ROWS_AT_ONCE = 4096  # the package needs several times a block's fp32 bytes while it dequantizes
 TENSORS = {
     "attn_norm": "attn_norm",
     "attn_q": "attn.q",
@@ -131,7 +133,7 @@ def _parse(path: Path, data: np.memmap) -> GGUF:
     tensors = {name: replace(info, start=base + info.start) for name, info in infos.items()}
     for name, info in tensors.items():
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(info.type)]
-        if info.start + int(np.prod(info.shape)) // block * size > len(data):
+        if info.start + math.prod(info.shape) // block * size > len(data):
             raise ValueError(f"tensor {name} runs past the end of the file")
     return GGUF(path, fields, tensors, data)
 
@@ -143,14 +145,18 @@ def read_tensor(file: GGUF, name: str) -> np.ndarray:
     info = file.tensors[name]
     kind = GGMLQuantizationType(info.type)
     block, size = GGML_QUANT_SIZES[kind]
-    rows = (*info.shape[:-1], info.shape[-1] // block * size)
-    raw = file.data[info.start : info.start + int(np.prod(rows))].reshape(rows)
+    columns = info.shape[-1]
+    row_bytes, rows = columns // block * size, math.prod(info.shape[:-1])
+    raw = file.data[info.start : info.start + rows * row_bytes].reshape(rows, row_bytes)
+    out = np.empty((rows, columns), dtype=np.float32)
+    plain = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}.get(kind)
     try:
-        plain = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}.get(kind)
-        values = raw.view(plain) if plain else dequantize(raw, kind)
+        for at in range(0, rows, ROWS_AT_ONCE):
+            part = raw[at : at + ROWS_AT_ONCE]
+            out[at : at + ROWS_AT_ONCE] = part.view(plain) if plain else dequantize(part, kind)
     except NotImplementedError as error:
         raise ModelError(f"{file.path}: {name} is {kind.name}, which cannot be read; use another GGUF file") from error
-    return np.array(values, dtype=np.float32).reshape(info.shape)
+    return out.reshape(info.shape)
 
 
 def open_gguf(path: Path, *, name: str) -> Checkpoint:
