@@ -50,7 +50,9 @@ class Stages:
         )
         reset_peak_memory()
         start = time.perf_counter()
-        with Progress(*columns, console=self.console, transient=True) as bars:
+        # Disabled in a log file: rich would leave an empty line there for each stage.
+        quiet = not self.console.is_interactive
+        with Progress(*columns, console=self.console, transient=True, disable=quiet) as bars:
             task = bars.add_task(text, total=None)
 
             def report(done: int, total: int) -> None:
