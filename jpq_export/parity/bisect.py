@@ -49,7 +49,7 @@ def find_divergence(
 
 
 def _divergence(runner: OrtRunner, point: Point, error: float, bound: float) -> Divergence:
-    node = node_of(runner.proto.graph, runner.places[point.name])
+    node = node_of(runner.proto.graph, point.name)
     return Divergence(point.sublayer, point.blame, node, error, bound)
 
 

@@ -1,4 +1,4 @@
-"""The four pictures of the report, as SVG from plain numbers: layer errors, bits and widths, the front, the staircase."""
+"""The four pictures of the report, as SVG from plain numbers: layer errors, bits and widths, front, staircase."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _bound(rows: Sequence[Raw], at: Sequence[float], step: float, y: Axis) -> Ma
 
 
 def _error_dot(row: Raw, x: float, y: Axis) -> Markup:
-    """Circle for attention, square for MLP, diamond for the rest; red beyond the bound; hollow at the floor when exact."""
+    """Circle for attention, square for MLP, diamond for the rest; red beyond the bound, hollow when exact."""
     error, kind = row["rel_rms"], row["name"].rsplit(".", 1)[-1]
     told = "not finite" if error is None else "exactly equal" if error == 0 else f"{error:.2e}"
     title = element("title", f"{row['name']}: {told}" + (f", bound {row['bound']:.1e}" if row["bound"] else ""))

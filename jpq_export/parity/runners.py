@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import numpy as np
 from jpq_export.errors import BundleError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.spec import ModelSpec
-from jpq_export.parity.points import locate, points
+from jpq_export.parity.points import points, present_in
 
-SPEC_KEY = "jpq.spec"
+SPEC_KEY, UNFUSED_KEY = "jpq.spec", "jpq.unfused"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,8 +59,11 @@ class TorchRunner:
                 module.register_forward_pre_hook(lambda _m, x, read=read: self._keep(read, x[0]))
 
     def _keep(self, name: str, value: Any) -> None:
-        if self._values is not None:
-            self._values[name] = value.numpy()  # "embed": the tap comes after the module and includes embed_scale
+        if self._values is None:
+            return
+        if value.dim() == 4:  # q_norm and k_norm: [batch, heads, seq, head_dim]
+            value = value.transpose(1, 2).flatten(2)
+        self._values[name] = value.numpy()  # "embed": the tap comes after the module and includes embed_scale
 
     def forward(
         self, ids: np.ndarray, *, mask: np.ndarray | None = None, cache: Any = None, values: bool = False
@@ -93,34 +97,27 @@ class OrtRunner:
     """
 
     def __init__(self, path: Path, *, exact: bool = True, with_points: bool = False) -> None:
-        self.proto = _load(path)
-        metadata = {entry.key: entry.value for entry in self.proto.metadata_props}
-        if SPEC_KEY not in metadata:
-            raise BundleError(f"{path}: the ONNX metadata has no {SPEC_KEY!r}; use a model.onnx written by jpq-export")
-        self.spec = ModelSpec.from_json(metadata[SPEC_KEY])
-        self.places = locate(self.proto.graph, self.spec) if with_points else {}
-        self.session = self._session(path, exact)
-        self.version = _onnxruntime_version()
-        self._inputs = {value.name for value in self.session.get_inputs()}
+        import onnxruntime
 
-    @staticmethod
-    def rounds_activations(path: Path) -> bool:
-        """Whether onnxruntime by itself would fuse this graph into kernels with 8-bit activations."""
-        return any(node.op_type == "DequantizeLinear" for node in _load(path).graph.node)
+        self.proto = load_proto(path)
+        self.spec, _ = read_metadata(self.proto, path)
+        self.points = present_in(self.proto.graph, self.spec) if with_points else ()
+        existing = {value.name for value in self.proto.graph.output}
+        for name in self.points:
+            if name not in existing:
+                self.proto.graph.output.add(name=name)
+        self.session = self._session(path, exact)
+        self.version = onnxruntime.__version__
+        self._inputs = {value.name for value in self.session.get_inputs()}
 
     def _session(self, path: Path, exact: bool) -> Any:
         import onnxruntime
 
-        existing = {value.name for value in self.proto.graph.output}
-        for name in dict.fromkeys(self.places.values()):
-            if name not in existing:
-                self.proto.graph.output.add(name=name)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-        if exact:
-            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
         try:
             return onnxruntime.InferenceSession(
                 self.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -144,18 +141,17 @@ class OrtRunner:
             mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask, past)}
         feeds |= {f"past.{name}": value for name, value in cache.items()}
-        fetch = list(
-            dict.fromkeys(["logits", *(f"present.{n}" for n in cache), *(self.places.values() if values else ())])
-        )
+        names = ["logits", *(f"present.{name}" for name in cache), *(self.points if values else ())]
+        fetch = list(dict.fromkeys(names))
         got = self.session.run(fetch, {name: value for name, value in feeds.items() if name in self._inputs})
         outputs = dict(zip(fetch, got, strict=True))
         present = {name: outputs[f"present.{name}"] for name in cache}
-        found = {name: outputs[value] for name, value in self.places.items()} if values else {}
+        found = {name: outputs[name].reshape(*ids.shape, -1) for name in self.points} if values else {}
         return Outcome(outputs["logits"], present, found)
 
 
-def _load(path: Path) -> Any:
-    """The ONNX ModelProto without its external data."""
+def load_proto(path: Path) -> Any:
+    """The ONNX ModelProto without its external data; BundleError when it cannot be read."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -165,7 +161,10 @@ def _load(path: Path) -> Any:
         raise BundleError(f"{path}: not a readable ONNX file ({error}); export the bundle again") from error
 
 
-def _onnxruntime_version() -> str:
-    import onnxruntime
-
-    return onnxruntime.__version__
+def read_metadata(proto: Any, path: Path) -> tuple[ModelSpec, set[str]]:
+    """The model's spec, and the matrices onnxruntime unpacks to fp32; BundleError when the file is none of ours."""
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    try:
+        return ModelSpec.from_json(metadata[SPEC_KEY]), set(json.loads(metadata[UNFUSED_KEY]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{path}: not written by jpq-export ({error!r} in its metadata); export it again") from error

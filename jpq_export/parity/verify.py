@@ -107,7 +107,7 @@ def _beyond(point: Point, recorded: np.ndarray, computed: np.ndarray | None) -> 
 
 
 def _divergence(runner: OrtRunner, point: Point, error: float, bound: float) -> Divergence:
-    node = node_of(runner.proto.graph, runner.places.get(point.name, point.name))
+    node = node_of(runner.proto.graph, point.name)
     return Divergence(point.sublayer, point.blame, node, error, bound)
 
 
