@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,6 +63,7 @@ class Stages:
 
             yield report
         seconds = time.perf_counter() - start
+        return_freed_memory()
         self.records.append(StageRecord(name, round(seconds, 3), peak_memory_bytes()))
         self.console.print(f"[green]✓[/green] {text} [dim]({seconds:.1f} s)[/dim]")
 
@@ -67,6 +71,15 @@ class Stages:
         """A stage whose result was already there."""
         self.records.append(StageRecord(name, 0.0, 0, resumed=True))
         self.console.print(f"[green]✓[/green] {text} [dim](found finished, resumed)[/dim]")
+
+
+def return_freed_memory() -> None:
+    """Give freed heap pages back to the system (glibc keeps them), so that one stage's peak is not the next one's base."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def reset_peak_memory() -> None:

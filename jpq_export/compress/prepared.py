@@ -66,18 +66,26 @@ def load_prices(folder: Path) -> PriceList | None:
 
 def load_prepared(folder: Path, *, device: str = "cpu") -> Prepared | None:
     """All of it, when it is there."""
-    prices = load_prices(folder)
-    if prices is None:
+    prices, stats = load_prices(folder), load_statistics(folder, device=device)
+    if prices is None or stats is None:
+        return None
+    return Prepared(prices, _load_rounded(folder / "rounded.safetensors", device), stats)
+
+
+def load_statistics(folder: Path, *, device: str = "cpu") -> Statistics | None:
+    """The statistics alone: compression needs them without half a gigabyte of rounded weights."""
+    path = folder / "statistics.safetensors"
+    if not path.is_file():
         return None
     stats = Statistics()
-    for name, value in load_file(folder / "statistics.safetensors", device=device).items():
+    for name, value in load_file(path, device=device).items():
         kind, _, key = name.partition("/")
         if kind == "rows":
             stats.rows = value
         else:
             getattr(stats, kind)[key] = value
     stats.tokens = next(iter(stats.token_weights.values())).numel()
-    return Prepared(prices, _load_rounded(folder / "rounded.safetensors", device), stats)
+    return stats
 
 
 def _statistics_tensors(stats: Statistics) -> dict[str, Tensor]:

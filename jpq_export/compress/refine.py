@@ -18,6 +18,7 @@ from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
 from jpq_export.compress.prices import PartialForward, PriceList, RoundedCache
 from jpq_export.compress.rounding import nearest, search_scales
 from jpq_export.compress.search import Knobs, Solution
+from jpq_export.errors import BudgetError
 
 TRIALS: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("removal", (float("inf"), 2.0, 0.6)),
@@ -105,8 +106,13 @@ def refine(
     done: dict[tuple, Trial] = {}
     total = 1 + sum(len(values) for _, values in trials)
 
-    def measure(knobs: Knobs) -> Trial:
-        solution = solve(knobs)
+    def measure(knobs: Knobs) -> Trial | None:
+        try:
+            solution = solve(knobs)
+        except BudgetError:
+            if knobs == start:
+                raise
+            return None  # without pruning this budget cannot be met: not a candidate
         key = tuple(sorted((name, option.kept, option.bits) for name, option in solution.picks.items()))
         if key not in done:
             kl = forward.kl_of(assemble(teacher, prices, solution, cache))
@@ -114,6 +120,7 @@ def refine(
         return done[key]
 
     best, count = measure(start), 1
+    assert best is not None
     if progress:
         progress(count, total)
     for knob, values in trials:
@@ -123,7 +130,8 @@ def refine(
         for value in values:
             current = getattr(base, knob)
             trial = measure(replace(base, **{knob: value if value == float("inf") else current * value}))
-            best = min(best, trial, key=lambda t: t.kl)
+            if trial is not None and trial.kl < best.kl:
+                best = trial
             count += 1
             if progress:
                 progress(count, total)

@@ -9,7 +9,7 @@ import torch
 
 from jpq_export.compress.apply import Compressor, LayerChoice, Recipe
 from jpq_export.compress.decoder import Decoder
-from jpq_export.compress.prepared import load_prepared
+from jpq_export.compress.prepared import load_statistics
 from jpq_export.compress.statistics import Progress, Statistics, collect, plain_statistics
 from jpq_export.compress.student import to_compressed, to_student
 from jpq_export.compress.tune import TuneSettings, heldout_kl, tune
@@ -42,8 +42,8 @@ def _statistics(teacher: Decoder, plan: Plan, calibration: np.ndarray, seed: int
     """The baselines weigh all tokens alike, as published; ours uses the Fisher's, from the cache when it is there."""
     if plan.method != "jpq":
         return plain_statistics(teacher, calibration)
-    found = load_prepared(prepared, device=str(teacher.embed.weight.device))
-    return found.stats if found else collect(teacher, calibration, seed=seed)
+    found = load_statistics(prepared, device=str(teacher.embed.weight.device))
+    return collect(teacher, calibration, seed=seed) if found is None else found
 
 
 def recover(
