@@ -1,11 +1,17 @@
 """Bodies of `jpq::LowBitMatMul` and `jpq::LowBitGather` in standard ONNX, so that any onnxruntime runs the file.
 
 A body unpacks codes as `numerics/packing.py` lays them out and hands integer codes to DequantizeLinear. onnxruntime
-inlines it, folds the unpacking (its input is constant) and fuses DequantizeLinear + MatMul into its MatMulNBits kernel:
-10x faster than the fp32 matrix that plain arithmetic folds to, and a third of the memory (71 M weights of 3 bits, one
-token, one core: 1.9 ms against 18.7 ms). MatMulNBits has 4 and 8 bits; other codes travel as the next wider of them.
+inlines it, folds the unpacking (its input is constant) and fuses DequantizeLinear + MatMul into its 4-bit MatMulNBits
+kernel: 10x faster than the fp32 matrix that plain arithmetic folds to, and a third of the memory (71 M weights of 3
+bits, one token, one core: 1.9 ms against 18.7 ms).
 
-A symmetric zero is half-integer. Where the wider type has room, codes are doubled and scales halved, which is exact:
+Wider codes are cut into fields of at most 4 bits, one product each:
+
+    c = low + 2^l high,   X · [s (c - z)]ᵀ = X · [s (low - z_low)]ᵀ + X · [2^l s (high - z_high)]ᵀ
+
+There is an 8-bit kernel, but with fp32 activations it dequantizes at every call: 13.8 ms where two fields take 1.7 ms.
+
+A symmetric zero is half-integer. Where a field has room, codes are doubled and scales halved, which is exact:
 
     s (c - (2^b - 1) / 2) = (s / 2) (2 c - (2^b - 1))
 
@@ -13,13 +19,14 @@ At 4 and 8 bits it has none. There the zero is 2^(b-1) and the missing half is a
 
     X · [s (c - 2^(b-1) + 1/2)]ᵀ = X · [s (c - 2^(b-1))]ᵀ + X · [s / 2]ᵀ
 
-the last a product with the sums of X over groups (4-bit SmolLM2: 14 ms a token, against 19 ms with doubled codes in 8
-bits). Shapes and shifts depend on the variant, so every variant is an overload of the function of its own.
+the last a product with the sums of X over groups. Shapes and shifts depend on the variant, so every variant is an
+overload of the function of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from math import gcd
 
 import numpy as np
@@ -30,6 +37,15 @@ from jpq_export.numerics.scheme import Scheme, row_bytes
 
 DOMAIN = "jpq"
 VERSION = "1"
+# First bit and width of the fields a code is cut into, so that each fits the 4-bit kernel, doubled when symmetric.
+FIELDS = {
+    2: ((0, 2),),
+    3: ((0, 3),),
+    4: ((0, 4),),
+    5: ((0, 3), (3, 2)),
+    6: ((0, 3), (3, 3)),
+    8: ((0, 4), (4, 4)),
+}
 FUSED_BLOCKS = (16, 32, 64, 128, 256)  # block sizes MatMulNBits takes
 INT_ATTRIBUTES = ("bits", "K", "N", "group_size", "symmetric")
 TEXT_ATTRIBUTES = ("plugin_namespace", "plugin_version")
@@ -75,8 +91,16 @@ class Variant:
 
     @property
     def doubled(self) -> bool:
-        """Whether doubled codes fit the type MatMulNBits is given: all symmetric widths but 4 and 8."""
+        """Whether doubled codes fit 4 bits, field by field: all symmetric widths but 4 and 8."""
         return self.scheme.symmetric and self.scheme.bits not in (4, 8)
+
+    @property
+    def centre(self) -> list[int]:
+        """Zero points of a symmetric scheme's fields."""
+        if self.doubled:
+            return [(1 << width) - 1 for _, width in FIELDS[self.scheme.bits]]
+        middle = 1 << (self.scheme.bits - 1)
+        return [(middle >> start) & ((1 << width) - 1) for start, width in FIELDS[self.scheme.bits]]
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -158,24 +182,41 @@ def _matmul(nodes: Nodes, variant: Variant, inputs: dict[str, ir.Value]) -> ir.V
 
 
 def _fused(nodes: Nodes, variant: Variant, inputs: dict[str, ir.Value]) -> ir.Value:
-    """The product through DequantizeLinear on [K, N], in the form onnxruntime fuses."""
-    scheme, doubled = variant.scheme, variant.doubled
-    codes = _unpack(nodes, inputs["packed"], scheme.bits, count=variant.columns, transposed=True, doubled=doubled)
+    """The product through DequantizeLinear on [K, N], in the form onnxruntime fuses; one for each field of a code."""
+    scheme = variant.scheme
     scales = nodes("Transpose", nodes("Cast", inputs["scales"], to=FLOAT), perm=[1, 0])  # [K/g, N]
-    half = nodes("Mul", scales, nodes.const(0.5, np.float32)) if scheme.symmetric else scales
+    codes = _fields(nodes, inputs["packed"], variant, count=variant.columns, doubled=variant.doubled)
     if scheme.symmetric:
-        zero = scheme.max_code if doubled else 1 << (scheme.bits - 1)
-        zeros = nodes("Expand", nodes.const(zero, np.uint8), nodes("Shape", scales))
+        zeros = [nodes("Expand", nodes.const(zero, np.uint8), nodes("Shape", scales)) for zero in variant.centre]
     else:
-        zeros = _unpack(nodes, inputs["zeros"], scheme.bits, count=variant.groups, transposed=True)
-    if scheme.bits <= 4:
-        codes, zeros = nodes("Cast", codes, to=UINT4), nodes("Cast", zeros, to=UINT4)
-    steps = half if doubled else scales
-    weight = nodes("DequantizeLinear", codes, steps, zeros, axis=0, block_size=scheme.group_size)
-    y = nodes("MatMul", inputs["X"], weight)
-    if doubled or not scheme.symmetric:
-        return y
-    return nodes("Add", y, nodes("MatMul", group_sums(nodes, inputs["X"], scheme.group_size), half))
+        zeros = _fields(nodes, inputs["zeros"], variant, count=variant.groups)
+    products = []
+    for (start, _), code, zero in zip(FIELDS[scheme.bits], codes, zeros, strict=True):
+        step = _times(nodes, scales, 2.0 ** (start - variant.doubled))
+        code, zero = nodes("Cast", code, to=UINT4), nodes("Cast", zero, to=UINT4)
+        weight = nodes("DequantizeLinear", code, step, zero, axis=0, block_size=scheme.group_size)
+        products.append(nodes("MatMul", inputs["X"], weight))
+    if scheme.symmetric and not variant.doubled:
+        sums = group_sums(nodes, inputs["X"], scheme.group_size)
+        products.append(nodes("MatMul", sums, _times(nodes, scales, 0.5)))
+    return reduce(lambda total, product: nodes("Add", total, product), products)
+
+
+def _fields(nodes: Nodes, packed: ir.Value, variant: Variant, *, count: int, doubled: bool = False) -> list[ir.Value]:
+    """Codes or zeros cut into their fields, times 2 when `doubled`: uint8 [K, N] or [K/g, N] each."""
+    bits = variant.scheme.bits
+    if bits <= 4:
+        return [_unpack(nodes, packed, bits, count=count, transposed=True, doubled=doubled)]
+    whole = _unpack(nodes, packed, bits, count=count, transposed=True)
+    out = []
+    for start, width in FIELDS[bits]:
+        mask = nodes.const(((1 << width) - 1) << doubled, np.uint8)
+        out.append(nodes("BitwiseAnd", _shift(nodes, whole, start - doubled), mask))
+    return out
+
+
+def _times(nodes: Nodes, scales: ir.Value, factor: float) -> ir.Value:
+    return scales if factor == 1 else nodes("Mul", scales, nodes.const(factor, np.float32))
 
 
 def _dequantize(

@@ -149,7 +149,7 @@ def _session(path: Path, threads: int | None, exact: bool) -> Any:
 
 
 def _describe(unfused: list[str], exact: bool) -> str:
-    text = "onnxruntime CPU, MatMulNBits (weights of 4 or 8 bits), activations "
+    text = "onnxruntime CPU, MatMulNBits, activations "
     text += "in fp32" if exact else "rounded to 8 bits"
     return text + (f"; {len(unfused)} matrices unpacked to fp32 at load" if unfused else "")
 

@@ -11,6 +11,7 @@ from onnx import external_data_helper, numpy_helper
 from jpq_export.errors import BundleError, StorageError, TargetError
 from jpq_export.format.spec import ModelSpec
 from jpq_export.lower.export import check_graph, dialect_for, export_onnx, weight_bytes
+from jpq_export.lower.functions import FIELDS
 from jpq_export.numerics.packing import unpack_codes
 from jpq_export.numerics.scheme import Scheme, row_bytes
 
@@ -190,7 +191,8 @@ def test_onnxruntime_fuses_the_standard_form(write, tmp_path):
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
-    assert operators.count("MatMulNBits") == len(model.quantized) - 1  # all but the embedding
+    bits = [weight.scheme.bits for name, weight in model.quantized.items() if name != "embed"]
+    assert operators.count("MatMulNBits") == sum(len(FIELDS[b]) if b in (5, 6) else 1 for b in bits)
     assert "DequantizeLinear" not in operators
 
 

@@ -89,10 +89,12 @@ def test_gather_body_means_the_reference(bits, k, group_size, symmetric):
 
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
 def test_every_code_of_a_one_hot_row_comes_back(bits):
-    """A unit vector reads one column: the code itself, to the last bit."""
+    """A unit vector reads one column: the weight itself, to the last bit when one product makes it."""
     weight = random_weight(bits, 48, 16, symmetric=False)
     y = run(model_of("LowBitMatMul", weight), np.eye(48, dtype=np.float32)[None])
-    np.testing.assert_array_equal(y[0].T, weight.dequantize())
+    np.testing.assert_allclose(
+        y[0].T, weight.dequantize(), rtol=0 if bits <= 4 else 1e-6, atol=0 if bits <= 4 else 1e-6
+    )
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -119,7 +121,7 @@ def test_onnxruntime_fuses_the_body(bits, symmetric, tmp_path):
     path = tmp_path / "optimized.onnx"
     run(model_of("LowBitMatMul", random_weight(bits, 64, 16, symmetric)), np.ones((1, 1, 64), np.float32), path)
     operators = [node.op_type for node in onnx.load(path).graph.node]
-    assert operators.count("MatMulNBits") == 1
+    assert operators.count("MatMulNBits") == len(functions.FIELDS[bits])
     assert "DequantizeLinear" not in operators
 
 

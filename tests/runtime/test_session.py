@@ -70,7 +70,7 @@ def test_an_empty_prompt_is_refused(exact):
 
 
 def test_path_says_what_runs(model, exact):
-    assert model.path == "onnxruntime CPU, MatMulNBits (weights of 4 or 8 bits), activations rounded to 8 bits"
+    assert model.path == "onnxruntime CPU, MatMulNBits, activations rounded to 8 bits"
     assert exact.path.endswith("activations in fp32")
 
 
