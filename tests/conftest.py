@@ -3,6 +3,7 @@
 tiny_config("gemma3")            -> transformers configuration
 tiny_model("gemma3")             -> transformers model, seeded, weights large enough that every term matters
 tiny_folder("gemma3", **changes) -> folder with config.json, model.safetensors, tokenizer.json
+save_tiny(folder, "gemma3", **changes): the same at a place of the test's own, for fixtures of wider scope
 """
 
 from __future__ import annotations
@@ -133,14 +134,21 @@ def tiny_model(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture
-def tiny_folder(tmp_path: Path, tiny_model: Callable[..., Any]) -> Callable[..., Path]:
-    def make(name: str, *, add_bos: bool = False, seed: int = 0, **changes: Any) -> Path:
-        folder = tmp_path / name
+@pytest.fixture(scope="session")
+def save_tiny(tiny_model: Callable[..., Any]) -> Callable[..., Path]:
+    def save(folder: Path, name: str, *, add_bos: bool = False, seed: int = 0, **changes: Any) -> Path:
         tiny_model(name, seed=seed, **changes).save_pretrained(folder)
         body = json.dumps(tiny_tokenizer_json(add_bos=add_bos), ensure_ascii=False)
         (folder / "tokenizer.json").write_text(body, encoding="utf-8")
         (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}', encoding="utf-8")
         return folder
+
+    return save
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path, save_tiny: Callable[..., Path]) -> Callable[..., Path]:
+    def make(name: str, **changes: Any) -> Path:
+        return save_tiny(tmp_path / name, name, **changes)
 
     return make

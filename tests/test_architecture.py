@@ -35,7 +35,7 @@ LONGEST = 400
 
 def part_of(module: str) -> str:
     """`jpq_export.compress.load` -> "compress"; the package itself -> "__init__"."""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def imported(source: str) -> Iterator[str]:
