@@ -42,7 +42,7 @@ class Sentinel(click.ClickException):
 
     def __init__(self, error: JpqError) -> None:
         super().__init__(str(error).replace("\n", " "))
-        self.exit_code = error.exit_code
+        self.exit_code = error.exit_code  # pyright: ignore[reportAttributeAccessIssue] click reads the instance
 
 
 class Commands(DefaultGroup):
@@ -57,7 +57,9 @@ class Commands(DefaultGroup):
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
                 where = error.filename or "the output folder"
-                raise Sentinel(StorageError(f"{where}: {error.strerror}; free space or choose another --out")) from error
+                raise Sentinel(
+                    StorageError(f"{where}: {error.strerror}; free space or choose another --out")
+                ) from error
             raise
         except MemoryError as error:
             raise Sentinel(JpqError("out of memory; use a smaller model or a machine with more memory")) from error
@@ -79,11 +81,15 @@ def latency_ms(text: str) -> float:
     return float(match[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3, None: 1.0}[match[2]]
 
 
-def budget_request(size: str | None, bits: float | None, ratio: float | None, latency: str | None, default: float) -> Any:
+def budget_request(
+    size: str | None, bits: float | None, ratio: float | None, latency: str | None, default: float
+) -> Any:
     """One of the four budgets, or the target's default bits."""
     from jpq_export.compress.plan import BudgetRequest
 
-    given = [n for n, v in (("--size", size), ("--bits", bits), ("--ratio", ratio), ("--latency", latency)) if v is not None]
+    given = [
+        n for n, v in (("--size", size), ("--bits", bits), ("--ratio", ratio), ("--latency", latency)) if v is not None
+    ]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)}: only one budget can be met at a time; keep one of them")
     if size is not None:
@@ -112,19 +118,29 @@ def search_options(command: Any) -> Any:
     for option in reversed(
         (
             click.argument("model", required=False),
-            click.option("--target", required=True, metavar="NAME|FILE.toml", help="Board to export for; see `targets`."),
+            click.option(
+                "--target", required=True, metavar="NAME|FILE.toml", help="Board to export for; see `targets`."
+            ),
             click.option("--size", help="Budget: bytes of all weights as stored, e.g. 60MB."),
             click.option("--bits", type=float, help="Budget: bits per weight over the whole file, e.g. 3.0."),
             click.option("--ratio", type=float, help="Budget: fraction of the fp16 size, e.g. 0.2."),
             click.option("--latency", help="Budget: decode latency of one token on the target, e.g. 8ms."),
             click.option("--method", type=click.Choice(METHODS), default="jpq", show_default=True),
             click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True),
-            click.option("--calibration", type=click.Path(path_type=Path), help="Text file or folder; default: shipped text."),
-            click.option("--context", type=int, default=2048, show_default=True, help="Tokens in the KV cache, for latency."),
-            click.option("--prune/--no-prune", default=True, show_default=True, help="Let the search remove structure."),
+            click.option(
+                "--calibration", type=click.Path(path_type=Path), help="Text file or folder; default: shipped text."
+            ),
+            click.option(
+                "--context", type=int, default=2048, show_default=True, help="Tokens in the KV cache, for latency."
+            ),
+            click.option(
+                "--prune/--no-prune", default=True, show_default=True, help="Let the search remove structure."
+            ),
             click.option("--seed", type=int, default=0, show_default=True),
             click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),
-            click.option("--out", type=click.Path(path_type=Path), help="Bundle folder; default: named after model and target."),
+            click.option(
+                "--out", type=click.Path(path_type=Path), help="Bundle folder; default: named after model and target."
+            ),
             click.option("--force", is_flag=True, help="Replace an existing bundle at --out."),
         )
     ):
@@ -142,9 +158,7 @@ def make_request(options: dict[str, Any], **extra: Any) -> Any:
         raise UsageError(f"--context {options['context']}: expected at least 1 token")
     if options["seed"] < 0:
         raise UsageError(f"--seed {options['seed']}: expected 0 or more")
-    budget = budget_request(
-        options["size"], options["bits"], options["ratio"], options["latency"], target.default_bits
-    )
+    budget = budget_request(options["size"], options["bits"], options["ratio"], options["latency"], target.default_bits)
     name = Path(options["model"]).name.removesuffix(".gguf") if options["model"] else "smollm2-135m"
     suffix = f"-{budget.kind}{budget.value:g}"
     out = options["out"] or Path(re.sub(r"[^A-Za-z0-9._-]", "-", f"jpq-{name}-{target.name}{suffix}"))
@@ -211,7 +225,7 @@ def targets(*, as_json: bool) -> None:
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 def verify(bundle: Path) -> None:
-    """Check a bundle's hashes, then its recorded vectors with onnxruntime; exit code 1 and the place if anything differs."""
+    """Check a bundle's hashes, then its recorded vectors with onnxruntime; exit code 1 names what differs."""
     from jpq_export.parity.verify import verify_bundle
     from jpq_export.progress import Stages
 
@@ -257,7 +271,9 @@ def report(bundle: Path) -> None:
 
 @main.command("eval")
 @click.argument("model", required=False)
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text, .raw, or .jsonl with key text.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text, .raw, or .jsonl with key text."
+)
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--context", type=click.IntRange(2), default=2048, show_default=True)
 @click.option("--teacher", help="Model to compare with; default: the one in the bundle's manifest.")
@@ -280,7 +296,9 @@ def evaluate(**options: Any) -> None:
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="May be repeated.")
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--window-context", type=click.IntRange(2), default=2048, show_default=True)
-def compare_command(*, budgets: str, texts: tuple[Path, ...], windows: int, window_context: int, **options: Any) -> None:
+def compare_command(
+    *, budgets: str, texts: tuple[Path, ...], windows: int, window_context: int, **options: Any
+) -> None:
     """Joint search against uniform GPTQ, prune-then-quantize and bits-only search, at equal stored bytes."""
     from jpq_export.comparison import Comparison, compare, markdown
     from jpq_export.progress import Stages

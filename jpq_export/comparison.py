@@ -41,9 +41,7 @@ class PermutedExport(Export):
         from jpq_export.compress.permute import permuted
 
         loaded = super().load()
-        return replace(
-            loaded, model=permuted(loaded.model, seed=self.request.seed), sha256=f"permuted-{loaded.sha256}"
-        )
+        return replace(loaded, model=permuted(loaded.model, seed=self.request.seed), sha256=f"permuted-{loaded.sha256}")
 
 
 def compare(comparison: Comparison, stages: Stages) -> list[dict[str, Any]]:

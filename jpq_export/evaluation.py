@@ -54,7 +54,7 @@ def _open_bundle(folder: Path, stages: Stages) -> tuple[Any, Callable[[str], lis
     from jpq_export.runtime.bundle import load
 
     with stages.stage("open", f"opening {folder}"):
-        bundle = load(folder)
+        bundle = load(folder, exact=True)  # fp32 activations: the compressed model itself, not the fast kernels
     spec, source = bundle.model.spec, bundle.manifest.model["source"]
 
     def logits(ids: np.ndarray, _size: int) -> Iterator[np.ndarray]:

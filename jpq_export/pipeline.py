@@ -129,7 +129,9 @@ def check_output(request: Request) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise StorageError(f"--out {out}: cannot write to {parent} ({error.strerror}); choose a writable folder") from error
+        raise StorageError(
+            f"--out {out}: cannot write to {parent} ({error.strerror}); choose a writable folder"
+        ) from error
 
 
 def check_disk(request: Request, parameters: int) -> None:
@@ -273,8 +275,14 @@ class Export:
             with self.stages.stage("compress", "pruning and rounding, layer by layer") as report:
                 calibration = texts.calibration[: self.effort.sequences]
                 rounded, kl = round_model(
-                    loaded.model, plan, calibration, texts.heldout, seed=self.request.seed, passes=self.effort.passes,
-                    prepared=prepared_for(self.request, loaded, texts), progress=report,
+                    loaded.model,
+                    plan,
+                    calibration,
+                    texts.heldout,
+                    seed=self.request.seed,
+                    passes=self.effort.passes,
+                    prepared=prepared_for(self.request, loaded, texts),
+                    progress=report,
                 )
                 self._save(rounded, "rounded.safetensors", kl)
         else:
@@ -287,8 +295,13 @@ class Export:
         if not self.work.has("recovered.safetensors"):
             with self.stages.stage("recover", "end-to-end recovery of scales and norms") as report:
                 tuned, fresh = recover(
-                    loaded.model, rounded, texts.calibration[: self.effort.tune_sequences], texts.heldout,
-                    steps=self.effort.tune_steps, seed=self.request.seed, progress=report,
+                    loaded.model,
+                    rounded,
+                    texts.calibration[: self.effort.tune_sequences],
+                    texts.heldout,
+                    steps=self.effort.tune_steps,
+                    seed=self.request.seed,
+                    progress=report,
                 )
                 self._save(tuned, "recovered.safetensors", fresh)
         else:
@@ -311,7 +324,7 @@ class Export:
 
     def lower(self, loaded: LoadedModel, compressed: CompressedModel) -> None:
         """model.onnx, for TensorRT targets model.trt.onnx, and the tokenizer."""
-        from jpq_export.lower.export import check_graph, export_onnx
+        from jpq_export.lower.export import export_onnx
 
         target, done = self.request.target, self.work.path("lowered.json")
         if done.exists():
@@ -319,7 +332,6 @@ class Export:
             return
         with self.stages.stage("lower", "writing the ONNX graphs"):
             export_onnx(compressed, self.work.path("model.onnx"), form=target.graph)
-            check_graph(self.work.path("model.onnx"))
             if target.tensorrt:
                 path = self.work.path("model.trt.onnx")
                 export_onnx(compressed, path, form="custom_op", tensorrt=target.tensorrt)
@@ -358,5 +370,3 @@ def prepared_for(request: Request, loaded: LoadedModel, texts: Texts) -> Path:
 def _finite(knobs: dict[str, float]) -> dict[str, float | None]:
     """JSON has no infinity: None means pruning was not allowed."""
     return {name: value if np.isfinite(value) else None for name, value in knobs.items()}
-
-

@@ -74,7 +74,7 @@ class Stages:
 
 
 def return_freed_memory() -> None:
-    """Give freed heap pages back to the system (glibc keeps them), so that one stage's peak is not the next one's base."""
+    """Give freed heap pages back (glibc keeps them), so that one stage's peak is not the next one's base."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,4 +1,4 @@
-"""The last stages of an export: parity, recorded vectors, quality on held-out text, manifest, report, the final rename."""
+"""The last stages of an export: parity, recorded vectors, quality, manifest, report, the final rename."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from jpq_export.format.compressed import CompressedModel
     from jpq_export.pipeline import Export, Texts
 
-VERSIONS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy", "safetensors")
+VERSIONS = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "safetensors",
+)
 
 
 def finish_bundle(
@@ -33,7 +43,12 @@ def finish_bundle(
         prompts.append(texts.calibration[len(prompts)][:64].tolist())
     with stages.stage("parity", "PyTorch against onnxruntime, every sub-layer") as report:
         parity = check_parity(
-            compressed, work.path("model.onnx"), prompts=prompts, steps=64, form=export.request.target.graph, progress=report
+            compressed,
+            work.path("model.onnx"),
+            prompts=prompts,
+            steps=64,
+            form=export.request.target.graph,
+            progress=report,
         )
         work.path("parity.json").write_text(parity.to_json(), encoding="utf-8")
     with stages.stage("vectors", "recording vectors for the device"):

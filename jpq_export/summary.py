@@ -25,7 +25,9 @@ def show_summary(result: dict[str, Any]) -> None:
     before, after = manifest.original_bytes / 1e6, manifest.weight_bytes / 1e6
     table.add_row("size", f"{before:.1f} MB (fp16) -> {after:.1f} MB, {before / after:.1f}x smaller")
     table.add_row("bits per weight", f"{manifest.bits_per_weight:.3f}, embedding and head included")
-    table.add_row("KL to the teacher", f"{quality['kl_mean']:.4f} nats a token, top-1 agreement {quality['top1_agreement']:.1%}")
+    table.add_row(
+        "KL to the teacher", f"{quality['kl_mean']:.4f} nats a token, top-1 agreement {quality['top1_agreement']:.1%}"
+    )
     table.add_row("perplexity", f"{quality['teacher_perplexity']:.2f} -> {quality['perplexity']:.2f} on held-out text")
     verdict = "[green]passed[/green]" if parity.passed else "[red]FAILED[/red]"
     table.add_row("parity", f"{verdict}, PyTorch against {', '.join(r.name for r in parity.runtimes)}")
@@ -33,7 +35,9 @@ def show_summary(result: dict[str, Any]) -> None:
     console.print(table)
     if not parity.passed and parity.first_diverging:
         console.print(f"first diverging: {parity.first_diverging}")
-    console.print(f"next: jpq-export run {out} \"Once upon a time\"   |   on the device: jpq-export verify {out}", soft_wrap=True)
+    console.print(
+        f'next: jpq-export run {out} "Once upon a time"   |   on the device: jpq-export verify {out}', soft_wrap=True
+    )
 
 
 def _show_plan(console: Console, plan: Plan, out: Path) -> None:
@@ -42,8 +46,12 @@ def _show_plan(console: Console, plan: Plan, out: Path) -> None:
     table = Table(title=f"plan for {plan.model_name} on {plan.target}", show_header=False)
     table.add_row("budget", asked)
     table.add_row("stored bytes", f"{plan.predicted.bytes / 1e6:.2f} MB")
-    table.add_row("decode latency", f"{plan.predicted.latency_ms:.3f} ms a token, estimated from the target's data sheet")
-    table.add_row("predicted KL", f"{plan.predicted.kl:.4f} nats a token, within {plan.predicted.gap:.2%} of the best possible")
+    table.add_row(
+        "decode latency", f"{plan.predicted.latency_ms:.3f} ms a token, estimated from the target's data sheet"
+    )
+    table.add_row(
+        "predicted KL", f"{plan.predicted.kl:.4f} nats a token, within {plan.predicted.gap:.2%} of the best possible"
+    )
     table.add_row("removed", ", ".join(r.name for r in plan.removed) or "nothing")
     table.add_row("written", str(out))
     console.print(table)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jpq_export.compress.decoder import Decoder, Layer, build_decoder, canonical_name, named_weights
+from jpq_export.compress.decoder import Context, Decoder, Layer, build_decoder, canonical_name, named_weights
 from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
 from jpq_export.compress.rounding import Rounded, quantize
 from jpq_export.compress.statistics import Progress, Statistics
@@ -126,7 +126,7 @@ class Compressor:
         context = self.teacher.context(self.ids[:1])
         for i in range(count):
             self._attention(i, teacher_stream, student_stream, context)
-            self._mlp(i, teacher_stream, student_stream, context)
+            self._mlp(i, teacher_stream, student_stream)
             if progress:
                 progress(i + 1, count)
         return student
@@ -134,10 +134,10 @@ class Compressor:
     def _round_embedding(self) -> None:
         student, stats = self.student, self.stats
         rounded = self._round(student.embed.weight, stats.hessians["embed"], self.recipe.schemes["embed"])
-        student.embed = QuantEmbedding(rounded, None)
+        student.embed = QuantEmbedding(rounded, None)  # pyright: ignore[reportAttributeAccessIssue] stands in for both uses
         if student.head is not None:
             rounded = self._round(student.head.weight, stats.hessians["head"], self.recipe.schemes["head"])
-            student.head = QuantLinear(rounded, None)
+            student.head = QuantLinear(rounded, None)  # pyright: ignore[reportAttributeAccessIssue] same interface
 
     def _round(self, W: Tensor, H: Tensor, scheme: Scheme) -> Rounded:
         """Row chunks bound the memory of a large vocabulary."""
@@ -150,9 +150,11 @@ class Compressor:
             torch.cat([p.zeros for p in parts]),
         )
 
-    def _attention(self, i: int, teacher_stream: Tensor, student_stream: Tensor, context: object) -> None:
+    def _attention(self, i: int, teacher_stream: Tensor, student_stream: Tensor, context: Context) -> None:
         old, new = self.teacher.layers[i], self.student.layers[i]
-        if new.attn is not None:
+        if old.attn is None or old.attn_norm is None:
+            return
+        if new.attn is not None and new.attn_norm is not None:
             old_in = self._map(old.attn_norm, teacher_stream)
             new_in = self._map(new.attn_norm, student_stream)
             for part in ("q", "k", "v"):
@@ -160,27 +162,26 @@ class Compressor:
             old_core = self._map(lambda x: attention_core(old, x, context), old_in)
             new_core = self._map(lambda x: attention_core(new, x, context), new_in)
             self._linear(i, "attn.o", old_core, new_core)
-            student_stream += self._map(lambda y: post(new.attn.o(y), new.attn_post_norm), new_core)
-        elif old.attn is not None:
-            old_core = self._map(lambda x: attention_core(old, old.attn_norm(x), context), teacher_stream)
+            student_stream += self._map(new.attention_out, new_core)
         else:
-            return
-        teacher_stream += self._map(lambda y: post(old.attn.o(y), old.attn_post_norm), old_core)
+            old_in = self._map(old.attn_norm, teacher_stream)
+            old_core = self._map(lambda x: attention_core(old, x, context), old_in)
+        teacher_stream += self._map(old.attention_out, old_core)
 
-    def _mlp(self, i: int, teacher_stream: Tensor, student_stream: Tensor, _context: object) -> None:
+    def _mlp(self, i: int, teacher_stream: Tensor, student_stream: Tensor) -> None:
         old, new = self.teacher.layers[i], self.student.layers[i]
-        if old.mlp is None:
+        if old.mlp is None or old.mlp_norm is None:
             return
         old_in = self._map(old.mlp_norm, teacher_stream)
-        old_core = self._map(lambda x: mlp_core(old, x), old_in)
-        if new.mlp is not None:
+        old_core = self._map(old.mlp.core, old_in)
+        if new.mlp is not None and new.mlp_norm is not None:
             new_in = self._map(new.mlp_norm, student_stream)
             for part in ("gate", "up"):
                 self._linear(i, f"mlp.{part}", old_in, new_in)
-            new_core = self._map(lambda x: mlp_core(new, x), new_in)
+            new_core = self._map(new.mlp.core, new_in)
             self._linear(i, "mlp.down", old_core, new_core)
-            student_stream += self._map(lambda y: post(new.mlp.down(y), new.mlp_post_norm), new_core)
-        teacher_stream += self._map(lambda y: post(old.mlp.down(y), old.mlp_post_norm), old_core)
+            student_stream += self._map(new.mlp_out, new_core)
+        teacher_stream += self._map(old.mlp_out, old_core)
 
     def _map(self, function: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
         return torch.cat([function(part) for part in stream.split(self.batch)])
@@ -210,14 +211,10 @@ class Compressor:
         setattr(getattr(self.student.layers[i], sublayer), short, QuantLinear(rounded, module_bias))
 
 
-def post(y: Tensor, norm: nn.Module | None) -> Tensor:
-    """The optional norm after a sub-layer."""
-    return y if norm is None else norm(y)
-
-
-def attention_core(layer: Layer, x: Tensor, context: object) -> Tensor:
+def attention_core(layer: Layer, x: Tensor, context: Context) -> Tensor:
     """Attention up to the input of the output projection."""
     attn = layer.attn
+    assert attn is not None
     out: list[Tensor] = []
     handle = attn.o.register_forward_pre_hook(lambda _m, inputs: out.append(inputs[0]))
     try:
@@ -225,10 +222,3 @@ def attention_core(layer: Layer, x: Tensor, context: object) -> Tensor:
     finally:
         handle.remove()
     return out[0]
-
-
-def mlp_core(layer: Layer, x: Tensor) -> Tensor:
-    """MLP up to the input of the down projection."""
-    mlp = layer.mlp
-    return mlp.activation(mlp.gate(x)) * mlp.up(x)
-

@@ -6,7 +6,8 @@ of every parity report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,17 @@ from torch.nn import functional as F
 from jpq_export.format.spec import LayerSpec, ModelSpec
 
 Tap = Callable[[str, Tensor], None]
+
+
+@runtime_checkable
+class TableLookUp(Protocol):
+    """A quantized embedding: `look_up` reads rows, calling it multiplies as the tied head."""
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Rows of the table: ids [...] -> [..., hidden]."""
+        ...
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -73,7 +85,7 @@ class Context:
         self._masks: dict[int | None, Tensor | None] = {}
 
     def mask(self, window: int | None) -> Tensor | None:
-        """Boolean mask [batch or 1, 1, seq, past + seq], True = may look; None when plain causal attention is enough."""
+        """Boolean mask [batch or 1, 1, seq, past + seq], True = may look; None when plain causal is enough."""
         if window not in self._masks:
             self._masks[window] = self._build(window)
         return self._masks[window]
@@ -103,6 +115,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al., 2023) with optional q/k norm, biases, sliding window."""
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
@@ -139,6 +156,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Gated feed-forward: down(act(gate(x)) * up(x)) (Shazeer, 2020)."""
 
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+
     def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
         shapes = spec.linear_shapes(index)
@@ -149,7 +170,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(self.core(x))
+
+    def core(self, x: Tensor) -> Tensor:
+        """Up to the input of the down projection: [..., hidden] -> [..., ffn]."""
+        return self.activation(self.gate(x)) * self.up(x)
 
 
 class Layer(nn.Module):
@@ -170,14 +195,26 @@ class Layer(nn.Module):
         self.mlp_post_norm = norm(layer.ffn > 0 and spec.post_norms)
 
     def attention_part(self, x: Tensor, context: Context) -> Tensor:
-        """x plus the attention sub-layer."""
+        """The stream plus the attention sub-layer."""
         if self.attn is None or self.attn_norm is None:
             return x
         y = self.attn(self.attn_norm(x), context)
         return x + (y if self.attn_post_norm is None else self.attn_post_norm(y))
 
+    def attention_out(self, core: Tensor) -> Tensor:
+        """What the attention sub-layer adds, from the input of its output projection."""
+        assert self.attn is not None
+        y = self.attn.o(core)
+        return y if self.attn_post_norm is None else self.attn_post_norm(y)
+
+    def mlp_out(self, core: Tensor) -> Tensor:
+        """What the MLP sub-layer adds, from the input of its down projection."""
+        assert self.mlp is not None
+        y = self.mlp.down(core)
+        return y if self.mlp_post_norm is None else self.mlp_post_norm(y)
+
     def mlp_part(self, x: Tensor) -> Tensor:
-        """x plus the MLP sub-layer."""
+        """The stream plus the MLP sub-layer."""
         if self.mlp is None or self.mlp_norm is None:
             return x
         y = self.mlp(self.mlp_norm(x))
@@ -191,11 +228,14 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """The whole model; parameters carry the canonical names of `ModelSpec` (see `named_weights`)."""
 
+    layers: Sequence[Layer]  # an nn.ModuleList, which has no element type
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
         self.embed = nn.Embedding(spec.vocab, spec.hidden)
-        self.layers = nn.ModuleList(Layer(spec, i) for i in range(len(spec.layers)))
+        layers = nn.ModuleList(Layer(spec, i) for i in range(len(spec.layers)))
+        self.layers = layers  # pyright: ignore[reportAttributeAccessIssue] see the annotation above
         self.norm = RMSNorm(spec.hidden, spec.norm_eps)
         self.head = None if spec.tied else nn.Linear(spec.hidden, spec.vocab, bias=False)
 
@@ -217,11 +257,11 @@ class Decoder(nn.Module):
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """[batch, seq] -> [batch, seq, hidden]."""
-        rows = self.embed.look_up(ids) if hasattr(self.embed, "look_up") else self.embed(ids)
+        rows = self.embed.look_up(ids) if isinstance(self.embed, TableLookUp) else self.embed(ids)
         return rows * self.spec.embed_scale
 
     def hidden(self, ids: Tensor, context: Context, tap: Tap | None = None) -> Tensor:
-        """Final hidden states after the last norm; `tap(name, value)` sees the residual stream after every sub-layer."""
+        """Final hidden states after the last norm; `tap(name, value)` sees the stream after each sub-layer."""
         x = self.embed_tokens(ids)
         if tap:
             tap("embed", x)
@@ -241,7 +281,7 @@ class Decoder(nn.Module):
         """[..., hidden] -> [..., vocab]."""
         if self.head is not None:
             return self.head(hidden)
-        return self.embed(hidden) if hasattr(self.embed, "look_up") else F.linear(hidden, self.embed.weight)
+        return self.embed(hidden) if isinstance(self.embed, TableLookUp) else F.linear(hidden, self.embed.weight)
 
     def forward(
         self,

@@ -9,8 +9,7 @@ from jpq_export.compress.refine import TRIALS
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """`sequences` of `length` tokens for statistics and rounding, `heldout` for gates and candidate plans,
-    `tune_sequences` and `tune_steps` for end-to-end recovery."""
+    """`sequences` of `length` tokens for statistics and rounding, `heldout` for gates, `tune_*` for recovery."""
 
     name: str
     sequences: int

@@ -152,8 +152,13 @@ def _removals(problem: Problem, solution: Solution) -> tuple[Removal, ...]:
         units = len(structure.order)
         what = "key/value heads" if name.endswith("attn") else "channels"
         price = structure.removal[units - option.kept]
-        text = "the whole sub-layer" if option.kept == 0 else f"{units - option.kept} of {units} {what}, the least important"
-        reason = f"{text}: costs {price:.2g} nats, less than the same room is worth at {solution.multiplier * scale:.3g} nats/{unit}"
+        text = (
+            "the whole sub-layer"
+            if option.kept == 0
+            else f"{units - option.kept} of {units} {what}, the least important"
+        )
+        rate = f"{solution.multiplier * scale:.3g} nats/{unit}"
+        reason = f"{text}: costs {price:.2g} nats, less than the same room is worth at {rate}"
         out.append(Removal(name, price, reason))
     return tuple(out)
 
@@ -161,7 +166,9 @@ def _removals(problem: Problem, solution: Solution) -> tuple[Removal, ...]:
 def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: str, method: str) -> Plan:
     """The plain baseline: one width for every linear, the largest that fits, and one for embedding and head."""
     if budget.bytes is None:
-        raise BudgetError(f"--method {method} has one width for all and takes a byte budget; give --size, --bits or --ratio")
+        raise BudgetError(
+            f"--method {method} has one width for all and takes a byte budget; give --size, --bits or --ratio"
+        )
     best: tuple | None = None
     for linear in BIT_WIDTHS:
         for table in BIT_WIDTHS:
@@ -174,8 +181,8 @@ def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: st
     if best is None:
         smallest = uniform_bytes(spec, _uniform_schemes(spec, 2, 2, 128))
         raise BudgetError(
-            f"budget of {budget.bytes / 1e6:.2f} MB cannot be met: --method {method} needs at least {smallest / 1e6:.2f} MB; "
-            "ask for at least that"
+            f"budget of {budget.bytes / 1e6:.2f} MB cannot be met: --method {method} needs at least "
+            f"{smallest / 1e6:.2f} MB; ask for at least that"
         )
     schemes = best[1]
     layers = tuple(
@@ -183,9 +190,7 @@ def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: st
         for i, layer in enumerate(spec.layers)
     )
     choices = tuple(
-        Choice(
-            name, s.bits, s.group_size, s.symmetric, *shape, s.weight_bytes(*shape), 0.0, "uniform width, no search"
-        )
+        Choice(name, s.bits, s.group_size, s.symmetric, *shape, s.weight_bytes(*shape), 0.0, "uniform width, no search")
         for (name, shape), s in zip(spec.matrices().items(), schemes.values(), strict=True)
     )
     size = uniform_bytes(spec, schemes)

@@ -1,4 +1,4 @@
-"""The price list: how much KL each matrix costs at each width, and each removable unit when it goes. Made once per model.
+"""The price list: the KL that each matrix costs at each width, and each removable unit when it goes.
 
 A price is 0.5 * tr(E H Eᵀ) of the really rounded weight (GPTQ at 2, 3, 4 bits; a quarter per further bit), scaled by
 measured KLs on held-out text: every sub-layer is once quantized to 2 bits, once removed and (MLP) once halved, with the
@@ -34,7 +34,7 @@ HEAD_CHUNK = 256
 
 @dataclass(frozen=True, slots=True)
 class StructurePrice:
-    """Removing parts of one sub-layer: units from the least to the most important, and the KL of removing the first n."""
+    """Removing parts of a sub-layer: units, least important first, and the KL of removing the first n."""
 
     order: tuple[int, ...]
     removal: tuple[float, ...]  # [len(order) + 1]; removal[0] = 0, removal[-1] = the whole sub-layer
@@ -220,6 +220,7 @@ def _measure_table(
 ) -> None:
     """Embedding and head: every rounded width is measured, being few and a fifth of a small model's bytes."""
     module = teacher.embed if name == "embed" else teacher.head
+    assert module is not None
     original = module.weight.data
     for bits in ROUNDED_BITS:
         module.weight.data = cache.weight(name, bits)
@@ -264,9 +265,7 @@ def _structure(
     # Below the measured half: the gates' shape; above it: a power law through both measured points.
     scale = measured / max(float(cumulative[half]), 1e-12)
     power = max(1.0, float(np.log(max(whole, 1e-9) / max(measured, 1e-9)) / np.log(units / half)))
-    removal = [
-        float(cumulative[n]) * scale if n <= half else measured * (n / half) ** power for n in range(units + 1)
-    ]
+    removal = [float(cumulative[n]) * scale if n <= half else measured * (n / half) ** power for n in range(units + 1)]
     removal[-1] = whole
     return StructurePrice(tuple(order.tolist()), tuple(np.maximum.accumulate(removal).tolist()), step)
 

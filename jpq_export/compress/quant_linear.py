@@ -1,4 +1,4 @@
-"""A linear layer that computes with stored codes and trains its scales: the compressed model while it is still in PyTorch."""
+"""A linear layer that computes with stored codes and trains its scales: the compressed model in PyTorch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _ScaledMatMul(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] torch names it so too
         x, centred, weight = ctx.saved_tensors
         gradient = gradients[0].to(centred.dtype)
         dscales = None
@@ -37,7 +37,7 @@ class _ScaledMatMul(torch.autograd.Function):
 
 
 def expand(codes: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight [N, K] in `dtype`; code - zero is exact in bf16 up to 8 bits with half-integer centres up to 6 bits."""
+    """The weight [N, K] in `dtype`."""
     n, groups = scales.shape
     weight = codes.view(n, groups, -1).to(dtype).sub_(zeros[..., None].to(dtype))
     return weight.mul_(scales[..., None].to(dtype)).view(n, -1)
@@ -51,6 +51,9 @@ def scale_gradient(dw: Tensor, centred: Tensor, groups: int) -> Tensor:
 
 class QuantLinear(nn.Module):
     """Drop-in for nn.Linear with trainable `scales` [N, K/g] over frozen uint8 codes [N, K]."""
+
+    codes: Tensor
+    zeros: Tensor
 
     def __init__(self, rounded: Rounded, bias: Tensor | None) -> None:
         super().__init__()
@@ -104,7 +107,7 @@ class QuantEmbedding(QuantLinear):
     """The embedding table, looked up by row; the tied head uses it as a linear layer."""
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """ids [...] -> float32 [..., hidden]; gradients reach the scales of the rows used."""
+        """Ids [...] -> float32 [..., hidden]; gradients reach the scales of the rows used."""
         flat = ids.flatten()
         groups = self.scales.shape[1]
         codes = self.codes[flat].view(len(flat), groups, -1).float() - self.zeros[flat][..., None]

@@ -47,8 +47,13 @@ def damped(H: Tensor, *, damping: float = DAMPING) -> Tensor:
     return H + torch.eye(H.shape[0], device=H.device) * (damping * level)
 
 
-def search_scales(W: Tensor, weight: Tensor, max_code: Tensor, group_size: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Per group, the clipping that minimises Σ weight_k (w - ŵ)²; W [N, K], weight [K], max_code [N] -> scales, zeros [N, K/g]."""
+def search_scales(
+    W: Tensor, weight: Tensor, max_code: Tensor, group_size: int, *, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Per group, the clipping that minimises Σ weight_k (w - ŵ)².
+
+    W [N, K], weight [K], max_code [N] -> scales, zeros [N, K/g].
+    """
     n, k = W.shape
     groups = W.view(n, k // group_size, group_size)
     importance = weight.view(1, -1, group_size)
@@ -91,7 +96,7 @@ def gptq(W: Tensor, H: Tensor, scales: Tensor, zeros: Tensor, max_code: Tensor) 
 
     W [N, K]; H [K, K] symmetric; scales, zeros [N, K/g]; max_code [N].
     """
-    n, k = W.shape
+    k = W.shape[1]
     group_size = k // scales.shape[1]
     H = damped(H)
     order = torch.argsort(H.diagonal(), descending=True)
@@ -123,7 +128,7 @@ def coordinate_descent(W: Tensor, H: Tensor, start: Rounded, max_code: Tensor, *
 
     Shapes as in `gptq`; scales and zeros stay.
     """
-    n, k = W.shape
+    k = W.shape[1]
     group_size = k // start.scales.shape[1]
     H = damped(H)
     scale = start.scales.T.repeat_interleave(group_size, 0)  # [K, N]
@@ -148,13 +153,15 @@ def coordinate_descent(W: Tensor, H: Tensor, start: Rounded, max_code: Tensor, *
                     slope[j + 1 : end].addr_(H[j + 1 : end, j], moved[j - begin])
             slope[:begin].addmm_(H[:begin, begin:end], moved)
             slope[end:].addmm_(H[end:, begin:end], moved)
-            inside = H[begin:end, begin:end].tril(0).T  # what the inner loop has not added yet: j and the columns before
+            inside = (
+                H[begin:end, begin:end].tril(0).T
+            )  # what the inner loop has not added yet: j and the columns before
             slope[begin:end].addmm_(inside, moved)
     return Rounded(codes.T.contiguous().to(torch.uint8), start.scales, start.zeros)
 
 
 def refit_scales(W: Tensor, H: Tensor, rounded: Rounded) -> Rounded:
-    """All scales of a row at once, in closed form: θ = (ΦᵀHΦ)⁻¹ ΦᵀHw with Φ = the centred codes (design of AQLM's refit)."""
+    """All scales of a row at once, in closed form: θ = (ΦᵀHΦ)⁻¹ ΦᵀHw with Φ the centred codes by group."""
     n, k = W.shape
     groups = rounded.scales.shape[1]
     H = damped(H)
@@ -178,13 +185,13 @@ def refit_scales(W: Tensor, H: Tensor, rounded: Rounded) -> Rounded:
 
 
 def row_loss(W: Tensor, H: Tensor, rounded: Rounded) -> Tensor:
-    """e H eᵀ of every row: [N]."""
+    """E H eᵀ of every row: [N]."""
     E = rounded.dequantize() - W
     return ((E @ H) * E).sum(-1)
 
 
 def quantize(W: Tensor, H: Tensor, scheme: Scheme, *, method: str = "jpq", passes: int = 2) -> Rounded:
-    """Quantize W [N, K] under H [K, K]: "rtn" (nearest, min-max), "gptq" (plain), "jpq" (GPTQ, then descent and refits)."""
+    """Quantize W [N, K] under H [K, K]: "rtn" (nearest), "gptq" (plain), "jpq" (GPTQ, then descent and refits)."""
     top = torch.full((W.shape[0],), float(scheme.max_code), device=W.device)
     return quantize_rows(W, H, top, scheme.group_size, symmetric=scheme.symmetric, method=method, passes=passes)
 

@@ -105,7 +105,7 @@ def _sublayer_options(
     return options
 
 
-def _with_bits(i, sub, kept, removal, prices, cost, knobs, bits, spec) -> list[Option]:  # noqa: ANN001
+def _with_bits(i, sub, kept, removal, prices, cost, knobs, bits, spec) -> list[Option]:
     layer = spec.layers[i]
     narrowed = replace(layer, **({"kv_heads": kept} if sub == "attn" else {"ffn": kept}))
     shapes = spec.with_layers((*spec.layers[:i], narrowed, *spec.layers[i + 1 :])).linear_shapes(i)
@@ -158,7 +158,9 @@ def solve(classes: list[Class], budget: float, *, by: str, fixed: float) -> Solu
         needed = smallest + fixed
         unit = f"{needed / 1e6:.2f} MB" if by == "bytes" else f"{needed / 1e3:.3f} ms"
         asked = f"{budget / 1e6:.2f} MB" if by == "bytes" else f"{budget / 1e3:.3f} ms"
-        raise BudgetError(f"budget of {asked} cannot be met: the smallest possible plan needs {unit}; ask for at least that")
+        raise BudgetError(
+            f"budget of {asked} cannot be met: the smallest possible plan needs {unit}; ask for at least that"
+        )
     bound, multiplier = dual_bound(costs, prices, room)
     picks = _dynamic_program(costs, prices, room)
     picks = _spend_rest(costs, prices, picks, room)
@@ -175,7 +177,7 @@ def solve(classes: list[Class], budget: float, *, by: str, fixed: float) -> Solu
 
 
 def dual_bound(costs: list[np.ndarray], prices: list[np.ndarray], room: float) -> tuple[float, float]:
-    """max over λ >= 0 of Σ min(price + λ cost) - λ room: no plan within `room` can have a lower total price."""
+    """Max over λ >= 0 of Σ min(price + λ cost) - λ room: no plan within `room` can have a lower total price."""
 
     def dual(multiplier: float) -> tuple[float, float]:
         picks = [int(np.argmin(p + multiplier * c)) for c, p in zip(costs, prices, strict=True)]

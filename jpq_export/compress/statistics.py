@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 class Statistics:
     """Sums over the calibration tokens, by canonical name.
 
-    hessians: [K, K], mean over tokens of w_t x_t x_tᵀ with w_t = mean over outputs of the squared loss gradient, so that
+    hessians: [K, K], mean over tokens of w_t x_t x_tᵀ with w_t = mean over outputs of the squared gradient, so that
         0.5 * tr(E H Eᵀ) predicts the KL of an error E. `embed` holds the head's inputs plus the input side's diagonal.
     token_weights: w_t of every calibration token, [tokens], in order.
     rows: row weights of the embedding or head, [vocab], mean teacher probability of each token.

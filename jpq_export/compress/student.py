@@ -64,4 +64,3 @@ def dequantized_weights(compressed: CompressedModel) -> dict[str, torch.Tensor]:
     """All weights as float32 tensors by canonical name."""
     weights = {name: torch.from_numpy(w.dequantize()) for name, w in compressed.quantized.items()}
     return weights | {name: torch.from_numpy(v) for name, v in compressed.vectors.items()}
-

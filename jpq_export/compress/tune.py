@@ -67,7 +67,13 @@ def trainable(student: Decoder) -> tuple[list[nn.Parameter], list[nn.Parameter]]
 
 
 def tune(
-    teacher: Decoder, student: Decoder, sequences: np.ndarray, settings: TuneSettings, *, seed: int, progress: Progress | None = None
+    teacher: Decoder,
+    student: Decoder,
+    sequences: np.ndarray,
+    settings: TuneSettings,
+    *,
+    seed: int,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Train in place; returns the training KL of every step (nats per token)."""
     start_training(student)
@@ -120,6 +126,7 @@ def distil_step(teacher: Decoder, student: Decoder, ids: Tensor, target: Tensor)
         hidden = student.hidden(ids, student.context(ids))
     flat, goal = hidden.detach().flatten(0, 1), target.flatten(0, 1)
     head = student.embed if student.head is None else student.head
+    assert isinstance(head, QuantLinear)
     table = head.expanded().requires_grad_(True)  # built once: it is a fifth of a small model
     gradient, total = torch.empty_like(flat), 0.0
     for begin in range(0, len(flat), HEAD_ROWS_PER_CHUNK):
@@ -131,8 +138,10 @@ def distil_step(teacher: Decoder, student: Decoder, ids: Tensor, target: Tensor)
             mine = F.log_softmax((piece.to(table.dtype) @ table.T).float(), -1)
             loss = F.kl_div(mine, wanted, reduction="sum") / len(flat)
         loss.backward()
+        assert piece.grad is not None
         gradient[rows] = piece.grad
         total += float(loss.detach())
+    assert table.grad is not None
     head.add_scale_gradient(table.grad)
     hidden.backward(gradient.view_as(hidden))
     return total

@@ -27,6 +27,7 @@ class CompressedModel:
     vectors: dict[str, np.ndarray]
 
     def __post_init__(self) -> None:
+        """Check: shapes that do not fit the spec are a ValueError."""
         for name, shape in self.spec.matrices().items():
             got = self.quantized[name].shape if name in self.quantized else None
             if got != shape:

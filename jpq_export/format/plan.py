@@ -16,7 +16,7 @@ FORMAT = "jpq-plan/1"
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What was asked for. kind: "size" (bytes), "bits" (per weight, whole file), "ratio" (of fp16 bytes), "latency" (ms)."""
+    """What was asked for; `kind` "size" (bytes), "bits" (a weight), "ratio" (of fp16), "latency" (ms)."""
 
     kind: str
     value: float
@@ -43,7 +43,7 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One matrix [rows, columns] after pruning, its scheme, its stored bytes, its predicted KL (nats a token) and why."""
+    """One matrix [rows, columns] after pruning: scheme, stored bytes, predicted KL (nats a token), and why."""
 
     name: str
     bits: int
@@ -72,7 +72,7 @@ class Removal:
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """What the price list says of the whole plan; gap = how far above the best possible plan it can be, as a fraction."""
+    """What the price list says of the plan; `gap`: the fraction by which a better one may still exist."""
 
     kl: float
     bytes: int
@@ -116,13 +116,14 @@ class Plan:
         """The teacher's spec with this plan's widths; PlanError when the plan belongs to another model."""
         if len(self.layers) != len(teacher.layers):
             raise PlanError(
-                f"plan: made for {len(self.layers)} layers, {teacher.name} has {len(teacher.layers)}; use the plan of this model"
+                f"plan: made for {len(self.layers)} layers, {teacher.name} has {len(teacher.layers)}; "
+                "use the plan of this model"
             )
         fresh = []
         for old, new in zip(teacher.layers, self.layers, strict=True):
             if (new.kv_heads_of, new.ffn_of) != (old.kv_heads, old.ffn):
                 raise PlanError(
-                    f"plan: layers.{new.index} was planned for {new.kv_heads_of} key/value heads and {new.ffn_of} channels, "
+                    f"plan: layers.{new.index} has {new.kv_heads_of} key/value heads and {new.ffn_of} channels, "
                     f"the model has {old.kv_heads} and {old.ffn}; use the plan of this model"
                 )
             fresh.append(type(old)(len(new.kv_heads), new.ffn, old.window, old.rope))
@@ -152,7 +153,9 @@ class Plan:
                 raise PlanError(f"plan: layers.{layer.index} channels are not {layer.ffn} rising numbers below {of}")
             heads = layer.kv_heads
             if list(heads) != sorted(set(heads)) or any(not 0 <= h < layer.kv_heads_of for h in heads):
-                raise PlanError(f"plan: layers.{layer.index} kv_heads {list(heads)} are not rising numbers below {layer.kv_heads_of}")
+                raise PlanError(
+                    f"plan: layers.{layer.index} kv_heads {list(heads)} are not rising below {layer.kv_heads_of}"
+                )
 
 
 def load_plan(path: Path) -> Plan:

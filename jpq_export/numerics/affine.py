@@ -25,6 +25,7 @@ class QuantizedWeight:
     zeros: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        """Check: arrays that do not fit the scheme are a ValueError."""
         n, k = self.shape
         groups = self.scheme.groups(k)
         expected = {"packed": (np.uint8, (n, row_bytes(k, self.scheme.bits))), "scales": (np.float16, (n, groups))}

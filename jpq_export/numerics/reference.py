@@ -8,7 +8,7 @@ from jpq_export.numerics.affine import QuantizedWeight
 
 
 def low_bit_matmul(x: np.ndarray, weight: QuantizedWeight, bias: np.ndarray | None = None) -> np.ndarray:
-    """`jpq::LowBitMatMul`: Y = X · dequantize(weight)ᵀ (+ bias); X [..., K] -> Y [..., N], accumulated in fp32 or wider."""
+    """`jpq::LowBitMatMul`: Y = X · dequantize(weight)ᵀ (+ bias); X [..., K] -> Y [..., N], in fp32 or wider."""
     wide = np.float64 if x.dtype == np.float64 else np.float32
     y = x.astype(wide) @ weight.dequantize().astype(wide).T
     if bias is not None:

@@ -22,6 +22,7 @@ class Scheme:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
+        """Check: unknown widths are a ValueError."""
         if self.bits not in BIT_WIDTHS:
             raise ValueError(f"bits {self.bits} is not one of {BIT_WIDTHS}")
         if self.group_size < 1:
@@ -58,7 +59,7 @@ def row_bytes(count: int, bits: int) -> int:
 
 
 def choose_group_size(in_features: int, preferred: int = 64) -> int:
-    """The divisor of `in_features` nearest to `preferred` that is a multiple of 8 (16 and up), else any divisor <= preferred."""
+    """The divisor of `in_features` nearest to `preferred`: a multiple of 8 from 16 up, else any up to `preferred`."""
     divisors = [d for d in range(16, min(in_features, 4 * preferred) + 1, 8) if in_features % d == 0]
     if divisors:
         return min(divisors, key=lambda d: (abs(d - preferred), -d))

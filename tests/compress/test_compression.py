@@ -20,7 +20,8 @@ from jpq_export.numerics.scheme import Scheme
 
 SPEC = ModelSpec(
     name="tiny", family="llama", vocab=96, hidden=64, head_dim=16, heads_per_group=2, layers=(LayerSpec(2, 128),) * 3,
-    ropes=(RopeSpec(tuple(float(f) for f in 1 / 10000 ** (np.arange(0, 16, 2) / 16))),), norm_eps=1e-5, activation="silu",
+    ropes=(RopeSpec(tuple(float(f) for f in 1 / 10000 ** (np.arange(0, 16, 2) / 16))),), norm_eps=1e-5,
+    activation="silu",
     tied=True, attention_scale=0.25, bos_id=1, eos_ids=(2,),
 )  # fmt: skip
 
@@ -189,9 +190,7 @@ def test_scale_gradient_is_the_derivative_of_the_loss(
     assert gradient != pytest.approx(2 * numeric, rel=0.05, abs=1e-7)
 
 
-def test_price_list_orders_widths_and_structures(
-    teacher: Decoder, sequences: np.ndarray, tmp_path
-) -> None:
+def test_price_list_orders_widths_and_structures(teacher: Decoder, sequences: np.ndarray, tmp_path) -> None:
     found = statistics.collect(teacher, sequences, seed=0)
     cache, raw = round_all(named_weights(teacher), SPEC, found, group_size=32)
     forward = PartialForward(teacher, sequences[:4])

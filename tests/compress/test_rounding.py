@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -85,7 +87,7 @@ def test_descent_and_refit_only_ever_lower_the_loss(bits: int) -> None:
         losses.append(row_loss(W, damped(H), state))
         state = coordinate_descent(W, H, state, top)
         losses.append(row_loss(W, damped(H), state))
-    for before, after in zip(losses, losses[1:], strict=False):
+    for before, after in itertools.pairwise(losses):
         assert (after <= before * (1 + 1e-5)).all()
     assert losses[-1].sum() < 0.7 * losses[0].sum()
     wrong = coordinate_descent(W, torch.eye(len(H)) * H.diagonal().flip(0), nearest(W, scales, zeros, top), top)
