@@ -24,6 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 EFFORTS = ("quick", "standard", "max")
 METHODS = ("jpq", "gptq", "rtn")
 STOPS = ("plan", "compress", "onnx")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
+LARGEST_SEED = 2**63 - 1  # torch takes no larger one
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 EXAMPLES = """
 \b
@@ -54,8 +56,11 @@ class Commands(DefaultGroup):
             return super().invoke(ctx)
         except JpqError as error:
             raise Sentinel(error) from error
+        except click.UsageError as error:
+            path = (error.ctx or ctx).command_path
+            raise Sentinel(UsageError(f"{error.format_message()} See `{path} --help`.")) from error
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            if error.errno in DISK_ERRORS:
                 where = error.filename or "the output folder"
                 raise Sentinel(
                     StorageError(f"{where}: {error.strerror}; free space or choose another --out")
@@ -68,7 +73,7 @@ class Commands(DefaultGroup):
 def size_bytes(text: str) -> float:
     """'60MB', '1.5 GiB', '42000000' -> bytes; UsageError otherwise."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
+    if not match or match[2].upper() not in UNITS or not 0 < float(match[1]) < 1e18:
         raise UsageError(f"--size {text!r}: expected a positive number of bytes such as 60MB, 1.5GB or 64MiB")
     return float(match[1]) * UNITS[match[2].upper()]
 
@@ -76,7 +81,7 @@ def size_bytes(text: str) -> float:
 def latency_ms(text: str) -> float:
     """'8ms', '0.5 s', '900us' -> milliseconds; UsageError otherwise."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s)?\s*", text)
-    if not match or float(match[1]) <= 0:
+    if not match or not 0 < float(match[1]) < 1e18:
         raise UsageError(f"--latency {text!r}: expected a positive time such as 8ms, 900us or 0.1s")
     return float(match[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3, None: 1.0}[match[2]]
 
@@ -156,8 +161,12 @@ def make_request(options: dict[str, Any], **extra: Any) -> Any:
     target = load_target(options["target"])
     if options["context"] < 1:
         raise UsageError(f"--context {options['context']}: expected at least 1 token")
-    if options["seed"] < 0:
-        raise UsageError(f"--seed {options['seed']}: expected 0 or more")
+    if not 0 <= options["seed"] <= LARGEST_SEED:
+        raise UsageError(f"--seed {options['seed']}: expected 0 to {LARGEST_SEED}")
+    if options["latency"] is not None and options["method"] != "jpq":
+        raise UsageError(
+            f"--method {options['method']}: one width for all cannot meet --latency; give --size, --bits or --ratio"
+        )
     budget = budget_request(options["size"], options["bits"], options["ratio"], options["latency"], target.default_bits)
     name = Path(options["model"]).name.removesuffix(".gguf") if options["model"] else "smollm2-135m"
     suffix = f"-{budget.kind}{budget.value:g}"
@@ -246,7 +255,7 @@ def verify(bundle: Path) -> None:
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Default: all cores.")
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
 def run(bundle: Path, prompt: str, **options: Any) -> None:
@@ -284,6 +293,8 @@ def evaluate(**options: Any) -> None:
     from jpq_export.evaluation import evaluate_model
 
     json_out = options.pop("json_out")
+    if json_out and not json_out.parent.is_dir():
+        raise UsageError(f"--json {json_out}: no such folder; give a file in a folder that exists")
     text = json.dumps(evaluate_model(**options), indent=1)
     if json_out:
         json_out.write_text(text + "\n", encoding="utf-8")

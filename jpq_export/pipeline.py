@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jpq_export import __version__
-from jpq_export.errors import CalibrationError, PlanError, StorageError, UsageError
+from jpq_export.errors import CalibrationError, JpqError, PlanError, StorageError, UsageError
+from jpq_export.format.bundle import publish
 from jpq_export.format.plan import Plan, load_plan
 from jpq_export.format.target import Target
 from jpq_export.progress import Stages
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from jpq_export.format.compressed import CompressedModel
 
 logger = logging.getLogger(__name__)
+MARK = "run.json"  # holds the key of the run that a partial folder belongs to
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class Workspace:
 
     def open(self, key: str) -> None:
         """Keep the folder of a killed run with the same key; start afresh otherwise."""
-        mark = self.folder / "run.json"
+        mark = self.folder / MARK
         try:
             if self.folder.exists() and not (mark.is_file() and json.loads(mark.read_text()).get("key") == key):
                 shutil.rmtree(self.folder)
@@ -89,6 +91,15 @@ class Workspace:
         except ValueError:
             shutil.rmtree(self.folder)
             self.open(key)
+
+    def is_ours(self) -> bool:
+        """False when something else has the folder's name."""
+        return not self.folder.exists() or (self.folder / MARK).is_file() or _is_empty(self.folder)
+
+    def leave(self) -> None:
+        """Remove the folder when no stage has finished in it."""
+        if all(path.name == MARK for path in self.folder.iterdir()):
+            shutil.rmtree(self.folder)
 
     def path(self, name: str) -> Path:
         """A stage's file."""
@@ -103,9 +114,7 @@ class Workspace:
         for path in sorted(self.folder.iterdir()):
             if path.name not in keep:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if self.out.exists():
-            shutil.rmtree(self.out)
-        self.folder.rename(self.out)
+        publish(self.folder, self.out)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -120,11 +129,14 @@ def check_output(request: Request) -> None:
     out = request.out
     if out.exists() and not request.force:
         raise UsageError(f"--out {out}: already exists; choose another folder or pass --force to replace it")
-    parent = out.parent if out.parent.parts else Path()
-    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+    made_here = any((out / name).is_file() for name in ("manifest.json", "plan.json"))
+    if out.exists() and not made_here and not _is_empty(out):
         raise UsageError(f"--out {out}: is not a bundle, so --force will not replace it; choose another folder")
+    work = Workspace(out)
+    if not work.is_ours():
+        raise UsageError(f"--out {out}: {work.folder} is in the way and no unfinished export; move it away")
+    parent = _existing_parent(out)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         probe = parent / f".jpq-write-test-{os.getpid()}"
         probe.touch()
         probe.unlink()
@@ -134,10 +146,19 @@ def check_output(request: Request) -> None:
         ) from error
 
 
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _existing_parent(path: Path) -> Path:
+    """The nearest folder above that is there."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
 def check_disk(request: Request, parameters: int) -> None:
     """The run needs about 4 bytes a parameter for stage files and the bundle."""
     needed = 4 * parameters + 50_000_000
-    free = shutil.disk_usage(request.out.parent).free
+    free = shutil.disk_usage(_existing_parent(request.out)).free
     if free < needed:
         raise StorageError(
             f"--out {request.out}: {free / 1e9:.1f} GB free, the run needs about {needed / 1e9:.1f} GB; free some space"
@@ -162,7 +183,11 @@ class Export:
         texts = self.texts(loaded)
         self.work = Workspace(self.request.out)
         self.work.open(self.request.key(loaded.sha256, texts.sha256))
-        plan = self.plan(loaded, texts, plan)
+        try:
+            plan = self.plan(loaded, texts, plan)
+        except JpqError:
+            self.work.leave()
+            raise
         if self.request.until == "plan":
             return self.stop_early(plan, keep={"plan.json", "prices.json"})
         compressed = self.compress(loaded, texts, plan)
