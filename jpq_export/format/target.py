@@ -15,7 +15,7 @@ from jpq_export.errors import TargetError
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # JetPack boards run Python 3.10
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports] only installed on Python 3.10
 
 KINDS = ("jetson", "rtx", "datacenter", "cpu")
 GRAPHS = ("custom_op", "qdq")
