@@ -16,8 +16,9 @@ import numpy as np
 
 from jpq_export.evaluate.text_quality import evaluate_text
 from jpq_export.evaluate.texts import read_text, token_windows
-from jpq_export.pipeline import Export, Request, write_atomic
+from jpq_export.pipeline import Export, Request
 from jpq_export.progress import Stages
+from jpq_export.workspace import write_atomic
 
 METHODS = ("gptq-uniform", "prune-then-quantize", "bits-only", "joint")
 

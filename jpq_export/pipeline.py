@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jpq_export import __version__
-from jpq_export.errors import CalibrationError, JpqError, PlanError, StorageError, UsageError
-from jpq_export.format.bundle import publish
+from jpq_export.errors import CalibrationError, JpqError, PlanError
 from jpq_export.format.plan import Plan, load_plan
 from jpq_export.format.target import Target
 from jpq_export.progress import Stages
+from jpq_export.workspace import Workspace, check_disk, check_output, write_atomic
 
 if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from jpq_export.format.compressed import CompressedModel
 
 logger = logging.getLogger(__name__)
-MARK = "run.json"  # holds the key of the run that a partial folder belongs to
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,97 +73,6 @@ class Texts:
         return sha256(self.calibration.tobytes() + self.heldout.tobytes()).hexdigest()
 
 
-class Workspace:
-    """`<out>.partial/`: stage results, valid only for one key."""
-
-    def __init__(self, out: Path) -> None:
-        self.out, self.folder = out, out.with_name(f"{out.name}.partial")
-
-    def open(self, key: str) -> None:
-        """Keep the folder of a killed run with the same key; start afresh otherwise."""
-        mark = self.folder / MARK
-        try:
-            if self.folder.exists() and not (mark.is_file() and json.loads(mark.read_text()).get("key") == key):
-                shutil.rmtree(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(mark, json.dumps({"key": key}))
-        except ValueError:
-            shutil.rmtree(self.folder)
-            self.open(key)
-
-    def is_ours(self) -> bool:
-        """False when something else has the folder's name."""
-        return not self.folder.exists() or (self.folder / MARK).is_file() or _is_empty(self.folder)
-
-    def leave(self) -> None:
-        """Remove the folder when no stage has finished in it."""
-        if all(path.name == MARK for path in self.folder.iterdir()):
-            shutil.rmtree(self.folder)
-
-    def path(self, name: str) -> Path:
-        """A stage's file."""
-        return self.folder / name
-
-    def has(self, name: str) -> bool:
-        """True when that stage finished."""
-        return self.path(name).exists()
-
-    def finish(self, *, keep: set[str]) -> None:
-        """Drop stage files that are not part of the bundle and give the folder its name."""
-        for path in sorted(self.folder.iterdir()):
-            if path.name not in keep:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        publish(self.folder, self.out)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write beside and rename, so that a killed run never leaves half a file under the real name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def check_output(request: Request) -> None:
-    """Refuse early: an existing folder, a place that cannot be written, too little disk."""
-    out = request.out
-    if out.exists() and not request.force:
-        raise UsageError(f"--out {out}: already exists; choose another folder or pass --force to replace it")
-    made_here = any((out / name).is_file() for name in ("manifest.json", "plan.json"))
-    if out.exists() and not made_here and not _is_empty(out):
-        raise UsageError(f"--out {out}: is not a bundle, so --force will not replace it; choose another folder")
-    work = Workspace(out)
-    if not work.is_ours():
-        raise UsageError(f"--out {out}: {work.folder} is in the way and no unfinished export; move it away")
-    parent = _existing_parent(out)
-    try:
-        probe = parent / f".jpq-write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise StorageError(
-            f"--out {out}: cannot write to {parent} ({error.strerror}); choose a writable folder"
-        ) from error
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
-def _existing_parent(path: Path) -> Path:
-    """The nearest folder above that is there."""
-    return next(parent for parent in path.absolute().parents if parent.exists())
-
-
-def check_disk(request: Request, parameters: int) -> None:
-    """The run needs about 4 bytes a parameter for stage files and the bundle."""
-    needed = 4 * parameters + 50_000_000
-    free = shutil.disk_usage(_existing_parent(request.out)).free
-    if free < needed:
-        raise StorageError(
-            f"--out {request.out}: {free / 1e9:.1f} GB free, the run needs about {needed / 1e9:.1f} GB; free some space"
-        )
-
-
 class Export:
     """One run. Each method is a stage; `run` reads like a table of contents."""
 
@@ -177,7 +85,7 @@ class Export:
 
     def run(self) -> dict[str, Any]:
         """All stages up to `request.until`; returns the summary shown at the end."""
-        check_output(self.request)
+        check_output(self.request.out, force=self.request.force)
         plan = load_plan(self.request.plan) if self.request.plan else None
         loaded = self.load()
         texts = self.texts(loaded)
@@ -205,7 +113,7 @@ class Export:
 
         with self.stages.stage("load", "loading the model") as report:
             loaded = load_model(self.request.model, progress=report, device=self.request.device)
-        check_disk(self.request, loaded.spec.parameters())
+        check_disk(self.request.out, loaded.spec.parameters())
         return loaded
 
     def texts(self, loaded: LoadedModel) -> Texts:

@@ -19,7 +19,7 @@ ROWS = (
     ("cli",),
     ("comparison",),
     ("pipeline", "prove", "evaluation", "summary"),
-    ("compress", "lower", "runtime", "parity", "evaluate"),
+    ("compress", "lower", "runtime", "parity", "evaluate", "workspace"),
     ("format",),
     ("numerics",),
     ("errors", "progress", "__init__"),

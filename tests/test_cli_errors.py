@@ -1,14 +1,10 @@
-"""Bad input through the command line: one line that says what, where and the remedy, the exit code, and no trace left."""
+"""Bad input through the command line: one line with what, where and the remedy, the exit code, and nothing left."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -176,8 +172,8 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "latency 0": (export("--latency 0ms"), 2, ("--latency '0ms'", "8ms"), None),
     "gptq by latency": (export("--method gptq --latency 1ms"), 2, ("--method gptq", "--latency", "--bits"), None),
     "context 0": (export("--context 0"), 2, ("--context 0", "at least 1"), None),
-    "seed negative": (export("--seed -1"), 2, ("--seed -1", "0 or more"), None),
-    "seed too large": (export(f"--seed {2**70}"), 2, ("--seed", str(2**70), "less than"), None),
+    "seed negative": (export("--seed -1"), 2, ("--seed -1", "expected 0 to"), None),
+    "seed too large": (export(f"--seed {2**70}"), 2, ("--seed", str(2**70), "expected 0 to"), None),
     "cuda without a GPU": (export("--device cuda"), 2, ("--device cuda", "--device cpu"), None),
     # Targets
     "unknown target": (export(target="jetsn"), 2, ("'jetsn'", "did you mean jetson?", "my-board.toml"), None),
@@ -206,7 +202,7 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "config cut short": (export(), 1, ("m/config.json", "JSON", "download it again"), cut("m/config.json", 0.5)),
     "config a list": (export(), 1, ("m/config.json", "list", "object"), write("m/config.json", "[]")),
     "architecture not supported": (
-        export(), 1, ("m/config.json", "mamba", "llama", "gemma3"),
+        export(), 1, ("m/config.json", "Mamba", "LlamaForCausalLM", "Gemma3ForCausalLM"),
         edit_json("m/config.json", lambda raw: raw.update(model_type="mamba", architectures=["MambaForCausalLM"])),
     ),
     "heads do not divide": (
@@ -238,7 +234,7 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "a model that is a text": (export(model="x.txt"), 1, ("x.txt", "not a model", ".gguf"), write("x.txt", "hello")),
     "tokenizer missing": (export(), 1, ("m: no tokenizer.json", "AutoTokenizer"), remove("m/tokenizer.json")),
     "tokenizer not JSON": (export(), 1, ("tokenizer", "download"), write("m/tokenizer.json", "{")),
-    "tokenizer of something else": (export(), 1, ("tokenizer.json", "not a tokenizer"), write("m/tokenizer.json", "{}")),
+    "tokenizer of something else": (export(), 1, ("not a tokenizer",), write("m/tokenizer.json", "{}")),
     "tokenizer too large": (
         export(), 1, ("tokenizer.json", "400", "320 rows", "another model"), edit_json("m/tokenizer.json", add_token),
     ),
@@ -254,7 +250,8 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     ),
     "calibration folder without text": (export("--calibration tmp"), 1, ("--calibration tmp", ".jsonl"), None),
     "calibration of other lines": (
-        export("--calibration c.jsonl"), 1, ("c.jsonl", "line 2", "text"), write("c.jsonl", '{"text": "a"}\n{"txt": "b"}'),
+        export("--calibration c.jsonl"), 1, ("c.jsonl", "line 2", "text"),
+        write("c.jsonl", '{"text": "a"}\n{"txt": "b"}'),
     ),
     # Plans and budgets
     "plan missing": (export("--plan no.json"), 1, ("no.json", "cannot be read"), None),
@@ -323,7 +320,8 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "eval text missing": ("eval b --text no.txt", 2, ("--text no.txt", "cannot be read"), None),
     "eval text empty": ("eval b --text e.txt", 2, ("--text e.txt", "empty"), write("e.txt", " \n")),
     "eval text too short": (
-        "eval b --text e.txt --windows 3 --context 32", 2, ("e.txt", "needed 96", "--windows 1"), write("e.txt", "ab " * 20),
+        "eval b --text e.txt --windows 3 --context 32", 2, ("e.txt", "needed 96", "--windows 1"),
+        write("e.txt", "ab " * 20),
     ),
     "eval no model": ("eval nowhere --text plan.json", 1, ("'nowhere'", "no such file or folder"), None),
     "eval without its teacher": (
