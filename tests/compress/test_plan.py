@@ -1,0 +1,120 @@
+"""Plans at the real model's shapes with made-up prices: budgets kept, latency prunes, misfits refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jpq_export.compress.cost import CostModel
+from jpq_export.compress.plan import BudgetRequest, Problem, make_plan, uniform_bytes, uniform_plan
+from jpq_export.compress.prices import PriceList, StructurePrice
+from jpq_export.compress.search import Knobs
+from jpq_export.errors import BudgetError, PlanError
+from jpq_export.format.plan import Plan, load_plan
+from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
+from jpq_export.format.target import load_target
+from jpq_export.numerics.scheme import BIT_WIDTHS
+
+SMOLLM = ModelSpec(
+    name="smollm2-135m",
+    family="llama",
+    vocab=49152,
+    hidden=576,
+    head_dim=64,
+    heads_per_group=3,
+    layers=(LayerSpec(3, 1536),) * 30,
+    ropes=(RopeSpec((1.0,) * 32),),
+    norm_eps=1e-5,
+    activation="silu",
+    tied=True,
+    attention_scale=0.125,
+)
+
+
+@pytest.fixture(scope="module")
+def prices() -> PriceList:
+    """Each matrix costs its share of 4 nats at 2 bits, a quarter per bit; structures are far dearer."""
+    generator = np.random.default_rng(0)
+    total = SMOLLM.parameters()
+    matrices = {}
+    for name, (rows, columns) in SMOLLM.matrices().items():
+        at_two = 4 * rows * columns / total * float(generator.uniform(0.3, 3))
+        matrices[name] = {bits: at_two * 4.0 ** (2 - bits) for bits in BIT_WIDTHS}
+    structures = {}
+    for i in range(30):
+        whole = float(generator.uniform(0.05, 0.4))
+        structures[f"layers.{i}.attn"] = StructurePrice((2, 0, 1), (0.0, whole / 4, whole / 2, whole), 1)
+        removal = tuple((np.linspace(0, 1, 1537) ** 2 * whole).tolist())
+        structures[f"layers.{i}.mlp"] = StructurePrice(tuple(range(1536)), removal, 128)
+    return PriceList(SMOLLM, 64, matrices, structures)
+
+
+def planned(prices: PriceList, request: BudgetRequest, *, knobs: Knobs | None = None) -> Plan:
+    cost = CostModel(SMOLLM, load_target("jetson"), 2048)
+    problem, knobs = Problem(prices, cost, request.resolve(SMOLLM)), knobs or Knobs()
+    return make_plan(problem, problem.solve(knobs), knobs, sha256="00", method="jpq", measured={})
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("bits", 2.5), ("size", 3.0), ("ratio", 4.0), ("bits", 6.0)])
+def test_budgets_are_kept_and_used(prices: PriceList, kind: str, bits: float) -> None:
+    value = {"bits": bits, "size": bits * SMOLLM.parameters() / 8, "ratio": bits / 16}[kind]
+    plan = planned(prices, BudgetRequest(kind, value))  # pyright: ignore[reportArgumentType] one of the literals
+    asked = bits * SMOLLM.parameters() / 8
+    vectors = 4 * sum(plan.spec(SMOLLM).vectors().values())
+    stored = sum(choice.bytes for choice in plan.choices) + vectors
+    assert stored == plan.predicted.bytes
+    assert 0.97 * asked <= stored <= asked
+    assert plan.predicted.gap < 0.01
+    plan.check(SMOLLM)
+
+
+@pytest.mark.parametrize("bits", [2.5, 3.0, 4.0, 6.0])
+def test_uniform_baseline_keeps_its_budget(bits: float) -> None:
+    cost = CostModel(SMOLLM, load_target("jetson"), 2048)
+    budget = BudgetRequest("bits", bits).resolve(SMOLLM)
+    plan = uniform_plan(SMOLLM, cost, budget, sha256="00", method="gptq")
+    assert plan.predicted.bytes <= (budget.bytes or 0)
+    linear = {c.bits for c in plan.choices if c.name != "embed"}
+    assert len(linear) == 1
+    assert uniform_bytes(SMOLLM, {c.name: c.scheme for c in plan.choices}) == plan.predicted.bytes
+
+
+def test_latency_prunes_where_the_same_bytes_do_not(prices: PriceList) -> None:
+    by_bytes = planned(prices, BudgetRequest("bits", 4.0))
+    faster = planned(prices, BudgetRequest("latency", by_bytes.predicted.latency_ms * 0.8))
+    assert faster.predicted.latency_ms <= by_bytes.predicted.latency_ms * 0.8
+    assert len(faster.removed) > len(by_bytes.removed)
+    kept = {c.name: c.bits for c in faster.choices}
+    assert np.mean([kept[c.name] for c in by_bytes.choices if c.name in kept]) > np.mean(
+        [c.bits for c in by_bytes.choices]
+    )
+
+
+def test_no_pruning_means_no_removal(prices: PriceList) -> None:
+    assert planned(prices, BudgetRequest("bits", 2.5), knobs=Knobs(removal=float("inf"))).removed == ()
+    cheap = {name: replace(s, removal=tuple(r / 50 for r in s.removal)) for name, s in prices.structures.items()}
+    assert planned(replace(prices, structures=cheap), BudgetRequest("bits", 2.5)).removed
+
+
+def test_plan_file_round_trips_and_refuses_another_model(prices: PriceList, tmp_path: Path) -> None:
+    plan = planned(prices, BudgetRequest("bits", 2.5))
+    path = tmp_path / "plan.json"
+    path.write_text(plan.to_json(), encoding="utf-8")
+    again = load_plan(path)
+    assert again.to_json() == plan.to_json()
+    again.check(SMOLLM)
+    with pytest.raises(PlanError, match="made for 30 layers"):
+        again.check(SMOLLM.with_layers(SMOLLM.layers[:29]))
+    with pytest.raises(PlanError, match="no choice for"):
+        replace(again, choices=again.choices[1:]).check(SMOLLM)
+    path.write_text(plan.to_json().replace('"bits": 3', '"bits": 7', 1), encoding="utf-8")
+    with pytest.raises(PlanError, match="damaged plan"):
+        load_plan(path)
+
+
+def test_impossible_latency_names_the_smallest(prices: PriceList) -> None:
+    with pytest.raises(BudgetError, match=r"smallest possible plan needs .* ms"):
+        planned(prices, BudgetRequest("latency", 0.001))
