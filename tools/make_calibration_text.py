@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,6 +72,13 @@ TOPICS = tuple(
     """.split(";")
 )
 
+# Left out: what looks like somebody's address or number though it is invented, crude words, Windows line ends.
+UNFIT = re.compile(
+    r"[\w.+-]+@[\w-]+\.\w+|https?://|www\.|\w\.(com|org|net|gov|edu|io|co)\b|\(?\d{3}\)?[-. ]\d{3}[-. ]\d{4}|\r"
+    r"|(?i:\b(fuck|rape|porn|sexting|suicide))"
+)
+SHORTEST = 200  # characters
+
 
 def prompts(count: int, seed: int) -> list[str]:
     """`count` different openings."""
@@ -120,8 +128,8 @@ def main(load: Callable[[], tuple[Decoder, Tokenizer]]) -> None:
     model, tokenizer = load()
     with options.pop("out").open("w", encoding="utf-8") as file:
         for text in documents(model.bfloat16(), tokenizer, **options):
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            file.flush()
+            if len(text) >= SHORTEST and not UNFIT.search(text):
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
 def load_default() -> tuple[Decoder, Tokenizer]:
