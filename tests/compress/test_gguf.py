@@ -150,6 +150,19 @@ def test_gemma_norms_in_gguf_already_hold_the_one(tiny_folder: Folder, tmp_path:
     assert (got.spec.embed_scale, got.spec.activation) == (8.0, "gelu_tanh")
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_rope_scaling_in_the_header(kind: str, tiny_folder: Folder, tmp_path: Path) -> None:
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    fields = {"scaling.type": kind, "scaling.factor": 4.0, "scaling.original_context_length": 64}
+    expected = write_gguf(
+        tiny_folder("llama", rope_parameters=rope),
+        tmp_path / "m.gguf",
+        change=lambda f, t: f.update({f"llama.rope.{key}": value for key, value in fields.items()}),
+    )
+    assert load_model(str(tmp_path / "m.gguf")).spec.ropes == expected.spec.ropes
+    assert load_model(str(tiny_folder("llama"))).spec.ropes != expected.spec.ropes
+
+
 def test_quantized_tensors_are_dequantized(tiny_folder: Folder, tmp_path: Path) -> None:
     folder = tiny_folder("llama")
     expected = write_gguf(folder, tmp_path / "q8.gguf", kind=GGMLQuantizationType.Q8_0)

