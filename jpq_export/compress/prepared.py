@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import psutil
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from jpq_export.compress.prices import PriceList, RoundedCache
 from jpq_export.compress.rounding import Rounded
 from jpq_export.compress.statistics import Statistics
+from jpq_export.errors import PlanError
+from jpq_export.format.tensor_file import save_tensors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,12 +51,14 @@ def prepared_folder(**inputs: object) -> Path:
 
 def save_prepared(folder: Path, prepared: Prepared) -> None:
     """Write to a temporary folder and rename: a killed run leaves nothing that looks finished."""
+    for left in folder.parent.glob(f"{folder.name}.partial-*"):
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        save_file(_statistics_tensors(prepared.stats), partial / "statistics.safetensors")
-        save_file(_rounded_tensors(prepared.cache), partial / "rounded.safetensors")
+        save_tensors(partial / "statistics.safetensors", _statistics_tensors(prepared.stats))
+        save_tensors(partial / "rounded.safetensors", _rounded_tensors(prepared.cache))
         prepared.prices.save(partial / "prices.json")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -65,11 +74,15 @@ def load_prices(folder: Path) -> PriceList | None:
 
 
 def load_prepared(folder: Path, *, device: str = "cpu") -> Prepared | None:
-    """All of it, when it is there."""
-    prices, stats = load_prices(folder), load_statistics(folder, device=device)
-    if prices is None or stats is None:
+    """All of it, when it is there and whole."""
+    try:
+        prices, stats = load_prices(folder), load_statistics(folder, device=device)
+        if prices is None or stats is None:
+            return None
+        return Prepared(prices, _load_rounded(folder / "rounded.safetensors", device), stats)
+    except (SafetensorError, PlanError, OSError) as error:
+        logger.warning("%s: damaged (%s); making it again", folder, error)
         return None
-    return Prepared(prices, _load_rounded(folder / "rounded.safetensors", device), stats)
 
 
 def load_statistics(folder: Path, *, device: str = "cpu") -> Statistics | None:
@@ -88,19 +101,19 @@ def load_statistics(folder: Path, *, device: str = "cpu") -> Statistics | None:
     return stats
 
 
-def _statistics_tensors(stats: Statistics) -> dict[str, Tensor]:
+def _statistics_tensors(stats: Statistics) -> dict[str, np.ndarray]:
     """Only what compression uses: layer Hessians are made anew from the compressed prefix."""
     out = {f"token_weights/{name}": value for name, value in stats.token_weights.items()}
     out |= {f"hessians/{name}": stats.hessians[name] for name in ("embed", "head") if name in stats.hessians}
     out["rows/"] = stats.rows
-    return {name: value.contiguous().cpu() for name, value in out.items()}
+    return {name: value.cpu().numpy() for name, value in out.items()}
 
 
-def _rounded_tensors(cache: RoundedCache) -> dict[str, Tensor]:
+def _rounded_tensors(cache: RoundedCache) -> dict[str, np.ndarray]:
     out = {}
     for (name, bits), rounded in cache.entries.items():
-        out[f"{bits}/{name}/codes"] = rounded.codes.cpu()
-        out[f"{bits}/{name}/scales"] = rounded.scales.half().cpu()
+        out[f"{bits}/{name}/codes"] = rounded.codes.cpu().numpy()
+        out[f"{bits}/{name}/scales"] = rounded.scales.half().cpu().numpy()
     return out
 
 

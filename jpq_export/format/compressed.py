@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jpq_export.errors import BundleError
 from jpq_export.format.spec import ModelSpec
+from jpq_export.format.tensor_file import save_tensors
 from jpq_export.numerics.affine import QuantizedWeight
 from jpq_export.numerics.scheme import Scheme
 
@@ -44,16 +44,14 @@ class CompressedModel:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
-        tensors = {name: np.ascontiguousarray(v) for name, v in self.vectors.items()}
+        tensors = dict(self.vectors)
         schemes = {}
         for name, weight in self.quantized.items():
             tensors[f"{name}.packed"], tensors[f"{name}.scales"] = weight.packed, weight.scales
             if weight.zeros is not None:
                 tensors[f"{name}.zeros"] = weight.zeros
             schemes[name] = {**asdict(weight.scheme), "shape": weight.shape}
-        # One metadata key: safetensors writes several in random order, and the file must be reproducible.
-        meta = {"format": FORMAT, "spec": self.spec.to_json(), "schemes": schemes}
-        save_file(tensors, path, metadata={"jpq": json.dumps(meta, sort_keys=True)})
+        save_tensors(path, tensors, meta={"format": FORMAT, "spec": self.spec.to_json(), "schemes": schemes})
 
     @staticmethod
     def load(path: Path) -> CompressedModel:

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jpq_export.errors import BundleError
 from jpq_export.format.compressed import CompressedModel
+from jpq_export.format.tensor_file import save_tensors
 from jpq_export.parity import tolerance
 from jpq_export.parity.cases import Cases, make_cases
 from jpq_export.parity.compare import margin, sketch
@@ -49,10 +49,8 @@ class Vectors:
         return {name.removeprefix("point."): v for name, v in self.tensors.items() if name.startswith("point.")}
 
     def save(self, path: Path) -> None:
-        """Write the file; one metadata key, because safetensors writes several in random order."""
-        tensors = {name: np.ascontiguousarray(self.tensors[name]) for name in sorted(self.tensors)}
-        meta = {"format": FORMAT, "reference": self.reference}
-        save_file(tensors, path, metadata={"jpq": json.dumps(meta, sort_keys=True)})
+        """Write the file."""
+        save_tensors(path, self.tensors, meta={"format": FORMAT, "reference": self.reference})
 
     @staticmethod
     def load(path: Path) -> Vectors:
