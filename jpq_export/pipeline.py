@@ -109,11 +109,13 @@ class Export:
 
     def load(self) -> LoadedModel:
         """The teacher."""
-        from jpq_export.compress.load import load_model
+        from jpq_export.compress.load import EXPORT_FACTOR, check_memory, load_model
 
         with self.stages.stage("load", "loading the model") as report:
             loaded = load_model(self.request.model, progress=report, device=self.request.device)
         check_disk(self.request.out, loaded.spec.parameters())
+        if self.request.device == "cpu":
+            check_memory(loaded.spec, loaded.name, factor=EXPORT_FACTOR - 1)  # the teacher is in memory by now
         return loaded
 
     def texts(self, loaded: LoadedModel) -> Texts:
