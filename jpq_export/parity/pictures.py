@@ -1,4 +1,4 @@
-"""The four pictures of the report, as SVG from plain numbers: layer errors, bits and widths, front, staircase."""
+"""Pictures of the report, as SVG from plain numbers: layer errors, the size-quality front, the staircase."""
 
 from __future__ import annotations
 
@@ -28,20 +28,43 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
-def layer_errors(runtime: Raw) -> Markup:
-    """Relative RMS of every tap on a log axis, and the bound of rounding."""
-    rows = runtime["layers"]
-    values = [v for row in rows for v in (row["rel_rms"], row["bound"]) if v]
+def layer_errors(runtime: Raw, as_run: Raw | None = None) -> Markup:
+    """Relative RMS of every tap on a log axis, the bound of rounding, and `as_run`'s errors as rings."""
+    rows, rough = runtime["layers"], as_run["layers"] if as_run else []
+    values = [v for row in [*rows, *rough] for v in (row["rel_rms"], row["bound"]) if v]
     low, high = decades(values)
     y = Axis(low, high, 270, 16, log=True)
     step = (WIDTH - 90) / max(len(rows), 1)
-    at = [70 + step * (i + 0.5) for i in range(len(rows))]
-    parts = [_horizontal(y, 62, WIDTH - 12, lambda v: f"{v:.0e}".replace("e-0", "e-"))]
-    parts += [_bound(rows, at, step, y)]
-    for row, x in zip(rows, at, strict=True):
-        parts.append(_error_dot(row, x, y))
-    parts += _layer_labels(rows, at)
+    at = {row["name"]: 70 + step * (i + 0.5) for i, row in enumerate(rows)}
+    parts = [_horizontal(y, 62, WIDTH - 12, _power)]
+    parts += [_bound(rows, list(at.values()), step, y)]
+    parts += [_ring(row, at[row["name"]], y) for row in rough if row["name"] in at and row["rel_rms"]]
+    parts += [_error_dot(row, at[row["name"]], y) for row in rows]
+    parts += _layer_labels(rows, list(at.values()))
+    wrong = runtime.get("divergence")
+    if wrong and wrong["sublayer"] in at:
+        x, low_side = at[wrong["sublayer"]], at[wrong["sublayer"]] < WIDTH / 2
+        parts.append(line(x, 16, x, 270, "wrong"))
+        told = text(
+            x + (7 if low_side else -7), 27, f"first wrong: {wrong['place']}", "note strong", **_anchor(low_side)
+        )
+        parts.append(told)
     return svg(WIDTH, 312, *parts, label=f"relative RMS error of every sub-layer, {runtime['name']}")
+
+
+def _power(value: float) -> str:
+    """1e-6 for 0.000001."""
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _anchor(start: bool) -> dict[str, str]:
+    return {"text_anchor": "start" if start else "end"}
+
+
+def _ring(row: Raw, x: float, y: Axis) -> Markup:
+    title = element("title", f"{row['name']} with 8-bit activations: {row['rel_rms']:.2e}")
+    return element("circle", title, cx=x, cy=y.at(row["rel_rms"]), r=3.0, class_="ring")
 
 
 def _horizontal(y: Axis, left: float, right: float, label: Any) -> Markup:
@@ -70,7 +93,8 @@ def _error_dot(row: Raw, x: float, y: Axis) -> Markup:
     told = "not finite" if error is None else "exactly equal" if error == 0 else f"{error:.2e}"
     title = element("title", f"{row['name']}: {told}" + (f", bound {row['bound']:.1e}" if row["bound"] else ""))
     py = y.at(y.high if error is None else error or y.low)
-    look = f"dot {kind if kind in ('attn', 'mlp') else 'other'}{'' if row['passed'] else ' bad'}{'' if error != 0 else ' exact'}"
+    shape = kind if kind in ("attn", "mlp") else "other"
+    look = f"dot {shape}{'' if row['passed'] else ' bad'}{' exact' if error == 0 else ''}"
     if kind == "attn":
         return element("circle", title, cx=x, cy=py, r=4.0, class_=look)
     if kind == "mlp":
@@ -96,130 +120,6 @@ def _layer_labels(rows: Sequence[Raw], at: Sequence[float]) -> list[Markup]:
     return [*out, text(WIDTH / 2, 309, "layer, in order of execution", "axis", text_anchor="middle")]
 
 
-COLUMNS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
-CELL, GAP, LEFT = 64, 3, 62
-
-
-def widths(plan: Raw) -> Markup:
-    """Every weight as a cell coloured by its bits, kept KV heads and FFN width beside it, bytes of the layer at the end."""
-    by_name = {choice["name"]: choice for choice in plan["choices"]}
-    layers = plan["layers"]
-    row = 20 if len(layers) <= 48 else 15
-    total = {layer["index"]: _layer_bytes(by_name, layer["index"]) for layer in layers}
-    most = max(total.values(), default=0) or 1
-    parts, y = [*_column_titles()], 34.0
-    if "embed" in by_name:
-        tied = "head" not in by_name
-        parts.append(
-            _wide(by_name["embed"], "embed", "embedding, also the output head (tied)" if tied else "embedding", y, row)
-        )
-        y += row + 6
-    for layer in layers:
-        parts.append(_layer_row(by_name, layer, y, row, total[layer["index"]], most))
-        y += row
-    if "head" in by_name:
-        parts.append(_wide(by_name["head"], "head", "output head", y + 6, row))
-        y += row + 6
-    return svg(WIDTH, y + 8, *parts, label="bits and widths of every layer")
-
-
-def _layer_bytes(by_name: Mapping[str, Raw], index: int) -> int:
-    return sum(by_name[name]["bytes"] for part in COLUMNS if (name := f"layers.{index}.{part}") in by_name)
-
-
-def _column_x(column: int) -> float:
-    """Left edge of a weight column; a wider gap between attention and MLP."""
-    return LEFT + column * (CELL + GAP) + (14 if column >= 4 else 0)
-
-
-HEADS_X = _column_x(7) + 16
-FFN_X = HEADS_X + 130
-BYTES_X = FFN_X + 170
-
-
-def _column_titles() -> list[Markup]:
-    titles = [
-        text(_column_x(i) + CELL / 2, 24, name.split(".")[1], text_anchor="middle") for i, name in enumerate(COLUMNS)
-    ]
-    titles += [text(LEFT, 10, "attention", "axis"), text(_column_x(4), 10, "MLP", "axis")]
-    titles += [text(HEADS_X, 10, "KV heads", "axis"), text(FFN_X, 10, "FFN channels", "axis")]
-    return [*titles, text(BYTES_X, 10, "bytes", "axis"), text(HEADS_X, 24, "kept"), text(FFN_X, 24, "kept of all")]
-
-
-def hatch() -> Markup:
-    """The pattern of removed things, `url(#removed)`, once a page."""
-    stroke = element("path", d="M0 6L6 0", class_="hatch")
-    return element("defs", element("pattern", stroke, id="removed", width=6, height=6, patternUnits="userSpaceOnUse"))
-
-
-def _layer_row(by_name: Mapping[str, Raw], layer: Raw, y: float, row: int, own: int, most: int) -> Markup:
-    index, parts = layer["index"], []
-    parts.append(text(LEFT - 10, y + row / 2 + 3.5, str(index), text_anchor="end"))
-    for column, part in enumerate(COLUMNS):
-        name = f"layers.{index}.{part}"
-        parts.append(_cell(by_name.get(name), name, _column_x(column), y, CELL, row - 2))
-    parts.append(_heads(layer, y, row))
-    parts.append(_bar(layer["ffn"], layer["ffn_of"], FFN_X, y, 90, row, f"{layer['ffn']}", full=True))
-    parts.append(_bar(own, most, BYTES_X, y, 80, row, size(own), full=False))
-    return Markup("").join(parts)
-
-
-def _cell(choice: Raw | None, name: str, x: float, y: float, width: float, height: float) -> Markup:
-    """One weight: its bits as colour and number, the rest in the tooltip; hatched when removed."""
-    if choice is None:
-        title = element("title", f"{name}: removed")
-        return element("rect", title, x=x, y=y, width=width, height=height, rx=2, class_="gone", fill="url(#removed)")
-    bits = choice["bits"]
-    title = element("title", describe(choice))
-    box = element("rect", title, x=x, y=y, width=width, height=height, rx=2, class_=f"b{str(bits).replace('.', '_')}")
-    look = f"cell t{str(bits).replace('.', '_')}"
-    return box + text(x + width / 2, y + height / 2 + 3.5, str(bits), look, text_anchor="middle")
-
-
-def describe(choice: Raw) -> str:
-    """One line on one weight."""
-    kind = "symmetric" if choice.get("symmetric") else "with zero points"
-    shape = f"{choice['rows']} × {choice['columns']}"
-    cost = number(choice.get("predicted_kl"))
-    head = f"{choice['name']}: {choice['bits']} bits, groups of {choice['group_size']}, {kind}, {shape}"
-    return f"{head}, {size(choice['bytes'])}, predicted KL {cost} nats. {choice.get('reason', '')}"
-
-
-def _wide(choice: Raw, label: str, told: str, y: float, row: int) -> Markup:
-    """The embedding or the head: one cell as wide as all the weights of a layer."""
-    width = _column_x(6) + CELL - LEFT
-    name = text(LEFT - 10, y + row / 2 + 3.5, label, text_anchor="end")
-    return (
-        name
-        + _cell(choice, label, LEFT, y, width, row - 2)
-        + text(HEADS_X, y + row / 2 + 3.5, f"{told}, {size(choice['bytes'])}")
-    )
-
-
-def _heads(layer: Raw, y: float, row: int) -> Markup:
-    """One small square a KV head; as numbers when there are too many to draw."""
-    kept, count = set(layer["kv_heads"]), layer["kv_heads_of"]
-    if count > 8:
-        return text(HEADS_X, y + row / 2 + 3.5, f"{len(kept)} of {count}")
-    parts = []
-    for head in range(count):
-        title = element("title", f"KV head {head}: {'kept' if head in kept else 'removed'}")
-        look = {"class_": "kept"} if head in kept else {"class_": "gone", "fill": "url(#removed)"}
-        parts.append(element("rect", title, x=HEADS_X + head * 14.0, y=y + 3, width=11, height=row - 8, rx=2, **look))
-    return Markup("").join(parts)
-
-
-def _bar(value: float, of: float, x: float, y: float, width: float, row: int, label: str, *, full: bool) -> Markup:
-    """A bar with its label; `full` draws the removed rest hatched."""
-    share = value / of if of else 0.0
-    parts = []
-    if full and share < 1:
-        rest = {"x": x + width * share, "width": width * (1 - share)}
-        parts.append(element("rect", y=y + 4, height=row - 10, class_="gone", fill="url(#removed)", **rest))
-    parts.append(element("rect", x=x, y=y + 4, width=width * share, height=row - 10, class_="bar"))
-    return Markup("").join(parts) + text(x + width + 8, y + row / 2 + 3.5, label)
-
-
 def front(plan: Raw) -> Markup:
     """The size-quality (or latency-quality) front with the chosen point."""
     by_latency = plan["budget"].get("kind") == "latency"
@@ -242,7 +142,7 @@ def front(plan: Raw) -> Markup:
     parts += [_front_dot(p, x.at(a), y.at(b)) for p, a, b in zip(points, xs, ys, strict=True)]
     parts += _budget_line(plan["budget"].get(key), factor, x, by_latency)
     if chosen.get(key):
-        parts += _chosen(chosen, x.at(chosen[key] * factor), y.at(chosen["kl"]))
+        parts += _chosen(chosen, x.at(chosen[key] * factor), y.at(chosen["kl"]), by_latency=by_latency)
     unit = "predicted time of one token, milliseconds" if by_latency else "weights as stored, megabytes"
     parts.append(text(WIDTH / 2, 338, f"{unit} (vertical: predicted KL, nats a token)", "axis", text_anchor="middle"))
     return svg(WIDTH, 344, *parts, label="front of " + unit + " against predicted KL")
@@ -250,7 +150,8 @@ def front(plan: Raw) -> Markup:
 
 def _front_dot(point: Raw, x: float, y: float) -> Markup:
     latency = f", {point['latency_ms']:.2f} ms" if point.get("latency_ms") else ""
-    told = f"{size(point['bytes'])}, {point['bits_per_weight']:.2f} bits a weight{latency}: KL {number(point['predicted_kl'])}"
+    told = f"{size(point['bytes'])}, {point['bits_per_weight']:.2f} bits a weight{latency}: "
+    told += f"KL {number(point['predicted_kl'])}"
     return element("circle", element("title", told), cx=x, cy=y, r=2.6, class_="point")
 
 
@@ -259,18 +160,19 @@ def _budget_line(budget: float | None, factor: float, x: Axis, by_latency: bool)
         return []
     told = f"budget {budget:.2f} ms" if by_latency else f"budget {size(budget)}"
     at = x.at(budget * factor)
-    anchor = "end" if at > WIDTH - 160 else "start"
+    right = at <= WIDTH - 160
     return [
         line(at, 14, at, 300, "budget"),
-        text(at + (6 if anchor == "start" else -6), 26, told, "note", text_anchor=anchor),
+        text(at + (6 if right else -6), 26, told, "note", **_anchor(right)),
     ]
 
 
-def _chosen(chosen: Raw, x: float, y: float) -> list[Markup]:
-    told = f"chosen: {size(chosen['bytes'])}, KL {number(chosen['kl'])}"
+def _chosen(chosen: Raw, x: float, y: float, *, by_latency: bool) -> list[Markup]:
+    latency = f"{chosen['latency_ms']:.2f} ms, " if by_latency else ""
+    told = f"chosen: {latency}{size(chosen['bytes'])}, KL {number(chosen['kl'])}"
     mark = element("circle", element("title", told), cx=x, cy=y, r=7.0, class_="chosen")
-    anchor, side = ("end", -14) if x > WIDTH - 220 else ("start", 14)
-    return [mark, text(x + side, y - 10, told, "note strong", text_anchor=anchor)]
+    right = x <= WIDTH - 260
+    return [mark, text(x + (14 if right else -14), y - 10, told, "note strong", **_anchor(right))]
 
 
 def staircase(steps: Sequence[Raw]) -> Markup:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from jpq_export.errors import BundleError, StorageError
 from jpq_export.format.bundle import Manifest, hash_file, read_manifest, write_manifest
-from jpq_export.parity import pictures
+from jpq_export.parity import grid, pictures, tolerance
 from jpq_export.parity.pictures import number, size
 
 NAME = "parity.html"
@@ -25,7 +25,9 @@ TARGET_UNITS = {
     "op_overhead_us": ("cost of one launched operator", lambda v: f"{v:g} µs"),
     "default_bits": ("default budget", lambda v: f"{v:g} bits per weight"),
     "tensorrt": ("TensorRT", str),
+    "cuda": ("CUDA", str),
     "jetpack": ("JetPack", str),
+    "power_mode": ("power mode", str),
     "graph": ("graph form", str),
 }
 
@@ -61,15 +63,21 @@ def render(manifest: Manifest, *, plan: Mapping[str, Any] | None, parity: Mappin
         parity=parity,
         tiles=_tiles(manifest, parity),
         verdict=_verdict(parity),
-        error_plots=[(r, pictures.layer_errors(r)) for r in _runtimes(parity) if r["layers"]],
-        widths=_picture(pictures.widths, plan, "choices"),
+        error_plots=[
+            (r, pictures.layer_errors(r, _as_run(parity) if not i else None))
+            for i, r in enumerate(_runtimes(parity))
+            if r["layers"]
+        ],
+        as_run=_as_run(parity),
+        small_effect=tolerance.SMALL_EFFECT,
+        widths=_picture(grid.widths, plan, "choices"),
         front=_picture(pictures.front, plan, "front"),
         staircase=pictures.staircase(manifest.staircase) if manifest.staircase else None,
         dearest=_dearest(plan),
         target=_target_rows(manifest.target),
         longest=max((stage["seconds"] for stage in manifest.stages), default=0) or 1,
         files=[(name, entry) for name, entry in manifest.files.items() if name != NAME],
-        hatch=pictures.hatch(),
+        hatch=grid.hatch(),
     )
 
 
@@ -87,6 +95,10 @@ def _runtimes(parity: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
     return parity["runtimes"] if parity else ()
 
 
+def _as_run(parity: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return parity.get("as_run") if parity else None
+
+
 def _picture(draw: Any, plan: Mapping[str, Any] | None, needed: str) -> Markup | None:
     return draw(plan) if plan and plan.get(needed) else None
 
@@ -99,10 +111,16 @@ def _verdict(parity: Mapping[str, Any] | None) -> dict[str, str]:
             "word": "not checked",
             "line": "This bundle holds no parity.json: parity was not run.",
         }
-    names = " and ".join(runtime["name"] for runtime in parity["runtimes"])
     if parity["passed"]:
-        return {"look": "good", "word": "passed", "line": f"{names}: the same function as {parity['reference']}."}
-    bad = next(runtime for runtime in parity["runtimes"] if not runtime["passed"])
+        first = parity["runtimes"][0]
+        line = (
+            f"{first['name']} {first['version']} computes what {parity['reference']} computes: logits differ by "
+            f"{number(first['logits']['rel_rms'], 2)} of their size, {first['greedy']['equal']} of "
+            f"{first['greedy']['steps']} greedy tokens are equal."
+        )
+        return {"look": "good", "word": "passed", "line": line}
+    every = [*parity["runtimes"], *([parity["as_run"]] if parity.get("as_run") else [])]
+    bad = next(runtime for runtime in every if not runtime["passed"])
     where = bad["divergence"]
     line = f"{bad['name']} does not compute what {parity['reference']} computes."
     if where:
@@ -114,18 +132,12 @@ def _tiles(manifest: Manifest, parity: Mapping[str, Any] | None) -> list[dict[st
     """The headline numbers: title, value, note."""
     share = manifest.weight_bytes / manifest.original_bytes if manifest.original_bytes else 0.0
     tiles = [
-        _tile("weights", size(manifest.weight_bytes), f"of {size(manifest.original_bytes)}: {share:.1%}"),
+        _tile("weights", size(manifest.weight_bytes), f"{share:.1%} of {size(manifest.original_bytes)} in fp16"),
         _tile("bits per weight", f"{manifest.bits_per_weight:.3f}", "whole model: embedding, head, scales"),
     ]
     quality = manifest.quality or {}
     if quality:
-        change = quality["perplexity"] / quality["teacher_perplexity"] - 1
-        before = f"from {quality['teacher_perplexity']:.2f}: {change:+.1%}"
-        tiles += [
-            _tile("KL to the original", f"{quality['kl_mean']:.4f} nats", f"99th percentile {quality['kl_p99']:.2f}"),
-            _tile("perplexity", f"{quality['perplexity']:.2f}", before),
-            _tile("same first choice", f"{quality['top1_agreement']:.1%}", f"of {quality['tokens']:,} held-out tokens"),
-        ]
+        tiles += _quality_tiles(quality)
     else:
         tiles.append(_tile("quality", "–", "not measured in this run"))
     for runtime in _runtimes(parity)[:1]:
@@ -133,6 +145,20 @@ def _tiles(manifest: Manifest, parity: Mapping[str, Any] | None) -> list[dict[st
         note = f"{greedy['equal']} of {greedy['steps']} greedy tokens equal"
         tiles.append(_tile("runtime error of logits", number(runtime["logits"]["rel_rms"], 2), note))
     return tiles
+
+
+def _quality_tiles(quality: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Tiles of what was measured on held-out text; without a teacher there is only perplexity."""
+    tokens = f"on {quality['tokens']:,} held-out tokens"
+    if quality.get("kl_mean") is None:
+        return [_tile("perplexity", f"{quality['perplexity']:.2f}", tokens)]
+    change = quality["perplexity"] / quality["teacher_perplexity"] - 1
+    before = f"from {quality['teacher_perplexity']:.2f}: {change:+.1%}"
+    return [
+        _tile("KL to the original", f"{quality['kl_mean']:.4f} nats", f"99th percentile {quality['kl_p99']:.2f}"),
+        _tile("perplexity", f"{quality['perplexity']:.2f}", before),
+        _tile("same first choice", f"{quality['top1_agreement']:.1%}", tokens),
+    ]
 
 
 def _tile(title: str, value: str, note: str) -> dict[str, str]:
