@@ -25,6 +25,7 @@ EFFORTS = ("quick", "standard", "max")
 METHODS = ("jpq", "gptq", "rtn")
 STOPS = ("plan", "compress", "onnx")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # how torch says it, in a RuntimeError
 LARGEST_SEED = 2**63 - 1  # torch takes no larger one
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 EXAMPLES = """
@@ -66,8 +67,11 @@ class Commands(DefaultGroup):
                     StorageError(f"{where}: {error.strerror}; free space or choose another --out")
                 ) from error
             raise
-        except MemoryError as error:
-            raise Sentinel(JpqError("out of memory; use a smaller model or a machine with more memory")) from error
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
+                remedy = "use a smaller model or a machine with more memory"
+                raise Sentinel(JpqError(f"out of memory; {remedy}")) from error
+            raise
 
 
 def size_bytes(text: str) -> float:
