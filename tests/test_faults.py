@@ -18,7 +18,7 @@ import pytest
 # A process that has everything imported and forks one child a command: a run takes one second instead of six.
 # A fault "module:function:call:what" makes that call of a function end the process as kill -9 does, or raise `what`.
 SERVER = """
-import errno, importlib, json, os, resource, signal, sys
+import errno, gc, importlib, json, os, resource, signal, sys
 import jpq_export.cli, jpq_export.evaluation, jpq_export.pipeline, jpq_export.prove
 from jpq_export.compress import effort, load, prepare, refine, stages
 from jpq_export.lower import export
@@ -49,6 +49,7 @@ def inject(fault):
         return original(*args, **options)
     setattr(owner, name, faulty)
 
+gc.collect(), gc.freeze()  # children need not look through the libraries at the end of every stage
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
