@@ -259,7 +259,7 @@ class Export:
 
     def lower(self, loaded: LoadedModel, compressed: CompressedModel) -> None:
         """model.onnx, for TensorRT targets model.trt.onnx, and the tokenizer."""
-        from jpq_export.lower.export import export_onnx
+        from jpq_export.lower.export import export_onnx, share_data
 
         target, done = self.request.target, self.work.path("lowered.json")
         if done.exists():
@@ -270,6 +270,7 @@ class Export:
             if target.tensorrt:
                 path = self.work.path("model.trt.onnx")
                 export_onnx(compressed, path, form="custom_op", tensorrt=target.tensorrt)
+                share_data(path, self.work.path("model.onnx"))
             self.work.path("tokenizer.json").write_bytes(loaded.tokenizer_json)
             self.work.path("tokenizer_config.json").write_bytes(loaded.tokenizer_config)
             write_atomic(done, "{}")

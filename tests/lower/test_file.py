@@ -10,7 +10,7 @@ from onnx import external_data_helper, numpy_helper
 
 from jpq_export.errors import BundleError, StorageError, TargetError
 from jpq_export.format.spec import ModelSpec
-from jpq_export.lower.export import check_graph, dialect_for, export_onnx, weight_bytes
+from jpq_export.lower.export import check_graph, dialect_for, export_onnx, share_data, weight_bytes
 from jpq_export.lower.functions import FIELDS
 from jpq_export.numerics.packing import unpack_codes
 from jpq_export.numerics.scheme import Scheme, row_bytes
@@ -259,3 +259,23 @@ def test_export_leaves_the_model_as_it_was(tiny, tmp_path):
     export_onnx(model, tmp_path / "model.onnx", form="qdq")
     for name, weight in before.items():
         np.testing.assert_array_equal(model.quantized[name].packed, weight.packed)
+
+
+def test_two_graphs_of_the_same_weights_share_one_file(write, tmp_path) -> None:
+    write(name="model.onnx")
+    write(name="model.trt.onnx", tensorrt="10.7")
+    before = onnx.load(tmp_path / "model.trt.onnx")
+    assert share_data(tmp_path / "model.trt.onnx", tmp_path / "model.onnx")
+    assert not (tmp_path / "model.trt.onnx.data").exists()
+    after = onnx.load(tmp_path / "model.trt.onnx")
+    assert [numpy_helper.to_array(t).tobytes() for t in after.graph.initializer] == [
+        numpy_helper.to_array(t).tobytes() for t in before.graph.initializer
+    ]
+    check_graph(tmp_path / "model.trt.onnx")
+
+
+def test_graphs_of_different_weights_keep_their_own_files(write, tmp_path) -> None:
+    write(name="model.onnx")
+    write(name="other.onnx", family="qwen3")
+    assert not share_data(tmp_path / "other.onnx", tmp_path / "model.onnx")
+    assert (tmp_path / "other.onnx.data").exists()
