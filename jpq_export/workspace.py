@@ -19,11 +19,13 @@ class Workspace:
 
     def __init__(self, out: Path) -> None:
         self.out, self.folder = out, out.with_name(f"{out.name}.partial")
+        self._made: list[Path] = []  # folders above it that were not there, innermost first
 
     def open(self, key: str) -> None:
         """Keep the folder of a killed run with the same key; start afresh otherwise."""
         if self.folder.exists() and self._key() != key:
             shutil.rmtree(self.folder)
+        self._made = [parent for parent in self.folder.absolute().parents if not parent.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / MARK, json.dumps({"key": key}))
 
@@ -37,6 +39,8 @@ class Workspace:
         """Remove the folder when no stage has finished in it."""
         if all(path.name == MARK for path in self.folder.iterdir()):
             shutil.rmtree(self.folder)
+            for parent in self._made:
+                parent.rmdir()
 
     def path(self, name: str) -> Path:
         """A stage's file."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +20,10 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
+import jpq_export
 from jpq_export.cli import main
 from jpq_export.compress import effort
+from jpq_export.workspace import Workspace
 
 Damage = Callable[[], object]
 WEIGHTS = Path("m/model.safetensors")
@@ -217,7 +224,7 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "weights are noise": (export(), 1, ("model.safetensors", "not a complete"), write(str(WEIGHTS), b"\xff" * 99)),
     "weights empty": (export(), 1, ("model.safetensors", "not a complete"), write(str(WEIGHTS), b"")),
     "weights missing": (export(), 1, ("m: no model.safetensors",), remove(str(WEIGHTS))),
-    "weights pickled": (export(), 1, ("m: weights are pickled", "pytorch_model.bin", "save_pretrained"), pickle_weights),
+    "weights pickled": (export(), 1, ("pickled", "pytorch_model.bin", "save_pretrained"), pickle_weights),
     "NaN in the weights": (export(), 1, ("layers.1.mlp.up", "1 NaN", "download"), edit_weights(put_nan)),
     "a tensor missing": (
         export(), 1, ("1 missing tensor", "layers.0.attn.q"),
@@ -234,7 +241,7 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "a model that is a text": (export(model="x.txt"), 1, ("x.txt", "not a model", ".gguf"), write("x.txt", "hello")),
     "tokenizer missing": (export(), 1, ("m: no tokenizer.json", "AutoTokenizer"), remove("m/tokenizer.json")),
     "tokenizer not JSON": (export(), 1, ("tokenizer", "download"), write("m/tokenizer.json", "{")),
-    "tokenizer of something else": (export(), 1, ("not a tokenizer",), write("m/tokenizer.json", "{}")),
+    "tokenizer of another kind": (export(), 1, ("not a tokenizer",), write("m/tokenizer.json", "{}")),
     "tokenizer too large": (
         export(), 1, ("tokenizer.json", "400", "320 rows", "another model"), edit_json("m/tokenizer.json", add_token),
     ),
@@ -338,3 +345,67 @@ def test_bad_input_gets_one_line(case: str, bench: Path) -> None:
     if damage:
         damage()
     check(bench, command, code, says)
+
+
+def test_a_folder_that_cannot_be_written_is_named(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuse)  # the user root may write anywhere
+    check(bench, export(), 1, ("--out out", "cannot write", "Permission denied", "writable folder"))
+
+
+def test_a_cache_that_cannot_be_written_is_named(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JPQ_CACHE", str(bench / "plan.json"))
+    check(bench, export(), 1, ("plan.json/search", "Not a directory", "JPQ_CACHE"))
+
+
+def test_a_refused_run_leaves_no_new_folder_above_its_own(bench: Path) -> None:
+    check(bench, export("--size 1KB").replace("--out out", "--out new/deep/out"), 1, ("cannot be met",))
+
+
+@pytest.mark.parametrize(
+    ("option", "unit"),
+    [
+        ("--size 1KB", "MB"),
+        ("--latency 1us", "ms"),
+        ("--method gptq --size 1KB", "MB"),
+        ("--no-prune --size 1KB", "MB"),
+    ],
+)
+def test_the_smallest_budget_it_names_can_be_met(option: str, unit: str, bench: Path) -> None:
+    said = message_of(CliRunner().invoke(main, shlex.split(export(option))))
+    smallest = re.search(rf"needs (?:at least )?([0-9.]+) {unit}", said)
+    assert smallest, said
+    enough = f"{option.rpartition(' ')[0]} {smallest[1]}{unit} --until plan"
+    done = CliRunner().invoke(main, shlex.split(export(enough)))
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [("verify nowhere", 1), ("export --target jetsn", 2), ("verify --fast", 2)]
+)
+def test_a_real_process_says_the_same(command: str, code: int, bench: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jpq_export", *shlex.split(command)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(jpq_export.__file__).parents[1])},
+    )
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("Error: ")
+
+
+def test_twin_good_input_fails_the_check(bench: Path) -> None:
+    with pytest.raises(AssertionError):
+        check(bench, "verify b", 1, ())
+
+
+def test_twin_what_is_left_behind_fails_the_check(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workspace, "leave", lambda _: None)
+    with pytest.raises(AssertionError, match="left behind"):
+        check(bench, export("--size 1KB"), 1, ("cannot be met",))

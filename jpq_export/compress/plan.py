@@ -8,7 +8,7 @@ from typing import Literal
 from jpq_export.compress.cost import CostModel
 from jpq_export.compress.prices import PriceList
 from jpq_export.compress.refine import bits_of, layer_choices
-from jpq_export.compress.search import Class, Knobs, Solution, build_classes, front, solve
+from jpq_export.compress.search import Class, Knobs, Solution, build_classes, front, rounded_up, solve
 from jpq_export.errors import BudgetError
 from jpq_export.format.plan import Budget, Choice, FrontPoint, LayerPlan, Plan, Predicted, Removal
 from jpq_export.format.spec import ModelSpec
@@ -181,8 +181,8 @@ def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: st
     if best is None:
         smallest = uniform_bytes(spec, _uniform_schemes(spec, 2, 2, 128))
         raise BudgetError(
-            f"budget of {budget.bytes / 1e6:.2f} MB cannot be met: --method {method} needs at least "
-            f"{smallest / 1e6:.2f} MB; ask for at least that"
+            f"budget of {budget.bytes / 1e6:g} MB cannot be met: --method {method} needs at least "
+            f"{rounded_up(smallest, 1e6)} MB; ask for at least that"
         )
     schemes = best[1]
     layers = tuple(

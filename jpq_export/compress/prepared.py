@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from jpq_export.compress.prices import PriceList, RoundedCache
 from jpq_export.compress.rounding import Rounded
 from jpq_export.compress.statistics import Statistics
-from jpq_export.errors import PlanError
+from jpq_export.errors import PlanError, StorageError
 from jpq_export.format.tensor_file import save_tensors
 
 logger = logging.getLogger(__name__)
@@ -55,13 +55,19 @@ def save_prepared(folder: Path, prepared: Prepared) -> None:
         if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
             shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         save_tensors(partial / "statistics.safetensors", _statistics_tensors(prepared.stats))
         save_tensors(partial / "rounded.safetensors", _rounded_tensors(prepared.cache))
         prepared.prices.save(partial / "prices.json")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StorageError(
+            f"{folder}: cannot store the price list ({error.strerror}); free some space or set JPQ_CACHE to a "
+            "writable folder"
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -8,6 +8,7 @@ with the fraction by which any plan could still be better (Sinha and Zoltners, 1
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -155,11 +156,10 @@ def solve(classes: list[Class], budget: float, *, by: str, fixed: float) -> Solu
     prices = [np.array([o.price for o in c.options]) for c in classes]
     smallest = sum(c[0] for c in costs)
     if smallest > room:
-        needed = smallest + fixed
-        unit = f"{needed / 1e6:.2f} MB" if by == "bytes" else f"{needed / 1e3:.3f} ms"
-        asked = f"{budget / 1e6:.2f} MB" if by == "bytes" else f"{budget / 1e3:.3f} ms"
+        unit, size = ("MB", 1e6) if by == "bytes" else ("ms", 1e3)
         raise BudgetError(
-            f"budget of {asked} cannot be met: the smallest possible plan needs {unit}; ask for at least that"
+            f"budget of {budget / size:g} {unit} cannot be met: the smallest possible plan needs "
+            f"{rounded_up(smallest + fixed, size)} {unit}; ask for at least that"
         )
     bound, multiplier = dual_bound(costs, prices, room)
     picks = _dynamic_program(costs, prices, room)
@@ -174,6 +174,11 @@ def solve(classes: list[Class], budget: float, *, by: str, fixed: float) -> Solu
         max(0.0, price - bound) / max(price, 1e-12),
         multiplier,
     )
+
+
+def rounded_up(value: float, unit: float) -> str:
+    """In units, to three decimals and never too little: who asks for that gets it."""
+    return f"{math.ceil(value / unit * 1e3) / 1e3:.3f}"
 
 
 def dual_bound(costs: list[np.ndarray], prices: list[np.ndarray], room: float) -> tuple[float, float]:
