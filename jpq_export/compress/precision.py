@@ -9,6 +9,9 @@ from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
+from torch import Tensor
+
+from jpq_export.compress.decoder import Decoder
 
 
 @cache
@@ -23,3 +26,9 @@ def autocast(device: torch.device | str) -> AbstractContextManager:
     """bf16 autocast where it pays, otherwise nothing."""
     kind = torch.device(device).type
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=fast_bf16(kind))
+
+
+def head_table(model: Decoder) -> Tensor:
+    """The head's weight in the fast type, converted once: autocast would convert a fifth of the model at every call."""
+    table = model.embed.weight if model.head is None else model.head.weight
+    return table.to(torch.bfloat16) if fast_bf16(table.device.type) else table

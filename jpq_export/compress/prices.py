@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jpq_export.compress.apply import LayerChoice, prune_layer
 from jpq_export.compress.decoder import Context, Decoder, Layer
-from jpq_export.compress.precision import autocast
+from jpq_export.compress.precision import autocast, fast_bf16, head_table
 from jpq_export.compress.rounding import Rounded, quantize_rows, row_loss
 from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.errors import PlanError
@@ -142,37 +142,64 @@ class PartialForward:
         self.teacher = teacher
         self.ids = torch.from_numpy(sequences).to(teacher.embed.weight.device)
         self.context = teacher.context(self.ids)
+        self.layers = fast_layers(teacher)
         self.streams: list[Tensor] = []
         with autocast(self.ids.device):
             x = teacher.embed_tokens(self.ids)
-            for layer in teacher.layers:
+            for layer in self.layers:
                 self.streams.append(x)
                 x = layer(x, self.context)
-            self.final = teacher.norm(x).flatten(0, 1)
+            final = teacher.norm(x).flatten(0, 1)
+        self.table = head_table(teacher)
+        self.probability = torch.cat(
+            [F.softmax(self._logits(part, self.table), -1) for part in final.split(HEAD_CHUNK)]
+        )
+        # KL = Σ p log p - Σ p z + log Σ exp z: the first term is the teacher's own.
+        entropy = torch.special.xlogy(self.probability, self.probability)
+        self.negative_entropy = float(entropy.sum(dtype=torch.float64))
 
     @torch.no_grad()
     def kl(self, index: int, changed: Callable[[Tensor, Context], Tensor]) -> float:
         """KL per token when layer `index` is replaced by `changed(x, context)`."""
         with autocast(self.ids.device):
             x = changed(self.streams[index], self.context)
-            for layer in self.teacher.layers[index + 1 :]:
+            for layer in self.layers[index + 1 :]:
                 x = layer(x, self.context)
-            return self.final_kl(self.teacher, self.teacher.norm(x).flatten(0, 1))
+            return self.final_kl(self.teacher.norm(x).flatten(0, 1), self.table)
 
     @torch.no_grad()
     def kl_of(self, model: Decoder) -> float:
         """KL per token of a whole other model."""
         with autocast(self.ids.device):
-            return self.final_kl(model, model.hidden(self.ids, model.context(self.ids)).flatten(0, 1))
+            hidden = model.hidden(self.ids, model.context(self.ids)).flatten(0, 1)
+        return self.final_kl(hidden, head_table(model))
 
-    def final_kl(self, model: Decoder, hidden: Tensor) -> float:
-        """Mean KL(teacher ‖ model) over the tokens, from final hidden states [tokens, hidden]."""
-        total = 0.0
-        for mine, theirs in zip(hidden.split(HEAD_CHUNK), self.final.split(HEAD_CHUNK), strict=True):
-            p = F.log_softmax(self.teacher.logits(theirs).float(), -1)
-            q = F.log_softmax(model.logits(mine).float(), -1)
-            total += float(F.kl_div(q, p, reduction="sum", log_target=True))
+    def final_kl(self, hidden: Tensor, table: Tensor) -> float:
+        """Mean KL(teacher ‖ model) over the tokens, from final hidden states [tokens, hidden] and the model's head."""
+        total = self.negative_entropy
+        for mine, p in zip(hidden.split(HEAD_CHUNK), self.probability.split(HEAD_CHUNK), strict=True):
+            logits = self._logits(mine, table)
+            cross = logits.logsumexp(-1) - torch.linalg.vecdot(p, logits)
+            total += float(cross.sum(dtype=torch.float64))
         return total / len(hidden)
+
+    @staticmethod
+    def _logits(hidden: Tensor, table: Tensor) -> Tensor:
+        return (hidden.to(table.dtype) @ table.T).float()
+
+
+def fast_layers(model: Decoder) -> list[Layer]:
+    """The layers with matrices in the fast type, norms as they are; the model's own layers where fp32 is as fast."""
+    if not fast_bf16(model.embed.weight.device.type):
+        return list(model.layers)
+    copies = []
+    for i in range(len(model.layers)):
+        copy = prune_layer(model, i, all_kept(model.spec)[i])
+        for module in copy.modules():
+            if isinstance(module, nn.Linear):
+                module.to(torch.bfloat16)
+        copies.append(copy)
+    return copies
 
 
 def measure_prices(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jpq_export.compress.decoder import Decoder, RMSNorm
-from jpq_export.compress.precision import autocast, fast_bf16
+from jpq_export.compress.precision import autocast, fast_bf16, head_table
 from jpq_export.compress.quant_linear import QuantLinear
 from jpq_export.compress.statistics import Progress
 
@@ -79,11 +79,11 @@ def tune(
     start_training(student)
     scales, norms = trainable(student)
     optimizer = RelativeAdam(scales, norms, settings)
-    hidden = teacher_hidden(teacher, sequences)
+    hidden, table = teacher_hidden(teacher, sequences), head_table(teacher)
     losses = []
     for step, index in enumerate(_schedule(len(sequences), settings, seed)):
         ids = torch.from_numpy(sequences[index]).to(hidden.device)
-        losses.append(distil_step(teacher, student, ids, hidden[torch.from_numpy(index)]))
+        losses.append(distil_step(table, student, ids, hidden[torch.from_numpy(index)]))
         optimizer.step(step)
         if progress:
             progress(step + 1, settings.steps)
@@ -120,8 +120,12 @@ def _schedule(count: int, settings: TuneSettings, seed: int) -> Iterator[np.ndar
         pool = pool[settings.batch :]
 
 
-def distil_step(teacher: Decoder, student: Decoder, ids: Tensor, target: Tensor) -> float:
-    """Accumulate gradients of KL(teacher ‖ student) for one batch: ids [batch, seq], target [batch, seq, hidden]."""
+def distil_step(teacher_table: Tensor, student: Decoder, ids: Tensor, target: Tensor) -> float:
+    """Accumulate gradients of KL(teacher ‖ student) for one batch.
+
+    teacher_table: the teacher's head [vocab, hidden] in the fast type; ids [batch, seq]; target: the teacher's final
+    hidden states [batch, seq, hidden].
+    """
     with autocast(ids.device), torch.enable_grad():
         hidden = student.hidden(ids, student.context(ids))
     flat, goal = hidden.detach().flatten(0, 1), target.flatten(0, 1)
@@ -132,8 +136,8 @@ def distil_step(teacher: Decoder, student: Decoder, ids: Tensor, target: Tensor)
     for begin in range(0, len(flat), HEAD_ROWS_PER_CHUNK):
         rows = slice(begin, begin + HEAD_ROWS_PER_CHUNK)
         piece = flat[rows].detach().requires_grad_(True)
-        with torch.no_grad(), autocast(ids.device):
-            wanted = F.softmax(teacher.logits(goal[rows].to(flat.dtype)).float(), -1)
+        with torch.no_grad():
+            wanted = F.softmax((goal[rows].to(teacher_table.dtype) @ teacher_table.T).float(), -1)
         with torch.enable_grad():
             mine = F.log_softmax((piece.to(table.dtype) @ table.T).float(), -1)
             loss = F.kl_div(mine, wanted, reduction="sum") / len(flat)

@@ -175,14 +175,14 @@ def test_scale_gradient_is_the_derivative_of_the_loss(
     start_training(student)
     ids = torch.from_numpy(sequences[:2])
     hidden = teacher_hidden(teacher, sequences[:2]).float()
-    distil_step(teacher, student, ids, hidden)
+    distil_step(teacher.embed.weight, student, ids, hidden)
     scales = student.layers[1].mlp.up.scales
     gradient = float(scales.grad[3, 1])
     losses = []
     for sign in (1, -1):
         with torch.no_grad():
             scales[3, 1] *= 1 + sign * 0.05
-        losses.append(distil_step(teacher, student, ids, hidden))
+        losses.append(distil_step(teacher.embed.weight, student, ids, hidden))
         with torch.no_grad():
             scales[3, 1] /= 1 + sign * 0.05
     numeric = (losses[0] - losses[1]) / (0.1 * float(scales[3, 1].detach()))
@@ -205,3 +205,17 @@ def test_price_list_orders_widths_and_structures(teacher: Decoder, sequences: np
         assert structure.removal[0] == 0 < structure.removal[-1]
     prices.save(tmp_path / "prices.json")
     assert type(prices).load(tmp_path / "prices.json") == prices
+
+
+def test_partial_forward_measures_the_same_kl_as_the_gate(teacher: Decoder, sequences: np.ndarray) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weights = dict(named_weights(teacher))
+    name = "layers.1.mlp.down"
+    weights[name] = weights[name] + 0.05 * torch.randn(weights[name].shape, generator=generator)
+    other = build_decoder(SPEC, weights)
+    exact = heldout_kl(teacher, other, sequences[:4])
+    forward = PartialForward(teacher, sequences[:4])
+    assert forward.kl_of(other) == pytest.approx(exact, rel=0.05, abs=1e-3)  # bf16 where the machine has it
+    assert forward.kl(1, lambda x, c: other.layers[1](x, c)) == pytest.approx(exact, rel=0.05, abs=1e-3)
+    assert forward.kl(0, lambda x, c: other.layers[1](x, c)) != pytest.approx(exact, rel=0.05, abs=1e-3)
+    assert forward.kl_of(teacher) == pytest.approx(0, abs=1e-3)
