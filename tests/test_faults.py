@@ -243,7 +243,7 @@ def test_a_damaged_cache_is_made_again(whole: Path, place: Path, run: Run) -> No
         (
             "onnx",
             {"plan.json", "compressed.safetensors", "tokenizer.json", "tokenizer_config.json"}
-            | {"model.onnx", "model.onnx.data", "model.trt.onnx", "model.trt.onnx.data"},
+            | {"model.onnx", "model.onnx.data", "model.trt.onnx"},
         ),
     ],
 )
