@@ -121,7 +121,7 @@ def _round_widths(W: Tensor, H: Tensor, group_size: int) -> Iterator[tuple[int, 
     for rows in W.split(8192):
         stack = rows.repeat(len(ROUNDED_BITS), 1)
         top = torch.tensor([float((1 << b) - 1) for b in ROUNDED_BITS], device=W.device).repeat_interleave(len(rows))
-        rounded = quantize_rows(stack, H, top, group_size, symmetric=True, method="gptq")
+        rounded = quantize_rows(stack, H, top, group_size, symmetric=True, method="gptq", candidates=11)
         losses = row_loss(stack, H, rounded)
         parts.append([(rounded.rows(s), losses[s]) for s in _parts(len(rows), len(ROUNDED_BITS))])
     for position, bits in enumerate(ROUNDED_BITS):

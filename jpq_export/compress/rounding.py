@@ -48,7 +48,7 @@ def damped(H: Tensor, *, damping: float = DAMPING) -> Tensor:
 
 
 def search_scales(
-    W: Tensor, weight: Tensor, max_code: Tensor, group_size: int, *, symmetric: bool
+    W: Tensor, weight: Tensor, max_code: Tensor, group_size: int, *, symmetric: bool, candidates: int = 29
 ) -> tuple[Tensor, Tensor]:
     """Per group, the clipping that minimises Σ weight_k (w - ŵ)².
 
@@ -67,7 +67,7 @@ def search_scales(
         zero = (-low / base).round()
     best = torch.full(base.shape, torch.inf, device=W.device)
     scales, zeros = base.clone(), zero.clone()
-    for shrink in torch.linspace(0.40, 1.10, 29).tolist():
+    for shrink in torch.linspace(0.40, 1.10, candidates).tolist():
         scale = to_fp16(base * shrink)
         z = zero if symmetric else (-groups.amin(-1).clamp(max=0) / base).round().clamp(torch.zeros_like(top), top)
         codes = (groups / scale[..., None] + z[..., None]).round_().clamp_(min=0).minimum(top[..., None])
@@ -197,11 +197,19 @@ def quantize(W: Tensor, H: Tensor, scheme: Scheme, *, method: str = "jpq", passe
 
 
 def quantize_rows(
-    W: Tensor, H: Tensor, max_code: Tensor, group_size: int, *, symmetric: bool, method: str = "jpq", passes: int = 2
+    W: Tensor,
+    H: Tensor,
+    max_code: Tensor,
+    group_size: int,
+    *,
+    symmetric: bool,
+    method: str = "jpq",
+    passes: int = 2,
+    candidates: int = 29,
 ) -> Rounded:
-    """`quantize` with a code range per row: `max_code` float [N]."""
+    """`quantize` with a code range per row: `max_code` float [N]; `candidates` clippings are tried for every scale."""
     weight = H.diagonal().clamp(min=0) + 1e-3 * H.diagonal().mean() + 1e-30
-    scales, zeros = search_scales(W, weight, max_code, group_size, symmetric=symmetric)
+    scales, zeros = search_scales(W, weight, max_code, group_size, symmetric=symmetric, candidates=candidates)
     if method == "rtn":
         return nearest(W, scales, zeros, max_code)
     rounded = gptq(W, H, scales, zeros, max_code)
