@@ -1,21 +1,25 @@
 """`jpq-export compare`: joint search against separate ones at equal stored bytes, one table.
 
 Rows: uniform-bit GPTQ; pruning first, then one width for what is left; bits-only search; the joint search. All see the
-same calibration tokens; the searched ones get the same recovery. The teacher is the permuted model (see `permute`).
-Every cell is a JSON file: a run that was killed goes on where it stopped.
+same calibration tokens (GPTQ rounds with all of them, the searched ones spend most on the same recovery). The teacher
+is the permuted model (see `permute`). Every cell is a JSON file: a run that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jpq_export.compress.prepare import GROUP_SIZE
 from jpq_export.evaluate.text_quality import evaluate_text
-from jpq_export.evaluate.texts import read_text, token_windows
+from jpq_export.evaluate.texts import EvaluationText, read_text, token_windows
+from jpq_export.numerics.scheme import BIT_WIDTHS
 from jpq_export.pipeline import Export, Request
 from jpq_export.progress import Stages
 from jpq_export.workspace import write_atomic
@@ -45,19 +49,46 @@ class PermutedExport(Export):
         return replace(loaded, model=permuted(loaded.model, seed=self.request.seed), sha256=f"permuted-{loaded.sha256}")
 
 
+@dataclass(slots=True, eq=False)
+class Remembered:
+    """The teacher as a `LogitSource` that runs every window once and keeps its final hidden states for all cells."""
+
+    model: Any
+    states: dict[bytes, Any] = field(default_factory=dict)
+
+    def __call__(self, ids: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        """Logits of a window, `size` positions at a time."""
+        import torch
+
+        key = ids.tobytes()
+        with torch.no_grad():
+            if key not in self.states:
+                batch = torch.from_numpy(ids)[None].to(self.model.embed.weight.device)
+                self.states[key] = self.model.hidden(batch, self.model.context(batch))[0]
+            for part in self.states[key].split(size):
+                yield self.model.logits(part).float().cpu().numpy()
+
+
 def compare(comparison: Comparison, stages: Stages) -> list[dict[str, Any]]:
     """All cells, computed or found; also written to `<out>/comparison.json`."""
     out = comparison.request.out
     out.mkdir(parents=True, exist_ok=True)
+    texts = [read_text(path) for path in comparison.texts]  # a wrong path is said at once
     loaded = PermutedExport(comparison.request, stages).load()
-    rows = []
+    windows = {text.name: _windows(comparison, loaded, text) for text in texts}
+    calibration = PermutedExport(comparison.request, stages).texts(loaded)
+    inputs = sha256(json.dumps([text.sha256 for text in texts] + [comparison.windows, comparison.context]).encode())
+    teacher, rows = Remembered(loaded.model), []
     for bits in comparison.bits:
         for method in METHODS:
-            cell = out / f"{method}-{bits:g}.json"
-            if not cell.is_file():
+            cell, request = out / f"{method}-{bits:g}.json", request_for(comparison, method, bits)
+            key = request.key(loaded.sha256, calibration.sha256) + inputs.hexdigest()
+            row = json.loads(cell.read_text(encoding="utf-8")) if cell.is_file() else {}
+            if row.get("key") != key:
                 stages.console.rule(f"{method}, {bits:g} bits")
-                write_atomic(cell, json.dumps(_cell(comparison, loaded, method, bits, stages), indent=1))
-            rows.append(json.loads(cell.read_text(encoding="utf-8")))
+                row = {"key": key, "method": method, "asked_bits": bits} | _cell(request, teacher, windows, stages)
+                write_atomic(cell, json.dumps(row, indent=1))
+            rows.append(row)
     write_atomic(out / "comparison.json", json.dumps(rows, indent=1) + "\n")
     return rows
 
@@ -74,41 +105,41 @@ def request_for(comparison: Comparison, method: str, bits: float) -> Request:
     if method == "bits-only":
         return replace(request, prune=False)
     if method == "prune-then-quantize":
-        return replace(request, widths=(int(bits) + 1,))  # the next wider uniform width, made room for by pruning
+        return replace(request, widths=(pruned_width(bits),))
     return request
 
 
-def _cell(comparison: Comparison, loaded: Any, method: str, bits: float, stages: Stages) -> dict[str, Any]:
+def pruned_width(bits: float) -> int:
+    """The narrowest width that needs pruning to fit: less is removed, which suits this rival, than with a wider one."""
+    return min(b for b in BIT_WIDTHS if b + 16 / GROUP_SIZE > bits)
+
+
+def _cell(request: Request, teacher: Remembered, windows: dict[str, np.ndarray], stages: Stages) -> dict[str, Any]:
     from jpq_export.compress.student import dequantized
     from jpq_export.format.compressed import CompressedModel
 
-    request = request_for(comparison, method, bits)
     export = PermutedExport(request, stages)
     export.run()
     compressed = CompressedModel.load(request.out / "compressed.safetensors")
     row: dict[str, Any] = {
-        "method": method,
-        "asked_bits": bits,
-        "bits_per_weight": compressed.weight_bytes * 8 / loaded.spec.parameters(),
+        "bits_per_weight": compressed.weight_bytes * 8 / teacher.model.spec.parameters(),
         "weight_bytes": compressed.weight_bytes,
         "seconds": sum(record.seconds for record in stages.records),
+        "peak_rss_bytes": max(record.peak_rss_bytes for record in stages.records),
         "staircase": export.staircase,
         "texts": {},
     }
     stages.records.clear()
     student = dequantized(compressed)
-    for path in comparison.texts:
-        sequences = _windows(comparison, loaded, path)
-        with stages.stage("evaluate", f"{path.name}: {comparison.windows} windows") as report:
-            row["texts"][path.name] = asdict(evaluate_text(student, loaded.model, sequences, progress=report))
+    for name, sequences in windows.items():
+        with stages.stage("evaluate", f"{name}: {len(sequences)} windows") as report:
+            row["texts"][name] = asdict(evaluate_text(student, teacher, sequences, progress=report))
     return row
 
 
-def _windows(comparison: Comparison, loaded: Any, path: Path) -> np.ndarray:
+def _windows(comparison: Comparison, loaded: Any, text: EvaluationText) -> np.ndarray:
     bos_id = loaded.spec.bos_id if loaded.spec.add_bos else None
-    return token_windows(
-        read_text(path), loaded.encode, windows=comparison.windows, context=comparison.context, bos_id=bos_id
-    )
+    return token_windows(text, loaded.encode, windows=comparison.windows, context=comparison.context, bos_id=bos_id)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -166,9 +166,9 @@ class Export:
 
     def search(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
         """Prices, exact solution, true-KL refinement."""
+        from jpq_export.compress.heldout import Heldout
         from jpq_export.compress.plan import Problem, make_plan
         from jpq_export.compress.prepare import prepare
-        from jpq_export.compress.prices import PartialForward
         from jpq_export.compress.refine import refine
         from jpq_export.compress.search import Knobs
         from jpq_export.numerics.scheme import BIT_WIDTHS
@@ -182,13 +182,13 @@ class Export:
         start = Knobs() if request.prune else Knobs(removal=float("inf"))
         problem.solve(start)  # a budget that cannot be met is said before the long part
         with self.stages.stage("plan", "searching structure and bits together") as report:
-            forward = PartialForward(loaded.model, texts.heldout)
+            heldout = Heldout(loaded.model, texts.heldout)
             trials = refine(
                 problem.solve,
                 loaded.model,
                 prepared.prices,
                 prepared.cache,
-                forward,
+                heldout,
                 start=start,
                 trials=self.effort.trials,
                 progress=report,
@@ -208,7 +208,8 @@ class Export:
 
         if not self.work.has("rounded.safetensors"):
             with self.stages.stage("compress", "pruning and rounding, layer by layer") as report:
-                calibration = texts.calibration[: self.effort.sequences]
+                # Baselines round with every token that recovery would see: equal data for all methods.
+                calibration = texts.calibration[: self.effort.sequences if plan.method == "jpq" else None]
                 rounded, kl = round_model(
                     loaded.model,
                     plan,

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from jpq_export.compress.decoder import Decoder, named_weights
+from jpq_export.compress.heldout import PartialForward
 from jpq_export.compress.prepared import Prepared, load_prepared, save_prepared
-from jpq_export.compress.prices import PartialForward, measure_prices, round_all
+from jpq_export.compress.prices import measure_prices, round_all
 from jpq_export.compress.statistics import Statistics, collect
 from jpq_export.progress import Stages
 

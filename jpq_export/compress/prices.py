@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from jpq_export.compress.apply import LayerChoice, prune_layer
+from jpq_export.compress.apply import LayerChoice, all_kept, prune_layer
 from jpq_export.compress.decoder import Context, Decoder, Layer
-from jpq_export.compress.precision import autocast, fast_bf16, head_table
+from jpq_export.compress.heldout import PartialForward
 from jpq_export.compress.rounding import Rounded, quantize_rows, row_loss
 from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.errors import PlanError
@@ -29,7 +28,6 @@ from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, choose_group_size
 FORMAT = "jpq-prices/1"
 ROUNDED_BITS = (2, 3, 4)
 FFN_STEPS = 12  # MLP widths offered: twelfths of the channels, rounded to whole groups
-HEAD_CHUNK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,74 +132,6 @@ def _parts(rows: int, parts: int) -> list[slice]:
     return [slice(k * rows, (k + 1) * rows) for k in range(parts)]
 
 
-class PartialForward:
-    """The teacher's residual stream before every layer on held-out text; re-runs the rest after one changed layer."""
-
-    @torch.no_grad()
-    def __init__(self, teacher: Decoder, sequences: np.ndarray) -> None:
-        self.teacher = teacher
-        self.ids = torch.from_numpy(sequences).to(teacher.embed.weight.device)
-        self.context = teacher.context(self.ids)
-        self.layers = fast_layers(teacher)
-        self.streams: list[Tensor] = []
-        with autocast(self.ids.device):
-            x = teacher.embed_tokens(self.ids)
-            for layer in self.layers:
-                self.streams.append(x)
-                x = layer(x, self.context)
-            final = teacher.norm(x).flatten(0, 1)
-        self.table = head_table(teacher)
-        self.probability = torch.cat(
-            [F.softmax(self._logits(part, self.table), -1) for part in final.split(HEAD_CHUNK)]
-        )
-        # KL = Σ p log p - Σ p z + log Σ exp z: the first term is the teacher's own.
-        entropy = torch.special.xlogy(self.probability, self.probability)
-        self.negative_entropy = float(entropy.sum(dtype=torch.float64))
-
-    @torch.no_grad()
-    def kl(self, index: int, changed: Callable[[Tensor, Context], Tensor]) -> float:
-        """KL per token when layer `index` is replaced by `changed(x, context)`."""
-        with autocast(self.ids.device):
-            x = changed(self.streams[index], self.context)
-            for layer in self.layers[index + 1 :]:
-                x = layer(x, self.context)
-            return self.final_kl(self.teacher.norm(x).flatten(0, 1), self.table)
-
-    @torch.no_grad()
-    def kl_of(self, model: Decoder) -> float:
-        """KL per token of a whole other model."""
-        with autocast(self.ids.device):
-            hidden = model.hidden(self.ids, model.context(self.ids)).flatten(0, 1)
-        return self.final_kl(hidden, head_table(model))
-
-    def final_kl(self, hidden: Tensor, table: Tensor) -> float:
-        """Mean KL(teacher ‖ model) over the tokens, from final hidden states [tokens, hidden] and the model's head."""
-        total = self.negative_entropy
-        for mine, p in zip(hidden.split(HEAD_CHUNK), self.probability.split(HEAD_CHUNK), strict=True):
-            logits = self._logits(mine, table)
-            cross = logits.logsumexp(-1) - torch.linalg.vecdot(p, logits)
-            total += float(cross.sum(dtype=torch.float64))
-        return total / len(hidden)
-
-    @staticmethod
-    def _logits(hidden: Tensor, table: Tensor) -> Tensor:
-        return (hidden.to(table.dtype) @ table.T).float()
-
-
-def fast_layers(model: Decoder) -> list[Layer]:
-    """The layers with matrices in the fast type, norms as they are; the model's own layers where fp32 is as fast."""
-    if not fast_bf16(model.embed.weight.device.type):
-        return list(model.layers)
-    copies = []
-    for i in range(len(model.layers)):
-        copy = prune_layer(model, i, all_kept(model.spec)[i])
-        for module in copy.modules():
-            if isinstance(module, nn.Linear):
-                module.to(torch.bfloat16)
-        copies.append(copy)
-    return copies
-
-
 def measure_prices(
     teacher: Decoder,
     stats: Statistics,
@@ -251,7 +181,7 @@ def _measure_table(
     original = module.weight.data
     for bits in ROUNDED_BITS:
         module.weight.data = cache.weight(name, bits)
-        matrices[name][bits] = forward.kl_of(teacher)
+        matrices[name][bits] = forward.heldout.kl_of(teacher)
     module.weight.data = original
     for bits in BIT_WIDTHS:
         if bits not in ROUNDED_BITS:
@@ -265,11 +195,6 @@ def _with_weights(teacher: Decoder, i: int, names: list[str], cache: RoundedCach
         sub, part = name.split(".")[2:]
         getattr(getattr(layer, sub), part).weight.data = cache.weight(name, 2)
     return layer
-
-
-def all_kept(spec: ModelSpec) -> tuple[LayerChoice, ...]:
-    """Nothing removed."""
-    return tuple(LayerChoice(tuple(range(layer.kv_heads)), tuple(range(layer.ffn))) for layer in spec.layers)
 
 
 def _structure(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from jpq_export.compress.apply import COLUMNS_OF, ROWS_OF, LayerChoice, kept_rows, prune
 from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
-from jpq_export.compress.prices import PartialForward, PriceList, RoundedCache
+from jpq_export.compress.heldout import Heldout
+from jpq_export.compress.prices import PriceList, RoundedCache
 from jpq_export.compress.rounding import nearest, search_scales
 from jpq_export.compress.search import Knobs, Solution
 from jpq_export.errors import BudgetError
@@ -96,7 +97,7 @@ def refine(
     teacher: Decoder,
     prices: PriceList,
     cache: RoundedCache,
-    forward: PartialForward,
+    heldout: Heldout,
     *,
     start: Knobs,
     trials: tuple[tuple[str, tuple[float, ...]], ...] = TRIALS,
@@ -115,7 +116,7 @@ def refine(
             return None  # without pruning this budget cannot be met: not a candidate
         key = tuple(sorted((name, option.kept, option.bits) for name, option in solution.picks.items()))
         if key not in done:
-            kl = forward.kl_of(assemble(teacher, prices, solution, cache))
+            kl = heldout.kl_of(assemble(teacher, prices, solution, cache))
             done[key] = Trial(knobs, solution, kl)
         return done[key]
 

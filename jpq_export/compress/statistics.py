@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from jpq_export.compress.decoder import Decoder
 from jpq_export.compress.precision import autocast
 
-HEAD_ROWS_PER_CHUNK = 256  # tokens whose logits exist at once: 256 x 49152 x 4 bytes = 50 MB
+HEAD_ROWS_PER_CHUNK = 128  # tokens whose logits exist at once: 128 x 49152 x 4 bytes = 25 MB
 
 Progress = Callable[[int, int], None]
 
@@ -195,7 +195,9 @@ def plain_statistics(model: Decoder, sequences: np.ndarray) -> Statistics:
     stats, device = Statistics(), model.embed.weight.device
     for ids in (torch.from_numpy(row[None]).to(device) for row in sequences):
         name = "embed" if model.head is None else "head"
-        add_moment(stats.hessians, name, model.hidden(ids, model.context(ids)).flatten(0, 1))
+        with autocast(device):
+            hidden = model.hidden(ids, model.context(ids))
+        add_moment(stats.hessians, name, hidden.float().flatten(0, 1))
     for value in stats.hessians.values():
         value /= sequences.size
     if model.head is not None:

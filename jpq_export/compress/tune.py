@@ -21,7 +21,7 @@ from jpq_export.compress.precision import autocast, fast_bf16, head_table
 from jpq_export.compress.quant_linear import QuantLinear
 from jpq_export.compress.statistics import Progress
 
-HEAD_ROWS_PER_CHUNK = 256  # tokens whose two sets of logits exist at once
+HEAD_ROWS_PER_CHUNK = 128  # tokens whose two sets of logits exist at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from jpq_export.compress import statistics
-from jpq_export.compress.apply import Compressor, LayerChoice, Recipe, prune, prune_layer
+from jpq_export.compress.apply import Compressor, LayerChoice, Recipe, all_kept, prune, prune_layer
 from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
+from jpq_export.compress.heldout import PartialForward
 from jpq_export.compress.permute import permuted
-from jpq_export.compress.prices import PartialForward, all_kept, measure_prices, round_all
+from jpq_export.compress.prices import measure_prices, round_all
 from jpq_export.compress.student import dequantized, to_compressed, to_student
 from jpq_export.compress.tune import TuneSettings, distil_step, heldout_kl, start_training, teacher_hidden, tune
 from jpq_export.format.compressed import CompressedModel
@@ -215,7 +216,7 @@ def test_partial_forward_measures_the_same_kl_as_the_gate(teacher: Decoder, sequ
     other = build_decoder(SPEC, weights)
     exact = heldout_kl(teacher, other, sequences[:4])
     forward = PartialForward(teacher, sequences[:4])
-    assert forward.kl_of(other) == pytest.approx(exact, rel=0.05, abs=1e-3)  # bf16 where the machine has it
+    assert forward.heldout.kl_of(other) == pytest.approx(exact, rel=0.05, abs=1e-3)  # bf16 where the machine has it
     assert forward.kl(1, lambda x, c: other.layers[1](x, c)) == pytest.approx(exact, rel=0.05, abs=1e-3)
     assert forward.kl(0, lambda x, c: other.layers[1](x, c)) != pytest.approx(exact, rel=0.05, abs=1e-3)
-    assert forward.kl_of(teacher) == pytest.approx(0, abs=1e-3)
+    assert forward.heldout.kl_of(teacher) == pytest.approx(0, abs=1e-3)
