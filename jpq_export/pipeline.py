@@ -167,7 +167,7 @@ class Export:
     def search(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
         """Prices, exact solution, true-KL refinement."""
         from jpq_export.compress.heldout import Heldout
-        from jpq_export.compress.plan import Problem, make_plan
+        from jpq_export.compress.plan import Problem, contrast, make_plan
         from jpq_export.compress.prepare import prepare
         from jpq_export.compress.refine import refine
         from jpq_export.compress.search import Knobs
@@ -194,11 +194,13 @@ class Export:
                 progress=report,
             )
         best = trials[0]
-        measured = {
+        measured: dict[str, Any] = {
             "knobs": _finite(asdict(best.knobs)),
             "measured_kl_before_recovery": best.kl,
             "trials": [{"knobs": _finite(asdict(t.knobs)), "kl": t.kl, "predicted": t.solution.price} for t in trials],
         }
+        if request.prune:
+            measured["contrast"] = contrast(problem, best.solution, best.knobs)
         return make_plan(problem, best.solution, best.knobs, sha256=loaded.sha256, method="jpq", measured=measured)
 
     def compress(self, loaded: LoadedModel, texts: Texts, plan: Plan) -> CompressedModel:

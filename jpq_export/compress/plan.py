@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from jpq_export.compress.cost import CostModel
 from jpq_export.compress.prices import PriceList
@@ -97,6 +98,47 @@ def make_plan(problem: Problem, solution: Solution, knobs: Knobs, *, sha256: str
         front=tuple(FrontPoint(p.bytes, p.bytes * 8 / parameters, p.microseconds / 1e3, p.price) for p in points),
         search=measured,
     )
+
+
+def contrast(problem: Problem, solution: Solution, knobs: Knobs) -> list[dict[str, Any]]:
+    """This plan beside the one that the other kind of budget would have bought: as many bytes, or as much time."""
+    size, time = problem.cost.fixed()
+    here = {"bytes": solution.bytes + size, "latency_ms": (solution.microseconds + time) / 1e3}
+    if problem.by == "bytes":
+        budget = Budget("latency", here["latency_ms"], None, here["latency_ms"] * (1 + 1e-9))
+    else:
+        budget = Budget("size", here["bytes"], int(here["bytes"]))
+    if not math.isfinite(knobs.removal):
+        knobs = replace(knobs, removal=1.0)
+    other = replace(problem, budget=budget)
+    pairs = ((problem, solution), (other, other.solve(knobs)))
+    return [{"chosen_by": each.by} | _shape(each, picked) for each, picked in pairs]
+
+
+def _shape(problem: Problem, solution: Solution) -> dict[str, Any]:
+    size, time = problem.cost.fixed()
+    structures = problem.prices.structures
+
+    def removed(sub: str) -> int:
+        return sum(solution.picks[name].kept == 0 for name in structures if name.endswith(sub))
+
+    kept = {
+        sub: sum(solution.picks[name].kept for name in structures if name.endswith(sub))
+        / max(1, sum(len(s.order) for name, s in structures.items() if name.endswith(sub)))
+        for sub in ("attn", "mlp")
+    }
+    shapes = problem.prices.spec.matrices()
+    sizes = {name: shapes[name][0] * shapes[name][1] for name in bits_of(solution)}  # before narrowing
+    return {
+        "bytes": solution.bytes + size,
+        "latency_ms": (solution.microseconds + time) / 1e3,
+        "predicted_kl": solution.price,
+        "attention_removed": removed("attn"),
+        "mlp_removed": removed("mlp"),
+        "heads_kept": kept["attn"],
+        "channels_kept": kept["mlp"],
+        "mean_bits": sum(bits * sizes[name] for name, bits in bits_of(solution).items()) / sum(sizes.values()),
+    }
 
 
 def _choices(problem: Problem, solution: Solution, layers: tuple[LayerPlan, ...]) -> tuple[Choice, ...]:

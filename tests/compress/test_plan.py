@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jpq_export.compress.cost import CostModel
-from jpq_export.compress.plan import BudgetRequest, Problem, make_plan, uniform_bytes, uniform_plan
+from jpq_export.compress.plan import BudgetRequest, Problem, contrast, make_plan, uniform_bytes, uniform_plan
 from jpq_export.compress.prices import PriceList, StructurePrice
 from jpq_export.compress.search import Knobs
 from jpq_export.errors import BudgetError, PlanError
@@ -91,6 +91,26 @@ def test_latency_prunes_where_the_same_bytes_do_not(prices: PriceList) -> None:
     assert np.mean([kept[c.name] for c in by_bytes.choices if c.name in kept]) > np.mean(
         [c.bits for c in by_bytes.choices]
     )
+
+
+@pytest.mark.parametrize(("kind", "value"), [("bits", 3.0), ("latency", 2.2)])
+def test_contrast_spends_the_same_on_the_other_budget(prices: PriceList, kind: str, value: float) -> None:
+    request = BudgetRequest(kind, value)  # pyright: ignore[reportArgumentType] one of the literals
+    problem = Problem(prices, CostModel(SMOLLM, load_target("jetson"), 2048), request.resolve(SMOLLM))
+    mine, other = contrast(problem, problem.solve(Knobs()), Knobs())
+    assert [mine["chosen_by"], other["chosen_by"]] == (
+        ["bytes", "microseconds"] if kind == "bits" else ["microseconds", "bytes"]
+    )
+    shared, free = ("latency_ms", "bytes") if kind == "bits" else ("bytes", "latency_ms")
+    assert other[shared] <= mine[shared] * (1 + 1e-6)
+    assert other["predicted_kl"] <= mine["predicted_kl"] * 1.01  # the other search is free in the other cost
+    assert other[free] > mine[free]
+    by_time = mine if kind == "latency" else other
+    by_bytes = other if kind == "latency" else mine
+    assert by_time["attention_removed"] >= by_bytes["attention_removed"]
+    plan = planned(prices, request)
+    assert mine["attention_removed"] == sum(not layer.kv_heads for layer in plan.layers)
+    assert mine["channels_kept"] == pytest.approx(sum(layer.ffn for layer in plan.layers) / (30 * 1536))
 
 
 def test_no_pruning_means_no_removal(prices: PriceList) -> None:

@@ -20,6 +20,19 @@ from jpq_export.parity.svg import Axis, decades, element
 EVIL = '<script>alert("&")</script>'
 
 
+CONTRAST = {
+    "chosen_by": "bytes",
+    "bytes": 4000,
+    "latency_ms": 0.8,
+    "predicted_kl": 1e-4,
+    "attention_removed": 0,
+    "mlp_removed": 1,
+    "heads_kept": 0.75,
+    "channels_kept": 0.5,
+    "mean_bits": 3.25,
+}
+
+
 def plan(model, kind: str = "size") -> Plan:
     spec = model.spec
     choices = [
@@ -39,7 +52,7 @@ def plan(model, kind: str = "size") -> Plan:
         removed=(Removal("layers.1.attn", 0.01, "too dear"),),
         predicted=Predicted(1e-4, 4000, 0.8, 0.001),
         front=tuple(front),
-        search={},
+        search={"contrast": [CONTRAST, CONTRAST | {"chosen_by": "microseconds", "attention_removed": 1}]},
     )
 
 
@@ -115,6 +128,8 @@ def test_full_page(full: Path):
         "from 20.00: +10.0%",
         "layers.1.attn",
         "too dear",
+        "Bytes or time",
+        "time of one token",
         "chosen: 4.00 kB",
         "1.3, not kept",
         "1.5 s",
