@@ -1,0 +1,153 @@
+"""The CPU kernels of `plugins/`: compiled on first use, kept in the cache, loaded only when nobody touched the file."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from jpq_export.errors import JpqError
+
+logger = logging.getLogger(__name__)
+
+FOLDERS = ("core", "onnxruntime")  # of plugins/, all .c files of which make the library
+FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden")
+COMPILERS = ("cc", "gcc", "clang")
+LIBRARY = "libjpq_cpu.dylib" if sys.platform == "darwin" else "libjpq_cpu.so"
+RECORD = "build.json"
+TIMEOUT_SECONDS = 600
+
+
+class NativeError(JpqError):
+    """The CPU kernels cannot be compiled or loaded; onnxruntime's own operators still run every bundle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A compiled library; `implementations`: what this processor runs of it, best first ("avx512-vnni", "scalar")."""
+
+    path: Path
+    implementations: tuple[str, ...]
+
+
+def cpu_library() -> Library:
+    """The library for `SessionOptions.register_custom_ops_library`, compiled if it is not in the cache yet.
+
+    A cached file whose sha256 is not the one recorded when it was built is not loaded but built again.
+
+    Raises:
+        NativeError: no compiler, it fails, or the cache cannot be written.
+    """
+    folder = sources_folder()
+    compiler = _compiler()
+    home = _cache_root() / "native" / _key(folder, compiler)
+    path = home / LIBRARY
+    if not _untouched(home):
+        if path.exists():
+            logger.warning("%s: not the file that was built (sha256 differs); building it again", path)
+        _build(folder, compiler, home)
+    return Library(path, _implementations(path))
+
+
+def sources_folder() -> Path:
+    """`plugins/` of a checkout, or as shipped inside the installed package."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "_plugins", package.parent / "plugins"):
+        if (folder / "core" / "low_bit.h").is_file():
+            return folder
+    raise NativeError(f"CPU kernels: their sources are neither in {package / '_plugins'} nor beside it; reinstall")
+
+
+def _cache_root() -> Path:
+    return Path(os.environ.get("JPQ_CACHE") or Path.home() / ".cache" / "jpq-export")
+
+
+def _compiler() -> str:
+    asked = os.environ.get("CC")
+    names = (asked,) if asked else COMPILERS
+    for name in names:
+        found = shutil.which(name)
+        if found:
+            return found
+    looked = f"CC={asked}" if asked else ", ".join(COMPILERS)
+    raise NativeError(f"CPU kernels: no C compiler ({looked} not found); install gcc or clang, or set CC")
+
+
+def _sources(folder: Path) -> list[Path]:
+    """Everything the library is made of, headers included, in a fixed order."""
+    kinds = (".c", ".h", ".inc")
+    return [path for part in FOLDERS for path in sorted((folder / part).iterdir()) if path.suffix in kinds]
+
+
+def _key(folder: Path, compiler: str) -> str:
+    """Changes with any source, the compiler or its version, or the flags."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=TIMEOUT_SECONDS).stdout
+    digest = hashlib.sha256(json.dumps([compiler, FLAGS, LIBRARY]).encode() + version)
+    for path in _sources(folder):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:24]
+
+
+def _untouched(home: Path) -> bool:
+    """Whether the library is there, with the sha256 recorded at its build."""
+    try:
+        recorded = json.loads((home / RECORD).read_text())["sha256"]
+        return hashlib.sha256((home / LIBRARY).read_bytes()).hexdigest() == recorded
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _build(folder: Path, compiler: str, home: Path) -> None:
+    """Compile beside `home`, then rename: nobody sees half a file, and of two builders either wins."""
+    logger.info("compiling the CPU kernels with %s, once (about 10 s)", compiler)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".build-", dir=home) as scratch:
+            built = Path(scratch) / LIBRARY
+            _compile(folder, compiler, built)
+            record = {"sha256": hashlib.sha256(built.read_bytes()).hexdigest(), "compiler": compiler, "flags": FLAGS}
+            (Path(scratch) / RECORD).write_text(json.dumps(record, indent=1))
+            os.replace(built, home / LIBRARY)
+            os.replace(Path(scratch) / RECORD, home / RECORD)
+    except OSError as error:
+        raise NativeError(
+            f"{home}: cannot store the CPU kernels ({error.strerror or error}); free some space or set JPQ_CACHE to a "
+            "writable folder"
+        ) from error
+
+
+def _compile(folder: Path, compiler: str, out: Path) -> None:
+    sources = [str(path) for path in _sources(folder) if path.suffix == ".c"]
+    command = [compiler, *FLAGS, "-o", str(out), *sources]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise NativeError(
+            f"CPU kernels: {compiler} took more than {TIMEOUT_SECONDS} s; try again, or set CC"
+        ) from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
+        raise NativeError(
+            f"CPU kernels: {compiler} fails ({lines[0].strip()}); install gcc 9 or clang 9 or later, or set CC"
+        )
+
+
+def _implementations(path: Path) -> tuple[str, ...]:
+    try:
+        name = ctypes.CDLL(str(path)).jpq_implementation_name
+    except (OSError, AttributeError) as error:
+        raise NativeError(f"{path}: cannot be loaded ({error}); delete its folder") from error
+    name.argtypes, name.restype = [ctypes.c_int], ctypes.c_char_p
+    found = []
+    while text := name(len(found)):
+        found.append(text.decode())
+    return tuple(found)

@@ -1,0 +1,53 @@
+/* AVX2 + FMA: 8 codes at a time. */
+#include "internal.h"
+
+#ifdef JPQ_X86
+#include <immintrin.h>
+
+#include "shuffles.h"
+
+static int available(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+JPQ_TARGET("avx2,fma")
+
+#define W 8
+#define VF __m256
+#define v_zero() _mm256_setzero_ps()
+#define v_set1(a) _mm256_set1_ps(a)
+#define v_load(p) _mm256_loadu_ps(p)
+#define v_store(p, a) _mm256_storeu_ps(p, a)
+#define v_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define v_mul(a, b) _mm256_mul_ps(a, b)
+#define v_sub(a, b) _mm256_sub_ps(a, b)
+#define TILE_ROWS 3
+#define NAME "avx2"
+#define AVAILABLE available
+#define IMPLEMENTATION jpq_avx2
+
+JPQ_INLINE float v_sum(VF a) {
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+
+JPQ_INLINE void v_sum4(const VF a[4], float out[4]) {
+  __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1)));
+}
+
+/* 8 codes as floats. Reads 8 bytes where that many are left, of which `bits` matter. */
+JPQ_INLINE VF v_codes(const uint8_t *p, const uint8_t *stop, int bits) {
+  int64_t bytes = 0;
+  if (stop - p >= 8)
+    memcpy(&bytes, p, 8);
+  else
+    memcpy(&bytes, p, (size_t)bits);
+  __m256i lanes = _mm256_shuffle_epi8(_mm256_set1_epi64x(bytes), *(const __m256i *)jpq_lane_bytes[bits - 1]);
+  lanes = _mm256_srlv_epi32(lanes, *(const __m256i *)jpq_lane_shifts[bits - 1]);
+  return _mm256_cvtepi32_ps(_mm256_and_si256(lanes, _mm256_set1_epi32((1 << bits) - 1)));
+}
+
+#include "wide.inc"
+
+JPQ_TARGET_END
+#endif

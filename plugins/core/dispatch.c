@@ -1,0 +1,80 @@
+/* The public functions: check a weight, choose an implementation, hand over. */
+#include <stdlib.h>
+
+#include "internal.h"
+
+/* Best first; the last takes everything. */
+static const jpq_implementation *const all[] = {
+#ifdef JPQ_X86
+    &jpq_vnni, &jpq_avx512, &jpq_avx2,
+#endif
+#ifdef JPQ_NEON
+    &jpq_neon,
+#endif
+    &jpq_scalar,
+};
+enum { COUNT = sizeof all / sizeof *all };
+
+const char *jpq_implementation_name(int i) {
+  for (int j = 0; j < COUNT; j++)
+    if (all[j]->available() && i-- == 0) return all[j]->name;
+  return NULL;
+}
+
+jpq_status jpq_check(const jpq_weight *w) {
+  if (!w || !w->packed || !w->scales || w->n < 0 || w->k < 1 || w->bits < 1 || w->bits > 8) return JPQ_BAD_WEIGHT;
+  if (w->group_size < 1 || w->k % w->group_size) return JPQ_BAD_WEIGHT;
+  return JPQ_OK;
+}
+
+static const jpq_implementation *choose(const jpq_weight *w, const char *name, jpq_status *status) {
+  *status = JPQ_OK;
+  for (int j = 0; j < COUNT; j++) {
+    if (name && strcmp(name, all[j]->name)) continue;
+    if (all[j]->available() && all[j]->takes(w)) return all[j];
+  }
+  *status = JPQ_NOT_HERE;
+  return NULL;
+}
+
+jpq_status jpq_prepare(jpq_product *p) {
+  p->chosen = NULL;
+  p->prepared = NULL;
+  p->parts = 0;
+  jpq_status status = jpq_check(p->weight);
+  if (status) return status;
+  p->chosen = choose(p->weight, p->implementation, &status);
+  if (status || p->m < 1) return status;
+  return p->chosen->prepare(p);
+}
+
+jpq_status jpq_matmul_rows(const jpq_product *p, int64_t first, int64_t last) {
+  if (!p->chosen) return JPQ_NOT_HERE;
+  if (p->m < 1 || first >= last) return JPQ_OK;
+  return p->chosen->matmul_rows(p, first, last);
+}
+
+void jpq_release(jpq_product *p) {
+  free(p->prepared);
+  p->prepared = NULL;
+}
+
+jpq_status jpq_matmul(jpq_product *p) {
+  jpq_status status = jpq_prepare(p);
+  if (!status) status = jpq_matmul_rows(p, 0, p->weight->n);
+  jpq_release(p);
+  return status;
+}
+
+jpq_status jpq_gather(const jpq_weight *w, const int64_t *indices, int64_t count, float *out, const char *name) {
+  jpq_status status = jpq_check(w);
+  if (status) return status;
+  const jpq_implementation *chosen = choose(w, name, &status);
+  if (status) return status;
+  for (int64_t i = 0; i < count; i++) {
+    int64_t row = indices[i] < 0 ? indices[i] + w->n : indices[i];
+    if (row < 0 || row >= w->n) return JPQ_BAD_INDEX;
+    chosen->dequantize(w, row, 0, w->k, out + i * w->k);
+  }
+  return JPQ_OK;
+}

@@ -1,0 +1,104 @@
+/* What the implementations share: the table each fills, the unpacking of 8 codes, fp16, sums over groups. */
+#ifndef JPQ_INTERNAL_H
+#define JPQ_INTERNAL_H
+
+#include <string.h>
+
+#include "low_bit.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define JPQ_X86 1
+#endif
+#if defined(__aarch64__)
+#define JPQ_NEON 1
+#endif
+
+#define JPQ_INLINE static inline __attribute__((always_inline, unused))
+
+/* Compile what follows for more than the base processor; run it only where `available` said so. */
+#if defined(__clang__)
+#define JPQ_PRAGMA(text) _Pragma(#text)
+#define JPQ_TARGET(features) \
+  JPQ_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define JPQ_TARGET_END _Pragma("clang attribute pop")
+#else
+#define JPQ_PRAGMA(text) _Pragma(#text)
+#define JPQ_TARGET(features) JPQ_PRAGMA(GCC push_options) JPQ_PRAGMA(GCC target(features))
+#define JPQ_TARGET_END JPQ_PRAGMA(GCC pop_options)
+#endif
+
+/* One line per width. Every width goes through the same text, so 1 and 7 bits cost nothing to keep. */
+#define JPQ_FOR_BITS(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8)
+
+typedef struct jpq_implementation {
+  const char *name;
+  int (*available)(void);
+  int (*takes)(const jpq_weight *weight); /* group sizes and row lengths it can do */
+  /* Bring X into shape; may leave product->prepared NULL. */
+  jpq_status (*prepare)(jpq_product *product);
+  jpq_status (*matmul_rows)(const jpq_product *product, int64_t first, int64_t last);
+  /* Codes [begin, end) of a row as scale * (code - zero); multiples of 8 unless `takes` allows any. */
+  void (*dequantize)(const jpq_weight *weight, int64_t row, int64_t begin, int64_t end, float *out);
+} jpq_implementation;
+
+extern const jpq_implementation jpq_scalar, jpq_avx2, jpq_avx512, jpq_vnni, jpq_neon;
+
+JPQ_INLINE int64_t jpq_bytes(int64_t codes, int bits) { return (codes * bits + 7) / 8; }
+
+JPQ_INLINE int64_t jpq_groups(const jpq_weight *w) { return w->k / w->group_size; }
+
+JPQ_INLINE float jpq_centre(const jpq_weight *w) { return 0.5f * (float)((1 << w->bits) - 1); }
+
+/* 8 codes of `bits` bits from `bits` bytes. */
+JPQ_INLINE void jpq_unpack8(const uint8_t *p, int bits, uint8_t out[8]) {
+  uint64_t v = 0;
+  for (int i = 0; i < bits; i++) v |= (uint64_t)p[i] << (8 * i);
+  for (int j = 0; j < 8; j++) out[j] = (uint8_t)((v >> (j * bits)) & ((1u << bits) - 1));
+}
+
+/* Code j of a row; reads no byte past the one its last bit is in. */
+JPQ_INLINE uint8_t jpq_code(const uint8_t *row, int bits, int64_t j) {
+  int64_t bit = j * bits;
+  int shift = (int)(bit & 7);
+  unsigned v = row[bit >> 3];
+  if (shift + bits > 8) v |= (unsigned)row[(bit >> 3) + 1] << 8;
+  return (uint8_t)((v >> shift) & ((1u << bits) - 1));
+}
+
+JPQ_INLINE float jpq_half(uint16_t h) {
+  uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023u, bits;
+  float f;
+  if (exponent == 31) {
+    bits = sign | 0x7f800000u | (mantissa << 13);
+  } else if (exponent) {
+    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  } else {
+    f = (float)mantissa * 0x1p-24f; /* subnormal: exact */
+    return sign ? -f : f;
+  }
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+/* Scales of a row and scale * zero, as floats: `scale`[groups], `shift`[groups]. */
+JPQ_INLINE void jpq_row_scales(const jpq_weight *w, int64_t row, float *scale, float *shift) {
+  int64_t groups = jpq_groups(w);
+  const uint16_t *s = w->scales + row * groups;
+  const uint8_t *z = w->zeros ? w->zeros + row * jpq_bytes(groups, w->bits) : NULL;
+  float centre = jpq_centre(w);
+  for (int64_t g = 0; g < groups; g++) {
+    scale[g] = jpq_half(s[g]);
+    shift[g] = scale[g] * (z ? (float)jpq_code(z, w->bits, g) : centre);
+  }
+}
+
+/* Sums of X over groups: [m, groups]. */
+JPQ_INLINE void jpq_group_sums(const float *x, int64_t m, int64_t k, int32_t group, float *sums) {
+  for (int64_t i = 0; i < m * (k / group); i++) {
+    float total = 0;
+    for (int32_t j = 0; j < group; j++) total += x[i * group + j];
+    sums[i] = total;
+  }
+}
+
+#endif

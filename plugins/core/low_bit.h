@@ -1,0 +1,76 @@
+/* Low-bit matrix products and row look-ups on the CPU: the C interface, free of dependencies.
+ *
+ * A weight is stored as numerics/packing.py lays it out: each row one little-endian bit stream of codes, padded to a
+ * byte; fp16 scales per group along K; integer zeros packed like the codes, or none (then the zero is (2^bits - 1) / 2).
+ *
+ *     Y[m, n] = sum_k X[m, k] * scale[n, k / g] * (code[n, k] - zero[n, k / g])  (+ bias[n])
+ *
+ * Any number of threads may share a product: `jpq_prepare` once, then `jpq_matmul_rows` for disjoint ranges of n.
+ */
+#ifndef JPQ_LOW_BIT_H
+#define JPQ_LOW_BIT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define JPQ_EXPORT __declspec(dllexport)
+#else
+#define JPQ_EXPORT __attribute__((visibility("default")))
+#endif
+
+typedef struct jpq_weight {
+  const uint8_t *packed;  /* [n, ceil(k * bits / 8)] */
+  const uint16_t *scales; /* fp16 [n, k / group_size] */
+  const uint8_t *zeros;   /* [n, ceil(k / group_size * bits / 8)], or NULL when symmetric */
+  int64_t n, k;
+  int32_t bits; /* 1 .. 8 */
+  int32_t group_size;
+} jpq_weight;
+
+/* What may happen to X. INT8 and INT16: an implementation *may* round it, per row and group of K, to 8 or 15 bits
+ * relative to the largest value there. FP32: no loss beyond that of an fp32 sum. */
+typedef enum jpq_activations { JPQ_FP32 = 0, JPQ_INT8 = 1, JPQ_INT16 = 2 } jpq_activations;
+
+typedef enum jpq_status { JPQ_OK = 0, JPQ_BAD_WEIGHT = 1, JPQ_NO_MEMORY = 2, JPQ_BAD_INDEX = 3, JPQ_NOT_HERE = 4 } jpq_status;
+
+/* A product on its way. `prepared` is what `jpq_prepare` made of X, or NULL. */
+typedef struct jpq_product {
+  const jpq_weight *weight;
+  const float *x; /* [m, k] */
+  const float *bias; /* [n] or NULL */
+  float *y; /* [m, n] */
+  int64_t m;
+  jpq_activations activations;
+  const char *implementation; /* name, or NULL for the best one here */
+  const struct jpq_implementation *chosen; /* set by jpq_prepare, as is what follows */
+  int parts;
+  void *prepared;
+} jpq_product;
+
+/* JPQ_OK, or what is wrong with the shape of a weight. */
+JPQ_EXPORT jpq_status jpq_check(const jpq_weight *weight);
+
+/* Choose an implementation and bring X into its form. Release with jpq_release whatever the status. */
+JPQ_EXPORT jpq_status jpq_prepare(jpq_product *product);
+JPQ_EXPORT jpq_status jpq_matmul_rows(const jpq_product *product, int64_t first, int64_t last);
+JPQ_EXPORT void jpq_release(jpq_product *product);
+
+/* The three in one, on this thread. */
+JPQ_EXPORT jpq_status jpq_matmul(jpq_product *product);
+
+/* out[i] = row indices[i] of the weight as floats [count, k]; indices count from the end when negative. */
+JPQ_EXPORT jpq_status jpq_gather(const jpq_weight *weight, const int64_t *indices, int64_t count, float *out,
+                                 const char *implementation);
+
+/* Name of the i-th implementation this processor runs, best first; NULL past the last. */
+JPQ_EXPORT const char *jpq_implementation_name(int i);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,54 @@
+/* NEON (aarch64): 8 codes at a time, as two vectors of four. */
+#include "internal.h"
+
+#ifdef JPQ_NEON
+#include <arm_neon.h>
+
+#include "shuffles.h"
+
+static int available(void) { return 1; }
+
+typedef struct pair {
+  float32x4_t low, high;
+} pair;
+
+#define W 8
+#define VF pair
+#define TILE_ROWS 3
+#define NAME "neon"
+#define AVAILABLE available
+#define IMPLEMENTATION jpq_neon
+
+JPQ_INLINE VF v_set1(float a) { return (VF){vdupq_n_f32(a), vdupq_n_f32(a)}; }
+JPQ_INLINE VF v_zero(void) { return v_set1(0); }
+JPQ_INLINE VF v_load(const float *p) { return (VF){vld1q_f32(p), vld1q_f32(p + 4)}; }
+JPQ_INLINE void v_store(float *p, VF a) { vst1q_f32(p, a.low), vst1q_f32(p + 4, a.high); }
+JPQ_INLINE VF v_fma(VF a, VF b, VF c) {
+  return (VF){vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
+}
+JPQ_INLINE VF v_mul(VF a, VF b) { return (VF){vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+JPQ_INLINE VF v_sub(VF a, VF b) { return (VF){vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
+JPQ_INLINE float v_sum(VF a) { return vaddvq_f32(vaddq_f32(a.low, a.high)); }
+JPQ_INLINE void v_sum4(const VF a[4], float out[4]) {
+  for (int i = 0; i < 4; i++) out[i] = v_sum(a[i]);
+}
+
+/* 8 codes as floats. Reads 8 bytes where that many are left, of which `bits` matter. */
+JPQ_INLINE VF v_codes(const uint8_t *p, const uint8_t *stop, int bits) {
+  uint64_t bytes = 0;
+  if (stop - p >= 8)
+    memcpy(&bytes, p, 8);
+  else
+    memcpy(&bytes, p, (size_t)bits);
+  uint8x16_t all = vreinterpretq_u8_u64(vdupq_n_u64(bytes));
+  float32x4_t out[2];
+  for (int i = 0; i < 2; i++) {
+    uint32x4_t lanes = vreinterpretq_u32_u8(vqtbl1q_u8(all, vld1q_u8(jpq_lane_bytes[bits - 1] + 16 * i)));
+    lanes = vshlq_u32(lanes, vnegq_s32(vld1q_s32(jpq_lane_shifts[bits - 1] + 4 * i)));
+    out[i] = vcvtq_f32_u32(vandq_u32(lanes, vdupq_n_u32((1u << bits) - 1)));
+  }
+  return (VF){out[0], out[1]};
+}
+
+#include "wide.inc"
+#endif

@@ -1,0 +1,79 @@
+/* The plain implementation: every width, every group size, every processor. */
+#include <stdlib.h>
+
+#include "internal.h"
+
+static int available(void) { return 1; }
+
+static int takes(const jpq_weight *w) {
+  (void)w;
+  return 1;
+}
+
+#define UNPACK(B)                                                                              \
+  static void unpack_##B(const uint8_t *row, int64_t begin, int64_t end, float *out) {         \
+    int64_t j = begin;                                                                         \
+    for (; j < end && j % 8; j++) *out++ = jpq_code(row, B, j);                                \
+    for (; j + 8 <= end; j += 8, out += 8) {                                                   \
+      uint8_t codes[8];                                                                        \
+      jpq_unpack8(row + j / 8 * B, B, codes);                                                  \
+      for (int i = 0; i < 8; i++) out[i] = codes[i];                                           \
+    }                                                                                          \
+    for (; j < end; j++) *out++ = jpq_code(row, B, j);                                         \
+  }
+JPQ_FOR_BITS(UNPACK)
+
+static void unpack(const jpq_weight *w, int64_t row, int64_t begin, int64_t end, float *out) {
+  const uint8_t *p = w->packed + row * jpq_bytes(w->k, w->bits);
+  switch (w->bits) {
+#define CASE(B) \
+  case B: unpack_##B(p, begin, end, out); return;
+    JPQ_FOR_BITS(CASE)
+  }
+}
+
+static void dequantize(const jpq_weight *w, int64_t row, int64_t begin, int64_t end, float *out) {
+  int64_t groups = jpq_groups(w);
+  const uint16_t *scales = w->scales + row * groups;
+  const uint8_t *zeros = w->zeros ? w->zeros + row * jpq_bytes(groups, w->bits) : NULL;
+  unpack(w, row, begin, end, out);
+  for (int64_t j = begin; j < end;) {
+    int64_t group = j / w->group_size, stop = (group + 1) * w->group_size;
+    float scale = jpq_half(scales[group]), zero = zeros ? (float)jpq_code(zeros, w->bits, group) : jpq_centre(w);
+    for (; j < end && j < stop; j++) out[j - begin] = (out[j - begin] - zero) * scale;
+  }
+}
+
+static jpq_status prepare(jpq_product *p) {
+  const jpq_weight *w = p->weight;
+  p->prepared = malloc(sizeof(float) * (size_t)(p->m * jpq_groups(w)));
+  if (!p->prepared) return JPQ_NO_MEMORY;
+  jpq_group_sums(p->x, p->m, w->k, w->group_size, p->prepared);
+  return JPQ_OK;
+}
+
+static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last) {
+  const jpq_weight *w = p->weight;
+  int64_t k = w->k, groups = jpq_groups(w);
+  const float *sums = p->prepared;
+  float *codes = malloc(sizeof(float) * (size_t)(k + 2 * groups)), *scale = codes + k, *shift = scale + groups;
+  if (!codes) return JPQ_NO_MEMORY;
+  for (int64_t n = first; n < last; n++) {
+    unpack(w, n, 0, k, codes);
+    jpq_row_scales(w, n, scale, shift);
+    for (int64_t m = 0; m < p->m; m++) {
+      float total = p->bias ? p->bias[n] : 0;
+      for (int64_t g = 0; g < groups; g++) {
+        const float *x = p->x + m * k + g * w->group_size, *c = codes + g * w->group_size;
+        float part = 0;
+        for (int32_t j = 0; j < w->group_size; j++) part += x[j] * c[j];
+        total += scale[g] * part - shift[g] * sums[m * groups + g];
+      }
+      p->y[m * w->n + n] = total;
+    }
+  }
+  free(codes);
+  return JPQ_OK;
+}
+
+const jpq_implementation jpq_scalar = {"scalar", available, takes, prepare, matmul_rows, dequantize};

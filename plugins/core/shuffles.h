@@ -1,0 +1,22 @@
+/* Where the bits of code j lie, as tables for byte shuffles: lane j of 32 bits gets the two bytes its code is in.
+ *
+ * Code j of b bits starts at bit j * b: byte j * b / 8, shift j * b % 8, and ends in that byte or the next.
+ */
+#ifndef JPQ_SHUFFLES_H
+#define JPQ_SHUFFLES_H
+
+#include "internal.h"
+
+#define JPQ_LANE(B, J) (((J) * (B)) >> 3) & 15, ((((J) * (B)) >> 3) + 1) & 15, 0x80, 0x80
+#define JPQ_LANES4(B, J) JPQ_LANE(B, J), JPQ_LANE(B, J + 1), JPQ_LANE(B, J + 2), JPQ_LANE(B, J + 3)
+#define JPQ_BYTES_OF(B) {JPQ_LANES4(B, 0), JPQ_LANES4(B, 4), JPQ_LANES4(B, 8), JPQ_LANES4(B, 12)},
+#define JPQ_SHIFT(B, J) ((J) * (B)) & 7
+#define JPQ_SHIFTS4(B, J) JPQ_SHIFT(B, J), JPQ_SHIFT(B, J + 1), JPQ_SHIFT(B, J + 2), JPQ_SHIFT(B, J + 3)
+#define JPQ_SHIFTS_OF(B) {JPQ_SHIFTS4(B, 0), JPQ_SHIFTS4(B, 4), JPQ_SHIFTS4(B, 8), JPQ_SHIFTS4(B, 12)},
+
+/* Of the 16 bytes from where 16 codes begin; [bits - 1][4 * lane ..]. The second byte may belong to the next code: it
+ * is masked away. */
+static const _Alignas(64) uint8_t jpq_lane_bytes[8][64] = {JPQ_FOR_BITS(JPQ_BYTES_OF)};
+static const _Alignas(64) int32_t jpq_lane_shifts[8][16] = {JPQ_FOR_BITS(JPQ_SHIFTS_OF)};
+
+#endif

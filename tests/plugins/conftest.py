@@ -1,0 +1,120 @@
+"""The library, compiled once for all tests of this folder into a cache of their own, and its functions."""
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from jpq_export.numerics.affine import QuantizedWeight, store
+from jpq_export.numerics.scheme import Scheme
+from jpq_export.runtime import native
+
+FP32, INT8, INT16 = 0, 1, 2
+OK, BAD_WEIGHT, NO_MEMORY, BAD_INDEX, NOT_HERE = range(5)
+GUARD = 64  # floats behind an output that nobody may write
+
+
+class Weight(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("packed", "scales", "zeros")),
+        *((name, ctypes.c_int64) for name in ("n", "k")),
+        *((name, ctypes.c_int32) for name in ("bits", "group_size")),
+    )
+
+
+class Product(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.POINTER(Weight)),
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "y")),
+        ("m", ctypes.c_int64),
+        ("activations", ctypes.c_int32),
+        ("implementation", ctypes.c_char_p),
+        ("chosen", ctypes.c_void_p),
+        ("parts", ctypes.c_int),
+        ("prepared", ctypes.c_void_p),
+    )
+
+
+def address(array):
+    assert array is None or array.flags.c_contiguous
+    return None if array is None else array.ctypes.data
+
+
+class Core:
+    """The C functions on numpy arrays. Outputs start as NaN, with a guard behind them."""
+
+    def __init__(self, library):
+        self.path, self.names = library.path, library.implementations
+        self.c = ctypes.CDLL(str(library.path))
+        self.c.jpq_matmul_rows.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        self.c.jpq_gather.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+        ]
+
+    def weight(self, stored: QuantizedWeight, **changes):
+        fields = {
+            **{name: address(getattr(stored, name)) for name in ("packed", "scales", "zeros")},
+            **dict(zip(("n", "k"), stored.shape, strict=True)),
+            **{name: getattr(stored.scheme, name) for name in ("bits", "group_size")},
+        }
+        return Weight(**(fields | changes))
+
+    def matmul(self, x, stored, name=None, *, activations=FP32, bias=None, ranges=None, weight=None):
+        """Status and y [m, n]; `ranges` of rows of the weight, each a call of its own."""
+        weight = weight or self.weight(stored)
+        m, n = len(x), stored.shape[0]
+        y = np.full(m * n + GUARD, np.nan, np.float32)
+        product = Product(
+            ctypes.pointer(weight), address(x), address(bias), address(y), m, activations, name and name.encode()
+        )
+        if ranges is None:
+            status = self.c.jpq_matmul(ctypes.byref(product))
+        else:
+            status = self.c.jpq_prepare(ctypes.byref(product))
+            for first, last in ranges:
+                status = status or self.c.jpq_matmul_rows(ctypes.byref(product), first, last)
+            self.c.jpq_release(ctypes.byref(product))
+        assert np.isnan(y[m * n :]).all(), "written past the end"
+        return status, y[: m * n].reshape(m, n)
+
+    def gather(self, indices, stored, name=None):
+        weight = self.weight(stored)
+        out = np.full(len(indices) * stored.shape[1] + GUARD, np.nan, np.float32)
+        status = self.c.jpq_gather(
+            ctypes.byref(weight), address(indices), len(indices), address(out), name and name.encode()
+        )
+        assert np.isnan(out[-GUARD:]).all(), "written past the end"
+        return status, out[:-GUARD].reshape(len(indices), -1)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JPQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        try:
+            return native.cpu_library()
+        except native.NativeError as error:
+            if "no C compiler" in str(error):
+                pytest.skip(str(error))
+            raise
+
+
+@pytest.fixture(scope="session")
+def core(library):
+    return Core(library)
+
+
+def random_weight(n, k, bits, group_size, symmetric, rng):
+    codes = rng.integers(0, 1 << bits, (n, k)).astype(np.uint8)
+    scales = (rng.random((n, k // group_size)) * 0.1 + 0.01).astype(np.float16)
+    zeros = None if symmetric else rng.integers(0, 1 << bits, scales.shape).astype(np.uint8)
+    return store(codes, scales, zeros, Scheme(bits, group_size, symmetric))
+
+
+@pytest.fixture(scope="session")
+def random():
+    return random_weight

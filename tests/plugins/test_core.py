@@ -1,0 +1,191 @@
+"""Every implementation of the CPU kernels against the reference, at awkward shapes, with outputs that start as NaN."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jpq_export.numerics.packing import pack_codes
+from jpq_export.numerics.reference import low_bit_gather, low_bit_matmul
+from jpq_export.numerics.scheme import BIT_WIDTHS
+
+IMPLEMENTATIONS = ("avx512-vnni", "avx512", "avx2", "neon", "scalar")
+FP32, INT8, INT16 = 0, 1, 2
+OK, BAD_WEIGHT, BAD_INDEX, NOT_HERE = 0, 1, 3, 4
+LARGEST = {INT8: 127, INT16: 127 * 128}
+ROWS = (1, 2, 3, 4, 7, 16, 63, 128)
+# K is a whole number of groups, not always of the 64 codes a block holds, and 1088 is more than one panel.
+SHAPES = {16: 112, 32: 96, 48: 144, 64: 1088, 128: 256, 24: 72, 40: 40, 5: 35}
+VECTOR_GROUPS = {"avx512-vnni": 8, "avx512": 16, "avx2": 8, "neon": 8, "scalar": 1}
+TOLERANCE = 2e-6  # relative RMS of an fp32 sum of some hundred terms
+
+
+def distance(got, expected):
+    return float(np.sqrt(np.mean(np.square(got - expected)) / np.mean(np.square(expected))))
+
+
+def flipped(stored, row, column):
+    """The weight with the lowest bit of one code changed."""
+    codes = stored.codes()
+    codes[row, column] ^= 1
+    return replace(stored, packed=pack_codes(codes, stored.scheme.bits))
+
+
+def fixed_point(x, group_size, largest):
+    """X as the rounding modes see it: per row and group, integers up to `largest` times a scale."""
+    grouped = x.reshape(len(x), -1, group_size)
+    most = np.abs(grouped).max(-1, keepdims=True)
+    step = (most / np.float32(largest)).astype(np.float64)
+    rounded = np.rint(grouped * (np.float32(largest) / most)) * step  # ties and near ties as fp32 sees them
+    return rounded.reshape(x.shape), np.broadcast_to(step, grouped.shape).reshape(x.shape)
+
+
+def need(core, name, group_size=16):
+    if name not in core.names:
+        pytest.skip(f"this processor does not run {name}")
+    if group_size % VECTOR_GROUPS[name]:
+        pytest.skip(f"{name} leaves groups of {group_size} to others")
+
+
+@pytest.mark.parametrize("group_size", SHAPES)
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_product_is_the_references(core, random, name, bits, group_size):
+    need(core, name, group_size)
+    rng, k, n = np.random.default_rng([bits, group_size]), SHAPES[group_size], 13
+    for m in ROWS:
+        for symmetric in (True, False):
+            stored = random(n, k, bits, group_size, symmetric, rng)
+            x = rng.normal(size=(m, k)).astype(np.float32)
+            bias = rng.normal(size=n).astype(np.float32) if m % 2 else None
+            expected = low_bit_matmul(x.astype(np.float64), stored, bias)
+            status, y = core.matmul(x, stored, name, bias=bias)
+            assert status == OK
+            assert distance(y, expected) < TOLERANCE, (m, symmetric)
+            wrong = flipped(stored, n - 1, int(np.abs(x).max(0).argmax()))
+            assert distance(core.matmul(x, wrong, name, bias=bias)[1], expected) > 4 * TOLERANCE
+
+
+@pytest.mark.parametrize("activations", [INT8, INT16], ids=["int8", "int16"])
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+def test_rounded_activations_are_exactly_the_promised_fixed_point(core, random, bits, activations):
+    need(core, "avx512-vnni")
+    rng, n = np.random.default_rng(bits), 9
+    for group_size in (8, 16, 48, 64, 128):
+        for m in (1, 2, 3, 7, 63):
+            k = 3 * group_size
+            stored = random(n, k, bits, group_size, bool(m % 2), rng)
+            x = rng.normal(size=(m, k)).astype(np.float32) * np.exp(rng.normal(size=k)).astype(np.float32)
+            rounded, step = fixed_point(x, group_size, LARGEST[activations])
+            status, y = core.matmul(x, stored, "avx512-vnni", activations=activations)
+            assert status == OK
+            assert distance(y, low_bit_matmul(rounded, stored)) < TOLERANCE, (group_size, m)
+            exact = low_bit_matmul(x.astype(np.float64), stored)
+            weight = np.abs(stored.dequantize().astype(np.float64))
+            assert (np.abs(y - exact) <= 0.5001 * step @ weight.T + 1e-4).all()
+            assert distance(y, exact) > 4 * TOLERANCE, "not rounded at all"
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_rounding_is_a_permission_other_implementations_do_not_use(core, random, name):
+    need(core, name)
+    if name == "avx512-vnni":
+        pytest.skip("it uses it")
+    rng = np.random.default_rng(1)
+    stored, x = random(5, 64, 4, 16, True, rng), rng.normal(size=(2, 64)).astype(np.float32)
+    assert np.array_equal(core.matmul(x, stored, name, activations=INT8)[1], core.matmul(x, stored, name)[1])
+
+
+@pytest.mark.parametrize("bits", [1, 7])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_widths_no_scheme_has_yet(core, random, name, bits):
+    need(core, name)
+    rng = np.random.default_rng(bits)
+    stored, x = random(5, 96, 8, 16, True, rng), rng.normal(size=(3, 96)).astype(np.float32)
+    codes = rng.integers(0, 1 << bits, (5, 96)).astype(np.uint8)
+    packed = pack_codes(codes, bits)
+    weight = (codes - ((1 << bits) - 1) / 2) * np.repeat(stored.scales.astype(np.float64), 16, axis=1)
+    narrow = core.weight(stored, packed=packed.ctypes.data, bits=bits)
+    assert distance(core.matmul(x, stored, name, weight=narrow)[1], x @ weight.T) < TOLERANCE
+
+
+@pytest.mark.parametrize("activations", [FP32, INT8])
+@pytest.mark.parametrize("m", [1, 9])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_bad_number_spoils_its_row_only(core, random, name, m, activations):
+    need(core, name)
+    rng = np.random.default_rng(2)
+    stored, x = random(7, 128, 3, 64, False, rng), rng.normal(size=(m + 1, 128)).astype(np.float32)
+    for bad in (np.nan, np.inf):
+        x[m, 70] = bad
+        y = core.matmul(x, stored, name, activations=activations)[1]
+        assert not np.isfinite(y[m]).any()
+        assert np.isfinite(y[:m]).all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e30])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_tiny_and_huge_activations(core, random, name, size):
+    need(core, name)
+    rng = np.random.default_rng(3)
+    stored, bias = random(7, 128, 4, 64, True, rng), rng.normal(size=7).astype(np.float32)
+    x = np.full((1, 128), size, np.float32)
+    x[0, ::3] *= -1
+    y = core.matmul(x, stored, name, bias=bias)[1]
+    assert distance(y, low_bit_matmul(x.astype(np.float64), stored, bias)) < TOLERANCE
+
+
+@pytest.mark.parametrize("activations", [FP32, INT8])
+@pytest.mark.parametrize("m", [1, 17])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_ranges_of_rows_make_the_same_product(core, random, name, m, activations):
+    need(core, name)
+    rng = np.random.default_rng(4)
+    stored, x = random(101, 96, 5, 32, False, rng), rng.normal(size=(m, 96)).astype(np.float32)
+    whole = core.matmul(x, stored, name, activations=activations)[1]
+    parts = core.matmul(x, stored, name, activations=activations, ranges=[(50, 101), (0, 7), (7, 50)])[1]
+    assert np.array_equal(whole, parts)
+    missing = core.matmul(x, stored, name, activations=activations, ranges=[(0, 7), (8, 101)])[1]
+    assert np.isnan(missing[:, 7]).all()
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_rows_are_looked_up_bit_for_bit(core, random, name, bits):
+    rng = np.random.default_rng(bits)
+    for group_size, k in SHAPES.items():
+        if name not in core.names or group_size % VECTOR_GROUPS[name]:
+            continue
+        stored = random(11, k, bits, group_size, group_size == 32, rng)
+        indices = np.array([10, 0, 3, -1, -11])
+        status, rows = core.gather(indices, stored, name)
+        assert status == OK
+        assert np.array_equal(rows, low_bit_gather(indices, stored))
+        wrong = flipped(stored, 3, k - 1)
+        assert not np.array_equal(core.gather(indices, wrong, name)[1], rows)
+
+
+def test_an_index_out_of_range_is_refused(core, random):
+    stored = random(11, 32, 4, 16, True, np.random.default_rng(5))
+    for index in (11, -12):
+        assert core.gather(np.array([0, index]), stored)[0] == BAD_INDEX
+
+
+@pytest.mark.parametrize(
+    "change", [{"bits": 0}, {"bits": 9}, {"group_size": 0}, {"group_size": 17}, {"k": 0}, {"packed": None}]
+)
+def test_a_weight_of_the_wrong_shape_is_refused(core, random, change):
+    stored = random(5, 32, 4, 16, True, np.random.default_rng(6))
+    x = np.ones((1, 32), np.float32)
+    assert core.matmul(x, stored)[0] == OK
+    status, y = core.matmul(x, stored, weight=core.weight(stored, **change))
+    assert status == BAD_WEIGHT
+    assert np.isnan(y).all()
+
+
+def test_an_implementation_that_cannot_is_not_silently_replaced(core, random):
+    stored, x = random(5, 35, 4, 5, True, np.random.default_rng(7)), np.ones((1, 35), np.float32)
+    assert core.matmul(x, stored)[0] == OK  # whichever is best
+    for name in set(core.names) - {"scalar"}:
+        assert core.matmul(x, stored, name)[0] == NOT_HERE
+    assert core.matmul(x, stored, "no such")[0] == NOT_HERE
