@@ -67,6 +67,10 @@ class Commands(DefaultGroup):
                 raise Sentinel(
                     StorageError(f"{where}: {error.strerror}; free space or choose another --out")
                 ) from error
+            if error.errno is not None:
+                raise Sentinel(
+                    JpqError(f"{error.filename or 'file'}: {error.strerror}; choose another path")
+                ) from error
             raise
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
@@ -175,7 +179,11 @@ def make_request(options: dict[str, Any], **extra: Any) -> Any:
     budget = budget_request(options["size"], options["bits"], options["ratio"], options["latency"], target.default_bits)
     name = Path(options["model"]).name.removesuffix(".gguf") if options["model"] else "smollm2-135m"
     suffix = f"-{budget.kind}{budget.value:g}"
+    until = extra.get("until") or options.get("until")  # a plan must not sit where the bundle will go
+    suffix += f"-{until}" if until else ""
     out = options["out"] or Path(re.sub(r"[^A-Za-z0-9._-]", "-", f"jpq-{name}-{target.name}{suffix}"))
+    if out.name in ("", ".."):
+        out = out.resolve()  # the folder beside it that a run writes to needs a name
     taken = ("target", "size", "bits", "ratio", "latency", "out", "device")
     rest = {k: v for k, v in options.items() if k not in taken}
     return Request(target=target, out=out, budget=budget, device=_device(options["device"]), **rest, **extra)
@@ -202,6 +210,11 @@ def export(**options: Any) -> None:
     from jpq_export.progress import Stages
     from jpq_export.summary import show_summary
 
+    budgets = [name for name in ("size", "bits", "ratio", "latency") if options[name] is not None]
+    if options["plan"] and budgets:
+        raise UsageError(
+            f"--{budgets[0]}: {options['plan']} already answers a budget; keep one of --plan and --{budgets[0]}"
+        )
     request = make_request(options)
     result = Export(request, Stages()).run()
     show_summary(result)
@@ -307,11 +320,17 @@ def evaluate(**options: Any) -> None:
 
 
 @main.command("compare")
-@search_options
+@click.argument("model", required=False)
+@click.option("--target", required=True, metavar="NAME|FILE.toml", help="Board to compare for; see `targets`.")
 @click.option("--budgets", default="2.5,3,4", show_default=True, help="Bits per weight of the whole file, by commas.")
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="May be repeated.")
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--window-context", type=click.IntRange(2), default=2048, show_default=True)
+@click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True)
+@click.option("--calibration", type=click.Path(path_type=Path), help="Text file or folder; default: shipped text.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the cells; a killed comparison goes on there.")
 def compare_command(
     *, budgets: str, texts: tuple[Path, ...], windows: int, window_context: int, **options: Any
 ) -> None:
@@ -323,5 +342,8 @@ def compare_command(
         bits = tuple(float(part) for part in budgets.split(","))
     except ValueError:
         raise UsageError(f"--budgets {budgets!r}: expected numbers by commas, such as 2.5,3,4") from None
-    comparison = Comparison(make_request(options), bits, texts, windows, window_context)
-    click.echo(markdown(compare(comparison, Stages())))
+    if not all(2 < value <= 8 for value in bits):
+        raise UsageError(f"--budgets {budgets!r}: expected bits per weight above 2, up to 8, such as 2.5,3,4")
+    fixed = {"size": None, "bits": bits[0], "ratio": None, "latency": None, "method": "jpq", "context": 2048}
+    request = make_request(options | fixed | {"prune": True, "force": True}, until="compare")
+    click.echo(markdown(compare(Comparison(request, bits, texts, windows, window_context), Stages())))

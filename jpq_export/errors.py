@@ -8,8 +8,7 @@
     ├── BudgetError          the budget cannot be met; says the smallest possible one
     ├── PlanError            a plan file does not fit the model or is malformed
     ├── BundleError          a bundle is damaged or incomplete
-    ├── StorageError         disk full, folder not writable
-    └── ParityError          a runtime does not compute what PyTorch computes
+    └── StorageError         disk full, folder not writable
 
 A message says what, where, got, expected and the remedy, on one line.
 """
@@ -55,7 +54,3 @@ class BundleError(JpqError):
 
 class StorageError(JpqError):
     """The output folder cannot be written."""
-
-
-class ParityError(JpqError):
-    """A runtime disagrees with the PyTorch model beyond tolerance."""

@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jpq_export import __version__
-from jpq_export.errors import CalibrationError, JpqError, PlanError
+from jpq_export.errors import JpqError, PlanError, UsageError
 from jpq_export.format.plan import Plan, load_plan
 from jpq_export.format.target import Target
 from jpq_export.progress import Stages
+from jpq_export.revision import PRICING, revision
 from jpq_export.workspace import Workspace, check_disk, check_output, write_atomic
 
 if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
     from jpq_export.compress.plan import BudgetRequest
     from jpq_export.format.compressed import CompressedModel
+
+QUALITY_SEQUENCES = 4  # of the effort's length; nothing is chosen by them
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +58,17 @@ class Request:
         """Hash of what determines the bytes of the bundle."""
         raw = {k: v for k, v in asdict(self).items() if k not in ("out", "force", "until", "plan", "calibration")}
         plan = self.plan.read_text(encoding="utf-8") if self.plan else None
-        raw |= {"model": model_sha256, "calibration": calibration_sha256, "plan": plan, "version": __version__}
+        raw |= {"model": model_sha256, "calibration": calibration_sha256, "plan": plan, "revision": revision()}
         return sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Token sequences [n, length]: for statistics and tuning, and held out for gates and quality."""
+    """Token sequences [n, length]: for statistics and tuning; held out for choices; and for the reported quality."""
 
     calibration: np.ndarray
     heldout: np.ndarray
+    quality: np.ndarray
 
     @property
     def sha256(self) -> str:
@@ -97,10 +100,10 @@ class Export:
             self.work.leave()
             raise
         if self.request.until == "plan":
-            return self.stop_early(plan, keep={"plan.json", "prices.json"})
+            return self.stop_early(plan, keep={"plan.json"})
         compressed = self.compress(loaded, texts, plan)
         if self.request.until == "compress":
-            return self.stop_early(plan, keep={"plan.json", "compressed.safetensors", "prices.json"})
+            return self.stop_early(plan, keep={"plan.json", "compressed.safetensors"})
         self.lower(loaded, compressed)
         if self.request.until == "onnx":
             names = {p.name for p in self.work.folder.glob("model*")} | {"tokenizer.json", "tokenizer_config.json"}
@@ -122,21 +125,16 @@ class Export:
         """Calibration and held-out sequences."""
         from jpq_export.compress.calibration_text import calibration_and_heldout
 
-        calibration, heldout = calibration_and_heldout(
+        calibration, kept_out = calibration_and_heldout(
             self.request.calibration,
             loaded.encode,
             bos_id=loaded.spec.bos_id if loaded.spec.add_bos else None,
             calibration=self.effort.calibration_sequences,
-            heldout=self.effort.heldout,
+            heldout=self.effort.heldout + QUALITY_SEQUENCES,
             length=self.effort.length,
             seed=self.request.seed,
         )
-        if calibration.max() >= loaded.spec.vocab:
-            raise CalibrationError(
-                f"calibration: token {calibration.max()} is outside the model's vocabulary of {loaded.spec.vocab}; "
-                "the tokenizer belongs to another model"
-            )
-        return Texts(calibration, heldout)
+        return Texts(calibration, *np.split(kept_out, [self.effort.heldout]))
 
     def plan(self, loaded: LoadedModel, texts: Texts, given: Plan | None) -> Plan:
         """plan.json: the user's, a killed run's, a uniform baseline's, or the search's."""
@@ -150,6 +148,7 @@ class Export:
                     f"{loaded.sha256[:12]}…; make the plan again with `jpq-export plan`"
                 )
             given.check(loaded.spec)
+            self.check_options(given)
             write_atomic(self.work.path("plan.json"), given.to_json())
             return given
         if self.work.has("plan.json"):
@@ -163,6 +162,19 @@ class Export:
             plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, method=self.request.method)
         write_atomic(self.work.path("plan.json"), plan.to_json())
         return plan
+
+    def check_options(self, given: Plan) -> None:
+        """A plan has its own method and structure; UsageError when an option asks for another."""
+        request = self.request
+        if request.method not in ("jpq", given.method):
+            raise UsageError(
+                f"--method {request.method}: {request.plan} was made for {given.method}; leave --method out or make a "
+                "new plan"
+            )
+        if not request.prune and given.removed:
+            raise UsageError(
+                f"--no-prune: {request.plan} removes {given.removed[0].name}; leave --no-prune out or make a new plan"
+            )
 
     def search(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
         """Prices, exact solution, true-KL refinement."""
@@ -302,7 +314,7 @@ def prepared_for(request: Request, loaded: LoadedModel, texts: Texts) -> Path:
         sequences=effort.sequences,
         seed=request.seed,
         device=request.device,
-        version=__version__,
+        revision=revision(PRICING),
     )
 
 

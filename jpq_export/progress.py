@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Stages:
         # Disabled in a log file: rich would leave an empty line there for each stage.
         quiet = not self.console.is_interactive
         with Progress(*columns, console=self.console, transient=True, disable=quiet) as bars:
-            task = bars.add_task(text, total=None)
+            task = bars.add_task(escape(text), total=None)
 
             def report(done: int, total: int) -> None:
                 bars.update(task, completed=done, total=total)
@@ -65,12 +66,12 @@ class Stages:
         seconds = time.perf_counter() - start
         return_freed_memory()
         self.records.append(StageRecord(name, round(seconds, 3), peak_memory_bytes()))
-        self.console.print(f"[green]✓[/green] {text} [dim]({seconds:.1f} s)[/dim]")
+        self.console.print(f"[green]✓[/green] {escape(text)} [dim]({seconds:.1f} s)[/dim]")
 
     def resumed(self, name: str, text: str) -> None:
         """A stage whose result was already there."""
         self.records.append(StageRecord(name, 0.0, 0, resumed=True))
-        self.console.print(f"[green]✓[/green] {text} [dim](found finished, resumed)[/dim]")
+        self.console.print(f"[green]✓[/green] {escape(text)} [dim](found finished, resumed)[/dim]")
 
 
 def return_freed_memory() -> None:

@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from jpq_export import __version__
-from jpq_export.format.bundle import Manifest, publish, write_manifest
+from jpq_export.format.bundle import MANIFEST, Manifest, read_manifest, write_manifest
 from jpq_export.format.plan import Plan
 
 if TYPE_CHECKING:
@@ -59,25 +59,21 @@ def finish_bundle(
         *("plan.json", "parity.json", "vectors.safetensors", "tokenizer.json", "tokenizer_config.json"),
         *(path.name for path in work.folder.glob("model*.onnx*")),
     }
-    for path in work.folder.iterdir():
-        if path.name not in keep:
-            path.unlink()
-    manifest = _manifest(export, loaded, plan, compressed, quality).with_contents(work.folder)
+    manifest = _manifest(export, loaded, plan, compressed, quality).with_contents(work.folder, names=keep)
     write_manifest(work.folder, manifest)
     write_report(work.folder)
-    manifest = manifest.with_contents(work.folder)
-    write_manifest(work.folder, manifest)
-    publish(work.folder, work.out)
+    manifest = read_manifest(work.folder)
+    work.finish(keep={*manifest.files, MANIFEST})  # only now goes what a killed run would need
     return {"out": str(work.out), "plan": plan, "manifest": manifest, "parity": parity}
 
 
 def _quality(loaded: LoadedModel, texts: Texts, compressed: CompressedModel, report: Any) -> dict[str, Any]:
-    """The numbers of the manifest, on the held-out part of the calibration text."""
+    """The numbers of the manifest, on held-out calibration text that decided nothing."""
     from jpq_export.compress.student import dequantized
     from jpq_export.evaluate.text_quality import evaluate_text
 
     student = dequantized(compressed).to(loaded.model.embed.weight.device)
-    result = evaluate_text(student, loaded.model, texts.heldout, progress=report)
+    result = evaluate_text(student, loaded.model, texts.quality, progress=report)
     return asdict(result)
 
 

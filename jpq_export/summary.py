@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jpq_export.format.plan import Plan
@@ -21,7 +23,7 @@ def show_summary(result: dict[str, Any]) -> None:
         return
     manifest, parity = result["manifest"], result["parity"]
     quality = manifest.quality
-    table = Table(title=f"{manifest.model['name']} for {manifest.target['name']}", show_header=False)
+    table = Table(title=f"{escape(manifest.model['name'])} for {manifest.target['name']}", show_header=False)
     before, after = manifest.original_bytes / 1e6, manifest.weight_bytes / 1e6
     table.add_row("size", f"{before:.1f} MB (fp16) -> {after:.1f} MB, {before / after:.1f}x smaller")
     table.add_row("bits per weight", f"{manifest.bits_per_weight:.3f}, embedding and head included")
@@ -31,19 +33,21 @@ def show_summary(result: dict[str, Any]) -> None:
     table.add_row("perplexity", f"{quality['teacher_perplexity']:.2f} -> {quality['perplexity']:.2f} on held-out text")
     verdict = "[green]passed[/green]" if parity.passed else "[red]FAILED[/red]"
     table.add_row("parity", f"{verdict}, PyTorch against {', '.join(r.name for r in parity.runtimes)}")
-    table.add_row("report", str(out / "parity.html"))
+    table.add_row("report", escape(str(out / "parity.html")))
     console.print(table)
     if not parity.passed and parity.first_diverging:
         console.print(f"first diverging: {parity.first_diverging}")
+    shown = escape(shlex.quote(str(out)))
     console.print(
-        f'next: jpq-export run {out} "Once upon a time"   |   on the device: jpq-export verify {out}', soft_wrap=True
+        f'next: jpq-export run {shown} "Once upon a time"   |   on the device: jpq-export verify {shown}',
+        soft_wrap=True,
     )
 
 
 def _show_plan(console: Console, plan: Plan, out: Path) -> None:
     budget = plan.budget
     asked = f"{budget.bytes / 1e6:.2f} MB" if budget.bytes is not None else f"{budget.latency_ms:g} ms"
-    table = Table(title=f"plan for {plan.model_name} on {plan.target}", show_header=False)
+    table = Table(title=f"plan for {escape(plan.model_name)} on {plan.target}", show_header=False)
     table.add_row("budget", asked)
     table.add_row("stored bytes", f"{plan.predicted.bytes / 1e6:.2f} MB")
     table.add_row(
@@ -53,7 +57,7 @@ def _show_plan(console: Console, plan: Plan, out: Path) -> None:
         "predicted KL", f"{plan.predicted.kl:.4f} nats a token, within {plan.predicted.gap:.2%} of the best possible"
     )
     table.add_row("removed", ", ".join(r.name for r in plan.removed) or "nothing")
-    table.add_row("written", str(out))
+    table.add_row("written", escape(str(out)))
     console.print(table)
 
 

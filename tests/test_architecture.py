@@ -22,13 +22,13 @@ ROWS = (
     ("compress", "lower", "runtime", "parity", "evaluate", "workspace"),
     ("format",),
     ("numerics",),
-    ("errors", "progress", "__init__"),
+    ("errors", "progress", "revision", "__init__"),
 )
 ROW = {part: i for i, row in enumerate(ROWS) for part in row}
 # The last stages of a run are a file of their own; parity runs the PyTorch reference.
 BESIDE = {("pipeline", "prove"), ("prove", "pipeline"), ("parity", "compress")}
-FREE = ("__init__", "errors", "progress")
-LIGHT = ("runtime", "format", "numerics", "errors", "progress")
+FREE = ("__init__", "errors", "progress", "revision")
+LIGHT = ("runtime", "format", "numerics", "errors", "progress", "revision")
 HEAVY = ("torch", "transformers")
 LONGEST = 400
 

@@ -252,7 +252,7 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
         export("--calibration c.txt"), 1, ("--calibration c.txt", "not UTF-8", "byte 1"), write("c.txt", b"a\xff\xfe"),
     ),
     "calibration too short": (
-        export("--calibration c.txt"), 1, ("--calibration c.txt", "tokens", "needed at least 192", "more text"),
+        export("--calibration c.txt"), 1, ("--calibration c.txt", "tokens", "needed at least 320", "more text"),
         write("c.txt", "Only a few words."),
     ),
     "calibration folder without text": (export("--calibration tmp"), 1, ("--calibration tmp", ".jsonl"), None),
@@ -291,6 +291,20 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
         export("--plan plan.json"), 1, ("layers.0", "kv_heads", "below 2"),
         edit_json("plan.json", lambda raw: raw["layers"][0].update(kv_heads=[0, 7])),
     ),
+    "plan of another method": (
+        export("--plan plan.json"), 1, ("plan.json", "'magic'", "jpq, gptq, rtn"),
+        edit_json("plan.json", lambda raw: raw.update(method="magic")),
+    ),
+    "plan with a head of a half": (
+        export("--plan plan.json"), 1, ("plan.json", "layers[1]", "whole numbers"),
+        edit_json("plan.json", lambda raw: raw["layers"][1].update(kv_heads=[0.5])),
+    ),
+    "plan narrows without saying what stays": (
+        export("--plan plan.json"), 1, ("plan.json", "layers[0]", "keeps 32 of 96", "which"),
+        edit_json("plan.json", lambda raw: raw["layers"][0].update(ffn=32, channels=None)),
+    ),
+    "plan beside a budget": (export("--plan plan.json --bits 3"), 2, ("--bits", "plan.json", "one of"), None),
+    "plan against a method": (export("--plan plan.json --method rtn"), 2, ("--method rtn", "made for jpq"), None),
     "budget too small": (export("--size 1KB"), 1, ("cannot be met", "smallest possible", "MB", "at least"), None),
     "latency too small": (export("--latency 1us"), 1, ("cannot be met", "smallest possible", "ms", "at least"), None),
     "budget too small for gptq": (
@@ -303,6 +317,27 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "out has a stranger's partial": (
         export(), 2, ("--out out", "out.partial", "move"),
         lambda: (Path("out.partial").mkdir(), Path("out.partial/mine.txt").write_text("precious", encoding="utf-8")),
+    ),
+    "out is a stranger's site": (
+        export("--force"), 2, ("--out out", "--force will not"),
+        lambda: (Path("out").mkdir(), Path("out/manifest.json").write_text('{"name": "site"}', encoding="utf-8")),
+    ),
+    "out has a stranger's plan beside it": (
+        export(), 2, ("--out out", "out.partial", "move"),
+        lambda: (Path("out.partial").mkdir(), Path("out.partial/plan.json").write_text('{"a": 1}', encoding="utf-8")),
+    ),
+    "out with a name too long": (export().replace("--out out", f"--out {'o' * 300}"), 1, ("too long", "another"), None),
+    "out with a name too long for its partial": (
+        export().replace("--out out", f"--out {'o' * 250}"), 1, ("too long",), None,
+    ),
+    "model of nobody's home": (export(model="~nobodyatall/x"), 1, ("~nobodyatall/x", "no such file or folder"), None),
+    "model with a name too long": (export(model="m" * 300), 1, ("too long", "another"), None),
+    # Comparison
+    "compare at no number": (
+        "compare m --target jetson --budgets 3,x --text plan.json", 2, ("--budgets '3,x'", "numbers"), None,
+    ),
+    "compare beyond all widths": (
+        "compare m --target jetson --budgets 9 --text plan.json", 2, ("--budgets '9'", "up to 8"), None,
     ),
     # Bundles
     "verify no bundle": ("verify m", 1, ("m: not a bundle", "manifest.json"), None),
@@ -334,6 +369,10 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "eval without its teacher": (
         "eval b --text plan.json --windows 1 --context 32", 1, ("'gone'", "no such file or folder"),
         edit_json("b/manifest.json", lambda raw: raw["model"].update(source="gone")),
+    ),
+    "eval with a teacher that changed": (
+        "eval b --text plan.json --windows 1 --context 32", 1, ("m: has sha256", "another", "--teacher"),
+        edit_json("b/manifest.json", lambda raw: raw["model"].update(sha256="another" * 9)),
     ),
     "eval result nowhere": ("eval b --text plan.json --json no/r.json", 2, ("--json no/r.json", "folder"), None),
 }  # fmt: skip

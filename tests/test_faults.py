@@ -85,7 +85,8 @@ POINTS = (
     ("jpq_export.parity.vectors:record_vectors:1", "ONNX graphs"),
     ("jpq_export.prove:_quality:1", "ONNX graphs"),
     ("jpq_export.parity.report:write_report:1", "ONNX graphs"),
-    ("jpq_export.prove:publish:1", ""),
+    ("jpq_export.workspace:Workspace.finish:1", "ONNX graphs"),
+    ("jpq_export.workspace:publish:1", ""),
 )
 
 
@@ -260,10 +261,29 @@ def test_plan_command_and_plan_option_give_the_same_bundle(whole: Path, place: P
     assert done.code == 0
     assert "price list (found finished, resumed)" in done.text
     assert (place / "planned/plan.json").read_bytes() == (whole / "plan.json").read_bytes()
-    done = run(export("reused", "--bits 4 --plan planned/plan.json"))
+    done = run(export("reused", "--plan planned/plan.json"))
     assert done.code == 0
     assert "searching" not in done.text
     assert files_of(place / "reused") == files_of(whole)
+
+
+@pytest.mark.parametrize("option", ["--method gptq", "--method rtn", "--no-prune", "--latency 0.2ms"])
+def test_every_kind_of_search_reaches_its_report(option: str, place: Path, run: Run) -> None:
+    out = place / f"kind{option.replace(' ', '')}"
+    assert run(export(out.name, option)).code == 0
+    assert ("Bytes or time" in (out / "parity.html").read_text(encoding="utf-8")) == ("latency" in option)
+
+
+def test_two_runs_do_not_share_a_folder(place: Path, run: Run) -> None:
+    import fcntl
+
+    assert run(export("shared"), "jpq_export.compress.stages:recover:1:kill").code == KILLED
+    with (place / "shared.partial/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run(export("shared"))
+        assert done.code == 1
+        assert "another run is writing shared.partial" in done.error
+    assert run(export("shared")).code == 0
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,8 @@ class Compressor:
     def _root_weights(self, name: str) -> Tensor:
         """Square roots of the tempered token weights, [tokens]; their squares have a mean of one."""
         weight = self.stats.token_weights[name].to(self.ids[0].device)
+        if not weight.any():  # a dead sub-layer, such as an all-zero output projection: nothing to weigh by
+            return torch.ones_like(weight)
         weight = (weight / weight.mean()) ** (FISHER_POWER / 2)
         return weight / weight.square().mean().sqrt()
 

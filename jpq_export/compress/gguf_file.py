@@ -160,7 +160,14 @@ def read_tensor(file: GGUF, name: str) -> np.ndarray:
 
 
 def open_gguf(path: Path, *, name: str) -> Checkpoint:
-    """A single-file GGUF model of a supported architecture."""
+    """A single-file GGUF model of a supported architecture; ModelError when its header makes no sense."""
+    try:
+        return _open(path, name)
+    except (ValueError, IndexError, TypeError, ArithmeticError, RecursionError) as error:
+        raise ModelError(f"{path}: damaged header ({error}); download it again") from error
+
+
+def _open(path: Path, name: str) -> Checkpoint:
     file, where = parse_gguf(path), str(path)
     architecture = str(file.fields.get("general.architecture"))
     family = gguf_family(architecture, where)

@@ -90,6 +90,9 @@ def available_bytes() -> int:
     try:
         limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
         used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines():
+            if line.startswith("inactive_file "):  # page cache, for instance of the model just downloaded
+                used -= int(line.split()[1])
         return free if limit == "max" else min(free, int(limit) - used)
     except OSError:
         return free

@@ -56,6 +56,7 @@ def save_prepared(folder: Path, prepared: Prepared) -> None:
             shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # in a container a killed run had the same process number
         partial.mkdir(parents=True)
         save_tensors(partial / "statistics.safetensors", _statistics_tensors(prepared.stats))
         save_tensors(partial / "rounded.safetensors", _rounded_tensors(prepared.cache))
@@ -82,7 +83,7 @@ def load_prices(folder: Path) -> PriceList | None:
 def load_prepared(folder: Path, *, device: str = "cpu") -> Prepared | None:
     """All of it, when it is there and whole."""
     try:
-        prices, stats = load_prices(folder), load_statistics(folder, device=device)
+        prices, stats = load_prices(folder), _load_statistics(folder, device)
         if prices is None or stats is None:
             return None
         return Prepared(prices, _load_rounded(folder / "rounded.safetensors", device), stats)
@@ -93,6 +94,14 @@ def load_prepared(folder: Path, *, device: str = "cpu") -> Prepared | None:
 
 def load_statistics(folder: Path, *, device: str = "cpu") -> Statistics | None:
     """The statistics alone: compression needs them without half a gigabyte of rounded weights."""
+    try:
+        return _load_statistics(folder, device)
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s: damaged (%s); making it again", folder, error)
+        return None
+
+
+def _load_statistics(folder: Path, device: str) -> Statistics | None:
     path = folder / "statistics.safetensors"
     if not path.is_file():
         return None

@@ -218,8 +218,10 @@ def _structure(
     scale = measured / max(float(cumulative[half]), 1e-12)
     power = max(1.0, float(np.log(max(whole, 1e-9) / max(measured, 1e-9)) / np.log(units / half)))
     removal = [float(cumulative[n]) * scale if n <= half else measured * (n / half) ** power for n in range(units + 1)]
-    removal[-1] = whole
-    return StructurePrice(tuple(order.tolist()), tuple(np.maximum.accumulate(removal).tolist()), step)
+    removal[-1] = whole  # measured, so nothing on the way may cost more
+    return StructurePrice(
+        tuple(order.tolist()), tuple(np.maximum.accumulate(np.minimum(removal, whole)).tolist()), step
+    )
 
 
 def ffn_step(channels: int, group_size: int) -> int:

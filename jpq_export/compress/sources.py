@@ -86,7 +86,10 @@ def find(source: str | None, *, progress: Report | None = None) -> Origin:
     """The model `source` names, downloaded if need be; None is the embedded default. A path wins over an alias."""
     if source is None:
         return _packaged(DEFAULT, progress)
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:  # "~nobody/model" of an unknown user
+        path = Path(source)
     if path.exists():
         resolved = path.resolve()
         return Origin(path, resolved.stem if path.is_file() else resolved.name, source)

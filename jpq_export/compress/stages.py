@@ -35,7 +35,8 @@ def round_model(
     recipe = Recipe(layers, schemes, plan.method, passes)
     student = Compressor(teacher, recipe, stats, calibration).run(progress)
     compressed = to_compressed(student, schemes)
-    return compressed, heldout_kl(teacher, to_student(compressed), heldout)
+    device = str(teacher.embed.weight.device)
+    return compressed, heldout_kl(teacher, to_student(compressed, device=device), heldout)
 
 
 def _statistics(teacher: Decoder, plan: Plan, calibration: np.ndarray, seed: int, prepared: Path) -> Statistics:

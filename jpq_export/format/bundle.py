@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -54,9 +55,9 @@ class Manifest:
         """The text of manifest.json."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
 
-    def with_contents(self, folder: Path) -> Manifest:
-        """The same manifest with `files` and `tensors` read from what lies in `folder` now."""
-        files = hash_files(folder)
+    def with_contents(self, folder: Path, *, names: Container[str] | None = None) -> Manifest:
+        """The same manifest with `files` and `tensors` read from what lies in `folder` now, or from `names` there."""
+        files = {name: entry for name, entry in hash_files(folder).items() if names is None or name in names}
         tensors = {name: tensor_digests(folder / name) for name in files if name.endswith(".onnx")}
         return replace(self, files=files, tensors=tensors)
 

@@ -12,6 +12,7 @@ from jpq_export.format.spec import ModelSpec
 from jpq_export.numerics.scheme import Scheme
 
 FORMAT = "jpq-plan/1"
+METHODS = ("jpq", "gptq", "rtn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,8 @@ def load_plan(path: Path) -> Plan:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         got = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
         raise PlanError(f"{path}: format is {got!r}, expected {FORMAT!r}; make the plan again with `jpq-export plan`")
+    if raw.get("method") not in METHODS:
+        raise PlanError(f"{path}: method is {raw.get('method')!r}, expected one of {', '.join(METHODS)}")
     try:
         return Plan(
             model_name=raw["model"]["name"],
@@ -176,7 +179,7 @@ def load_plan(path: Path) -> Plan:
             target=raw["target"],
             method=raw["method"],
             budget=Budget(**raw["budget"]),
-            layers=tuple(_layer(layer) for layer in raw["layers"]),
+            layers=tuple(_layer(layer, i) for i, layer in enumerate(raw["layers"])),
             choices=tuple(_choice(choice) for choice in raw["choices"]),
             removed=tuple(Removal(**removal) for removal in raw["removed"]),
             predicted=Predicted(**raw["predicted"]),
@@ -187,14 +190,23 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: damaged plan ({error!r}); make it again with `jpq-export plan`") from error
 
 
-def _layer(raw: dict[str, Any]) -> LayerPlan:
+def _layer(raw: dict[str, Any], position: int) -> LayerPlan:
     channels = raw.get("channels")
+    numbers = [raw["index"], *raw["kv_heads"], raw["kv_heads_of"], raw["ffn"], raw["ffn_of"], *(channels or ())]
+    if not all(type(number) is int for number in numbers):
+        raise ValueError(f"layers[{position}]: expected whole numbers")
+    if raw["index"] != position:
+        raise ValueError(f"layers[{position}] has index {raw['index']}")
+    if channels is None and raw["ffn"] not in (0, raw["ffn_of"]):
+        raise ValueError(f"layers[{position}] keeps {raw['ffn']} of {raw['ffn_of']} channels without saying which")
     kept = None if channels is None else tuple(channels)
     return LayerPlan(raw["index"], tuple(raw["kv_heads"]), raw["kv_heads_of"], raw["ffn"], raw["ffn_of"], kept)
 
 
 def _choice(raw: dict[str, Any]) -> Choice:
     choice = Choice(**raw)
+    if not all(type(number) is int for number in (choice.bits, choice.group_size, choice.rows, choice.columns)):
+        raise ValueError(f"{choice.name}: expected whole numbers")
     if choice.scheme.weight_bytes(choice.rows, choice.columns) != choice.bytes:  # also validates bits and group_size
         raise ValueError(f"{choice.name}: bytes {choice.bytes} do not match its scheme")
     return choice

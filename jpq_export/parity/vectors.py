@@ -43,11 +43,6 @@ class Vectors:
     reference: str
     tensors: dict[str, np.ndarray]
 
-    @property
-    def points(self) -> dict[str, np.ndarray]:
-        """Recorded values by point."""
-        return {name.removeprefix("point."): v for name, v in self.tensors.items() if name.startswith("point.")}
-
     def save(self, path: Path) -> None:
         """Write the file."""
         save_tensors(path, self.tensors, meta={"format": FORMAT, "reference": self.reference})

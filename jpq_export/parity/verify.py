@@ -20,6 +20,7 @@ from jpq_export.parity.vectors import Vectors, compute
 
 Progress = Callable[[int, int], None]
 PHASES = 3
+NEEDED = {"ids.prefill", "ids.padded", "mask.padded", "greedy", "margin", "rounding"}
 ONNX, VECTORS = "model.onnx", "vectors.safetensors"
 
 
@@ -50,15 +51,29 @@ def verify_bundle(folder: Path, *, progress: Progress | None = None) -> VerifyRe
     manifest = read_manifest(folder)
     problems = check_hashes(folder, manifest)
     tick(1, PHASES)
+    place = VECTORS
     try:
         vectors = Vectors.load(folder / VECTORS)
+        place = ONNX
         runner = OrtRunner(folder / ONNX, with_points=True)
+        place = VECTORS
+        _check_vectors(vectors, runner)
         tick(2, PHASES)
         report = _check_numbers(vectors, runner, problems, files=len(manifest.files))
     except BundleError as error:
-        report = VerifyReport((*problems, Problem(ONNX, str(error))), len(manifest.files))
+        report = VerifyReport((*problems, Problem(place, str(error))), len(manifest.files))
     tick(PHASES, PHASES)
     return report
+
+
+def _check_vectors(vectors: Vectors, runner: OrtRunner) -> None:
+    """BundleError when these cannot be the vectors of this graph: a tensor is missing, or it has another vocabulary."""
+    recorded, vocab = vectors.tensors, runner.spec.vocab
+    if missing := sorted(NEEDED - recorded.keys()):
+        raise BundleError(f"{VECTORS}: {missing[0]} is missing; export the bundle again")
+    for name in ("ids.prefill", "ids.padded", "greedy"):
+        if recorded[name].size and not 0 <= recorded[name].min() <= recorded[name].max() < vocab:
+            raise BundleError(f"{VECTORS}: {name} has tokens outside the model's vocabulary of {vocab}; wrong file")
 
 
 def _check_numbers(vectors: Vectors, runner: OrtRunner, problems: list[Problem], *, files: int) -> VerifyReport:
@@ -73,7 +88,11 @@ def _check_numbers(vectors: Vectors, runner: OrtRunner, problems: list[Problem],
         found.append(Problem(divergence.place, _line(divergence)))
     if greedy.equal < steps and not greedy.tie and not divergence:
         found.append(Problem("greedy", f"token {greedy.equal + 1} of {steps} differs from the recorded one"))
-    rel_rms = max(relative_rms(recorded[name], computed[name]) for name in recorded if name.startswith("logits."))
+    rel_rms = max(
+        relative_rms(recorded[name], computed[name]) if recorded[name].shape == computed[name].shape else float("inf")
+        for name in recorded
+        if name.startswith("logits.")
+    )
     return VerifyReport(tuple(found), files, f"onnxruntime {runner.version}", rel_rms, greedy, divergence)
 
 
