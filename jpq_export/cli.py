@@ -24,6 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some microseconds: a recover
 
 EFFORTS = ("quick", "standard", "max")
 METHODS = ("jpq", "gptq", "rtn")
+COMPARED = ("gptq-uniform", "prune-then-quantize", "bits-only", "joint")
 STOPS = ("plan", "compress", "onnx")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # how torch says it, in a RuntimeError
@@ -323,6 +324,7 @@ def evaluate(**options: Any) -> None:
 @click.argument("model", required=False)
 @click.option("--target", required=True, metavar="NAME|FILE.toml", help="Board to compare for; see `targets`.")
 @click.option("--budgets", default="2.5,3,4", show_default=True, help="Bits per weight of the whole file, by commas.")
+@click.option("--methods", default=",".join(COMPARED), show_default=True, help="Rows, by commas.")
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="May be repeated.")
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--window-context", type=click.IntRange(2), default=2048, show_default=True)
@@ -332,7 +334,7 @@ def evaluate(**options: Any) -> None:
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the cells; a killed comparison goes on there.")
 def compare_command(
-    *, budgets: str, texts: tuple[Path, ...], windows: int, window_context: int, **options: Any
+    *, budgets: str, methods: str, texts: tuple[Path, ...], windows: int, window_context: int, **options: Any
 ) -> None:
     """Joint search against uniform GPTQ, prune-then-quantize and bits-only search, at equal stored bytes."""
     from jpq_export.comparison import Comparison, compare, markdown
@@ -344,6 +346,9 @@ def compare_command(
         raise UsageError(f"--budgets {budgets!r}: expected numbers by commas, such as 2.5,3,4") from None
     if not all(2 < value <= 8 for value in bits):
         raise UsageError(f"--budgets {budgets!r}: expected bits per weight above 2, up to 8, such as 2.5,3,4")
+    rows = tuple(methods.split(","))
+    if unknown := [row for row in rows if row not in COMPARED]:
+        raise UsageError(f"--methods {methods!r}: {unknown[0]!r} is not one of {', '.join(COMPARED)}")
     fixed = {"size": None, "bits": bits[0], "ratio": None, "latency": None, "method": "jpq", "context": 2048}
     request = make_request(options | fixed | {"prune": True, "force": True}, until="compare")
-    click.echo(markdown(compare(Comparison(request, bits, texts, windows, window_context), Stages())))
+    click.echo(markdown(compare(Comparison(request, bits, rows, texts, windows, window_context), Stages())))

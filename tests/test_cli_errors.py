@@ -336,6 +336,9 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "compare at no number": (
         "compare m --target jetson --budgets 3,x --text plan.json", 2, ("--budgets '3,x'", "numbers"), None,
     ),
+    "compare an unknown method": (
+        "compare m --target jetson --methods joint,magic --text plan.json", 2, ("'magic'", "joint"), None,
+    ),
     "compare beyond all widths": (
         "compare m --target jetson --budgets 9 --text plan.json", 2, ("--budgets '9'", "up to 8"), None,
     ),

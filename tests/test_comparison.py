@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from jpq_export.comparison import METHODS, pruned_width
+from jpq_export.cli import COMPARED as METHODS
+from jpq_export.comparison import pruned_width
 from jpq_export.compress import effort
 from jpq_export.evaluate import text_quality
 
