@@ -19,7 +19,7 @@ JPQ_TARGET("avx2,fma")
 #define v_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define v_mul(a, b) _mm256_mul_ps(a, b)
 #define v_sub(a, b) _mm256_sub_ps(a, b)
-#define TILE_ROWS 3
+#define TILE_VECTORS 2
 #define NAME "avx2"
 #define AVAILABLE available
 #define IMPLEMENTATION jpq_avx2
@@ -30,9 +30,23 @@ JPQ_INLINE float v_sum(VF a) {
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
 
-JPQ_INLINE void v_sum4(const VF a[4], float out[4]) {
-  __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1)));
+JPQ_INLINE void v_transpose(VF r[W]) {
+  VF t[W];
+  for (int i = 0; i < W; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < W; i += 4)
+    for (int c = 0; c < 2; c++) {
+      __m256d low = _mm256_castps_pd(t[i + c]), high = _mm256_castps_pd(t[i + c + 2]);
+      r[i + 2 * c] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+      r[i + 2 * c + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+    }
+  for (int c = 0; c < 4; c++) {
+    t[c] = _mm256_permute2f128_ps(r[c], r[c + 4], 0x20);
+    t[c + 4] = _mm256_permute2f128_ps(r[c], r[c + 4], 0x31);
+  }
+  memcpy(r, t, sizeof t);
 }
 
 /* 8 codes as floats. Reads 8 bytes where that many are left, of which `bits` matter. */

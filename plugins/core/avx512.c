@@ -22,19 +22,30 @@ JPQ_TARGET("avx512f,avx512bw,avx512vl,avx2,fma")
 #define v_mul(a, b) _mm512_mul_ps(a, b)
 #define v_sub(a, b) _mm512_sub_ps(a, b)
 #define v_sum(a) _mm512_reduce_add_ps(a)
-#define TILE_ROWS 6
+#define TILE_VECTORS 4
 #define NAME "avx512"
 #define AVAILABLE available
 #define IMPLEMENTATION jpq_avx512
 
-JPQ_INLINE __m256 halves(VF a) {
-  __m512i bits = _mm512_castps_si512(a);
-  return _mm256_add_ps(_mm512_castps512_ps256(a), _mm256_castsi256_ps(_mm512_extracti64x4_epi64(bits, 1)));
-}
-
-JPQ_INLINE void v_sum4(const VF a[4], float out[4]) {
-  __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(halves(a[0]), halves(a[1])), _mm256_hadd_ps(halves(a[2]), halves(a[3])));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1)));
+JPQ_INLINE void v_transpose(VF r[W]) {
+  VF t[W];
+  for (int i = 0; i < W; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < W; i += 4)
+    for (int c = 0; c < 2; c++) {
+      __m512d low = _mm512_castps_pd(t[i + c]), high = _mm512_castps_pd(t[i + c + 2]);
+      r[i + 2 * c] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      r[i + 2 * c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  for (int c = 0; c < 4; c++) { /* 128-bit lane l of r[4 i + c]: column 4 l + c of rows 4 i .. 4 i + 3 */
+    VF low = _mm512_shuffle_f32x4(r[c], r[c + 4], 0x44), high = _mm512_shuffle_f32x4(r[c], r[c + 4], 0xee);
+    VF low2 = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0x44), high2 = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0xee);
+    t[c] = _mm512_shuffle_f32x4(low, low2, 0x88), t[c + 4] = _mm512_shuffle_f32x4(low, low2, 0xdd);
+    t[c + 8] = _mm512_shuffle_f32x4(high, high2, 0x88), t[c + 12] = _mm512_shuffle_f32x4(high, high2, 0xdd);
+  }
+  memcpy(r, t, sizeof t);
 }
 
 /* 16 codes as floats; reads exactly the 2 * bits bytes they are in. */

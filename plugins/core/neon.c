@@ -14,7 +14,7 @@ typedef struct pair {
 
 #define W 8
 #define VF pair
-#define TILE_ROWS 3
+#define TILE_VECTORS 2
 #define NAME "neon"
 #define AVAILABLE available
 #define IMPLEMENTATION jpq_neon
@@ -29,8 +29,12 @@ JPQ_INLINE VF v_fma(VF a, VF b, VF c) {
 JPQ_INLINE VF v_mul(VF a, VF b) { return (VF){vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
 JPQ_INLINE VF v_sub(VF a, VF b) { return (VF){vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
 JPQ_INLINE float v_sum(VF a) { return vaddvq_f32(vaddq_f32(a.low, a.high)); }
-JPQ_INLINE void v_sum4(const VF a[4], float out[4]) {
-  for (int i = 0; i < 4; i++) out[i] = v_sum(a[i]);
+JPQ_INLINE void v_transpose(VF r[W]) {
+  float in[W][W], out[W][W];
+  for (int i = 0; i < W; i++) v_store(in[i], r[i]);
+  for (int i = 0; i < W; i++)
+    for (int j = 0; j < W; j++) out[j][i] = in[i][j];
+  for (int i = 0; i < W; i++) r[i] = v_load(out[i]);
 }
 
 /* 8 codes as floats. Reads 8 bytes where that many are left, of which `bits` matter. */

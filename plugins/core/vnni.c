@@ -6,6 +6,8 @@
  *     2 parts  15 bits   INT16   q = 128 h + l
  *     3 parts  22 bits   FP32    q = 128 (128 h + m) + l: what rounding loses is below what an fp32 sum loses
  *
+ * Up to `most_rows` rows of X; from there on fp32 tiles are faster, and exact.
+ *
  * One vpdpbusd a part, a shift by 7 between parts; a 32-bit lane sums 4 products: at most 4 * 255 * 127 * 128^2 +
  * ... < 2^31. One conversion and one fused multiply-add per 64 codes bring it to fp32, times scale of W and of X.
  */
@@ -17,7 +19,12 @@
 
 #include "shuffles.h"
 
-enum { FEW = 4, EXACT_ROWS = 4, TILE_BYTES = 16384 };
+enum {
+  FEW = 4,
+  TILE_BYTES = 16384,  /* of packed rows that stay in the first-level cache while all rows of X pass */
+  AHEAD = 2048,        /* bytes to prefetch ahead: without, a core reads weights at half the speed of memory */
+  OVERREAD = 64,       /* every load takes 64 bytes, of which 8 * bits matter */
+};
 
 static int available(void) {
   return jpq_avx512.available() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
@@ -29,6 +36,7 @@ static const jpq_implementation *other(const jpq_weight *w) { return jpq_avx512.
 
 /* X in fixed point, and where scales go when a block of 64 codes holds several groups. */
 typedef struct prepared {
+  int64_t real_groups;     /* of a row; a division, so done once */
   int64_t columns, groups; /* padded: k to 64, groups to 16 */
   const int8_t *q;         /* [m, parts, columns] */
   const float *scale;      /* [m, groups] */
@@ -82,8 +90,10 @@ static float digits(const float *x, int32_t count, int parts, int8_t *q, int64_t
 
 static jpq_status prepare(jpq_product *p) {
   const jpq_weight *w = p->weight;
-  p->parts = p->activations == JPQ_INT8 ? 1 : p->activations == JPQ_INT16 ? 2 : p->m <= EXACT_ROWS ? 3 : 0;
-  if (!p->parts) {
+  static const int parts_of[] = {[JPQ_FP32] = 3, [JPQ_INT8] = 1, [JPQ_INT16] = 2};
+  static const int64_t most_rows[] = {[JPQ_FP32] = 12, [JPQ_INT8] = 32, [JPQ_INT16] = 16}; /* measured */
+  p->parts = parts_of[p->activations];
+  if (p->m > most_rows[p->activations]) {
     p->chosen = other(w);
     return p->chosen->prepare(p);
   }
@@ -102,7 +112,7 @@ static jpq_status prepare(jpq_product *p) {
       sum[m * groups + g] =
           digits(p->x + m * w->k + g * w->group_size, w->group_size, p->parts,
                  planes + m * p->parts * columns + g * w->group_size, columns, scale + m * groups + g);
-  *out = (prepared){columns, groups, planes, scale, sum, lane};
+  *out = (prepared){jpq_groups(w), columns, groups, planes, scale, sum, lane};
   p->prepared = memory;
   return JPQ_OK;
 }
@@ -122,8 +132,9 @@ JPQ_INLINE __m512i unpack(__m512i bytes, int bits) {
 JPQ_INLINE void start_row(const jpq_product *p, const prepared *x, int64_t n, int64_t m0, int rows, int bits,
                           float *scale, __m512 *total) {
   const jpq_weight *w = p->weight;
-  int64_t groups = jpq_groups(w), zero_bytes = jpq_bytes(groups, bits);
+  int64_t groups = x->real_groups, zero_bytes = jpq_bytes(groups, bits);
   for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
+  _mm_prefetch((const char *)(w->scales + n * groups) + AHEAD / 4, _MM_HINT_T0);
   for (int64_t g = 0; g < groups; g += 16) {
     __m512 s = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)low_bits(groups - g), w->scales + n * groups + g));
     __m512 z = _mm512_set1_ps(0.5f * (float)((1 << bits) - 1));
@@ -156,37 +167,69 @@ JPQ_INLINE void block(__m512i codes, const int8_t *q, int64_t columns, int rows,
   }
 }
 
-JPQ_INLINE void one_row(const jpq_product *p, const prepared *x, int64_t n, int64_t m0, int rows, int parts, int bits,
-                        int whole, float *scale) {
+/* Products of a row of W, whose packed bytes start at `codes` and may be overread, with `rows` rows of X. */
+JPQ_INLINE void one_row(const jpq_product *p, const prepared *x, int64_t n, const uint8_t *codes, int64_t m0, int rows,
+                        int parts, int bits, int whole, float *scale, __m512 *total) {
   const jpq_weight *w = p->weight;
-  const uint8_t *codes = w->packed + n * jpq_bytes(w->k, bits);
   const int8_t *q = x->q + m0 * parts * x->columns;
-  __m512 total[FEW], here[FEW];
+  __m512 here[FEW];
   start_row(p, x, n, m0, rows, bits, scale, total);
   if (whole) { /* groups are whole blocks */
-    for (int64_t g = 0, groups = jpq_groups(w); g < groups; g++) {
+    for (int64_t g = 0; g < x->real_groups; g++) {
       for (int r = 0; r < rows; r++) here[r] = _mm512_set1_ps(scale[r * x->groups + g]);
-      for (int32_t j = 0; j < w->group_size; j += 64, codes += 8 * bits, q += 64)
-        block(unpack(_mm512_maskz_loadu_epi8(low_bits(8 * bits), codes), bits), q, x->columns, rows, parts, here, total);
+      for (int32_t j = 0; j < w->group_size; j += 64, codes += 8 * bits, q += 64) {
+        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
+        block(unpack(_mm512_loadu_si512(codes), bits), q, x->columns, rows, parts, here, total);
+      }
     }
-  } else {
+  } else { /* X is zero where the last block is more than the row */
     for (int64_t j = 0; j < w->k; j += 64, codes += 8 * bits, q += 64) {
-      int64_t left = (w->k - j) / 8 * bits;
-      __m512i bytes = _mm512_maskz_loadu_epi8(low_bits(left < 8 * bits ? left : 8 * bits), codes);
       __m512i lane = _mm512_load_si512(x->lane + j / 4);
       for (int r = 0; r < rows; r++)
         here[r] = _mm512_permutexvar_ps(lane, _mm512_loadu_ps(scale + r * x->groups + j / w->group_size));
-      block(unpack(bytes, bits), q, x->columns, rows, parts, here, total);
+      _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
+      block(unpack(_mm512_loadu_si512(codes), bits), q, x->columns, rows, parts, here, total);
     }
   }
-  for (int r = 0; r < rows; r++)
-    p->y[(m0 + r) * w->n + n] = _mm512_reduce_add_ps(total[r]) + (p->bias ? p->bias[n] : 0);
 }
 
-#define ROWS(B, P, R, WHOLE)                                                                            \
-  static void rows_##B##_##P##_##R##_##WHOLE(const jpq_product *p, int64_t m0, int64_t first,           \
-                                             int64_t last, float *scale) {                              \
-    for (int64_t n = first; n < last; n++) one_row(p, p->prepared, n, m0, R, P, B, WHOLE, scale);       \
+JPQ_INLINE __m256 halves(__m512 a) {
+  return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+
+JPQ_INLINE __m128 sum4(const __m512 a[4]) {
+  __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(halves(a[0]), halves(a[1])), _mm256_hadd_ps(halves(a[2]), halves(a[3])));
+  return _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+}
+
+/* Rows [first, last) of W, at most 4, so that their lanes are summed together. `copy`: room for a row and OVERREAD. */
+JPQ_INLINE void four_rows(const jpq_product *p, int64_t m0, int64_t first, int64_t last, int rows, int parts, int bits,
+                          int whole, float *scale, uint8_t *copy) {
+  const jpq_weight *w = p->weight;
+  int64_t bytes = jpq_bytes(w->k, bits);
+  const uint8_t *codes = w->packed + first * bytes, *safe = w->packed + w->n * bytes - bytes - OVERREAD;
+  __m512 total[FEW][4]; /* [row of X, row of W] */
+  for (int i = 0; i < 4; i++) {
+    __m512 t[FEW];
+    if (first + i >= last) {
+      for (int r = 0; r < rows; r++) total[r][i] = _mm512_setzero_ps();
+      continue;
+    }
+    const uint8_t *row = codes + i * bytes;
+    if (row > safe) row = memcpy(copy, row, (size_t)bytes);
+    one_row(p, p->prepared, first + i, row, m0, rows, parts, bits, whole, scale, t);
+    for (int r = 0; r < rows; r++) total[r][i] = t[r];
+  }
+  __mmask8 real = (__mmask8)low_bits(last - first < 4 ? last - first : 4);
+  __m128 bias = p->bias ? _mm_maskz_loadu_ps(real, p->bias + first) : _mm_setzero_ps();
+  for (int r = 0; r < rows; r++)
+    _mm_mask_storeu_ps(p->y + (m0 + r) * w->n + first, real, _mm_add_ps(sum4(total[r]), bias));
+}
+
+#define ROWS(B, P, R, WHOLE)                                                                              \
+  static void rows_##B##_##P##_##R##_##WHOLE(const jpq_product *p, int64_t m0, int64_t first,             \
+                                             int64_t last, float *scale, uint8_t *copy) {                 \
+    for (int64_t n = first; n < last; n += 4) four_rows(p, m0, n, last, R, P, B, WHOLE, scale, copy);     \
   }
 #define ENTRY(B, P, R, WHOLE) rows_##B##_##P##_##R##_##WHOLE
 #define ROWS_P(B, P) \
@@ -196,7 +239,8 @@ JPQ_FOR_BITS(ROWS_B)
 
 JPQ_TARGET_END
 
-typedef void (*rows_function)(const jpq_product *p, int64_t m0, int64_t first, int64_t last, float *scale);
+typedef void (*rows_function)(const jpq_product *p, int64_t m0, int64_t first, int64_t last, float *scale,
+                              uint8_t *copy);
 #define ENTRIES_P(B, P)                                                                                        \
   {{ENTRY(B, P, 1, 0), ENTRY(B, P, 1, 1)}, {ENTRY(B, P, 2, 0), ENTRY(B, P, 2, 1)},                             \
    {ENTRY(B, P, 4, 0), ENTRY(B, P, 4, 1)}}
@@ -206,16 +250,18 @@ static const rows_function functions[8][3][3][2] = {JPQ_FOR_BITS(ENTRIES)}; /* b
 static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last) {
   const jpq_weight *w = p->weight;
   const prepared *x = p->prepared;
-  float *scale = malloc(sizeof(float) * (size_t)(FEW * x->groups + 16));
+  int64_t bytes = jpq_bytes(w->k, w->bits), floats = FEW * x->groups + 16;
+  float *scale = malloc(sizeof(float) * (size_t)floats + (size_t)bytes + OVERREAD);
   if (!scale) return JPQ_NO_MEMORY;
-  /* Packed rows of a tile stay in the first-level cache while all rows of X pass. */
-  int64_t step = p->m <= FEW ? last - first : 1 + TILE_BYTES / jpq_bytes(w->k, w->bits);
+  uint8_t *copy = (uint8_t *)(scale + floats);
+  memset(copy, 0, (size_t)bytes + OVERREAD);
+  int64_t step = p->m <= FEW ? last - first : 4 + TILE_BYTES / bytes / 4 * 4;
   int whole = w->group_size % 64 == 0;
   for (int64_t n = first; n < last; n += step) {
     int64_t stop = n + step < last ? n + step : last;
     for (int64_t m = 0; m < p->m;) {
       int log = p->m - m >= 4 ? 2 : p->m - m >= 2 ? 1 : 0;
-      functions[w->bits - 1][p->parts - 1][log][whole](p, m, n, stop, scale);
+      functions[w->bits - 1][p->parts - 1][log][whole](p, m, n, stop, scale, copy);
       m += 1 << log;
     }
   }

@@ -17,7 +17,7 @@
     if (status_) return status_;    \
   } while (0)
 
-enum { MOST_RANK = 16, TASK_ROWS = 32, MOST_TASKS = 64 };
+enum { MOST_RANK = 16, TASK_ROWS = 64, MOST_TASKS = 64 }; /* TASK_ROWS: the widest panel of the core */
 
 /* An operator: what onnxruntime calls, and what we need to know when it does. */
 typedef struct operator_ {
@@ -196,7 +196,7 @@ static OrtStatus *multiply(const kernel *k, const OrtKernelContext *context, con
   if (tasks > MOST_TASKS) tasks = MOST_TASKS;
   OrtStatus *failed = NULL;
   if (!status && all.product.m > 0 && tasks > 0) {
-    all.rows = (w->n + tasks - 1) / tasks;
+    all.rows = (w->n + tasks * TASK_ROWS - 1) / (tasks * TASK_ROWS) * TASK_ROWS;
     tasks = (w->n + all.rows - 1) / all.rows;
     failed = ORT(k->api, KernelContext_ParallelFor)(context, task, (size_t)tasks, 0, &all);
     for (int64_t i = 0; i < tasks; i++) status = all.status[i] ? all.status[i] : status;
