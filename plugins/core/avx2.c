@@ -1,14 +1,19 @@
-/* AVX2 + FMA: 8 codes at a time. */
+/* AVX2 + FMA + F16C: 8 codes at a time, 16 in fixed point. */
 #include "internal.h"
 
 #ifdef JPQ_X86
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include "shuffles.h"
 
-static int available(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static int available(void) {
+  unsigned a, b, c = 0, d;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C); /* older compilers do not know it by name */
+}
 
-JPQ_TARGET("avx2,fma")
+JPQ_TARGET("avx2,fma,f16c")
 
 #define W 8
 #define VF __m256
@@ -19,6 +24,15 @@ JPQ_TARGET("avx2,fma")
 #define v_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define v_mul(a, b) _mm256_mul_ps(a, b)
 #define v_sub(a, b) _mm256_sub_ps(a, b)
+#define v_half(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define HAS_FIXED 1
+#define CODES 16
+#define VC __m256i
+#define VI __m256i
+#define c_load(p) _mm256_loadu_si256((const __m256i *)(p))
+#define i_zero() _mm256_setzero_si256()
+#define i_dot(sum, c, q) _mm256_add_epi32(sum, _mm256_madd_epi16(c, q))
+#define i_to_float(a) _mm256_cvtepi32_ps(a)
 #define TILE_VECTORS 2
 #define NAME "avx2"
 #define AVAILABLE available
@@ -49,16 +63,22 @@ JPQ_INLINE void v_transpose(VF r[W]) {
   memcpy(r, t, sizeof t);
 }
 
-/* 8 codes as floats. Reads 8 bytes where that many are left, of which `bits` matter. */
-JPQ_INLINE VF v_codes(const uint8_t *p, const uint8_t *stop, int bits) {
-  int64_t bytes = 0;
-  if (stop - p >= 8)
-    memcpy(&bytes, p, 8);
-  else
-    memcpy(&bytes, p, (size_t)bits);
+/* 8 codes as floats; reads 8 bytes, of which `bits` matter. */
+JPQ_INLINE VF v_codes(const uint8_t *p, int bits) {
+  int64_t bytes;
+  memcpy(&bytes, p, 8);
   __m256i lanes = _mm256_shuffle_epi8(_mm256_set1_epi64x(bytes), *(const __m256i *)jpq_lane_bytes[bits - 1]);
   lanes = _mm256_srlv_epi32(lanes, *(const __m256i *)jpq_lane_shifts[bits - 1]);
   return _mm256_cvtepi32_ps(_mm256_and_si256(lanes, _mm256_set1_epi32((1 << bits) - 1)));
+}
+
+/* 16 codes in 16 bits each; reads 16 bytes, of which 2 * bits matter. */
+JPQ_INLINE VC c_codes(const uint8_t *p, int bits) {
+  __m128i bytes = _mm_loadu_si128((const __m128i *)p);
+  __m256i words =
+      _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), *(const __m256i *)jpq_word_bytes[bits - 1]);
+  words = _mm256_mullo_epi16(words, *(const __m256i *)jpq_word_factors[bits - 1]);
+  return _mm256_srli_epi16(words, 16 - bits);
 }
 
 #include "wide.inc"

@@ -22,6 +22,8 @@ JPQ_TARGET("avx512f,avx512bw,avx512vl,avx2,fma")
 #define v_mul(a, b) _mm512_mul_ps(a, b)
 #define v_sub(a, b) _mm512_sub_ps(a, b)
 #define v_sum(a) _mm512_reduce_add_ps(a)
+#define v_half(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+#define HAS_FIXED 0
 #define TILE_VECTORS 4
 #define NAME "avx512"
 #define AVAILABLE available
@@ -48,10 +50,9 @@ JPQ_INLINE void v_transpose(VF r[W]) {
   memcpy(r, t, sizeof t);
 }
 
-/* 16 codes as floats; reads exactly the 2 * bits bytes they are in. */
-JPQ_INLINE VF v_codes(const uint8_t *p, const uint8_t *stop, int bits) {
-  (void)stop;
-  __m512i lanes = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8((__mmask16)((1u << (2 * bits)) - 1), p));
+/* 16 codes as floats; reads 16 bytes, of which 2 * bits matter. */
+JPQ_INLINE VF v_codes(const uint8_t *p, int bits) {
+  __m512i lanes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p));
   lanes = _mm512_shuffle_epi8(lanes, *(const __m512i *)jpq_lane_bytes[bits - 1]);
   lanes = _mm512_srlv_epi32(lanes, *(const __m512i *)jpq_lane_shifts[bits - 1]);
   return _mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32((1 << bits) - 1)));

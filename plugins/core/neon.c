@@ -12,8 +12,17 @@ typedef struct pair {
   float32x4_t low, high;
 } pair;
 
+typedef struct int_pair {
+  int32x4_t low, high;
+} int_pair;
+
 #define W 8
 #define VF pair
+#define HAS_FIXED 1
+#define CODES 8
+#define VC int16x8_t
+#define VI int_pair
+#define c_load(p) vld1q_s16(p)
 #define TILE_VECTORS 2
 #define NAME "neon"
 #define AVAILABLE available
@@ -37,13 +46,10 @@ JPQ_INLINE void v_transpose(VF r[W]) {
   for (int i = 0; i < W; i++) r[i] = v_load(out[i]);
 }
 
-/* 8 codes as floats. Reads 8 bytes where that many are left, of which `bits` matter. */
-JPQ_INLINE VF v_codes(const uint8_t *p, const uint8_t *stop, int bits) {
-  uint64_t bytes = 0;
-  if (stop - p >= 8)
-    memcpy(&bytes, p, 8);
-  else
-    memcpy(&bytes, p, (size_t)bits);
+/* 8 codes as floats; reads 8 bytes, of which `bits` matter. */
+JPQ_INLINE VF v_codes(const uint8_t *p, int bits) {
+  uint64_t bytes;
+  memcpy(&bytes, p, 8);
   uint8x16_t all = vreinterpretq_u8_u64(vdupq_n_u64(bytes));
   float32x4_t out[2];
   for (int i = 0; i < 2; i++) {
@@ -53,6 +59,27 @@ JPQ_INLINE VF v_codes(const uint8_t *p, const uint8_t *stop, int bits) {
   }
   return (VF){out[0], out[1]};
 }
+
+JPQ_INLINE VF v_half(const uint16_t *p) {
+  float16x8_t h = vreinterpretq_f16_u16(vld1q_u16(p));
+  return (VF){vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)};
+}
+
+/* 8 codes in 16 bits each; reads as v_codes does. */
+JPQ_INLINE VC c_codes(const uint8_t *p, int bits) {
+  uint64_t bytes;
+  memcpy(&bytes, p, 8);
+  uint8x16_t all = vreinterpretq_u8_u64(vdupq_n_u64(bytes));
+  uint16x8_t words = vreinterpretq_u16_u8(vqtbl1q_u8(all, vld1q_u8(jpq_word_bytes[bits - 1])));
+  words = vmulq_u16(words, vld1q_u16(jpq_word_factors[bits - 1]));
+  return vreinterpretq_s16_u16(vshlq_u16(words, vdupq_n_s16((int16_t)(bits - 16))));
+}
+
+JPQ_INLINE VI i_zero(void) { return (VI){vdupq_n_s32(0), vdupq_n_s32(0)}; }
+JPQ_INLINE VI i_dot(VI sum, VC c, VC q) {
+  return (VI){vmlal_s16(sum.low, vget_low_s16(c), vget_low_s16(q)), vmlal_high_s16(sum.high, c, q)};
+}
+JPQ_INLINE VF i_to_float(VI a) { return (VF){vcvtq_f32_s32(a.low), vcvtq_f32_s32(a.high)}; }
 
 #include "wide.inc"
 #endif

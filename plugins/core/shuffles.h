@@ -19,4 +19,14 @@
 static const _Alignas(64) uint8_t jpq_lane_bytes[8][64] = {JPQ_FOR_BITS(JPQ_BYTES_OF)};
 static const _Alignas(64) int32_t jpq_lane_shifts[8][16] = {JPQ_FOR_BITS(JPQ_SHIFTS_OF)};
 
+/* The same for lanes of 16 bits: two bytes each, and the factor that moves a code to the top of its lane. */
+#define JPQ_WORD(B, J) (((J) * (B)) >> 3) & 15, ((((J) * (B)) >> 3) + 1) & 15
+#define JPQ_WORDS4(B, J) JPQ_WORD(B, J), JPQ_WORD(B, J + 1), JPQ_WORD(B, J + 2), JPQ_WORD(B, J + 3)
+#define JPQ_WORDS_OF(B) {JPQ_WORDS4(B, 0), JPQ_WORDS4(B, 4), JPQ_WORDS4(B, 8), JPQ_WORDS4(B, 12)},
+#define JPQ_FACTOR(B, J) 1 << (16 - (B) - (((J) * (B)) & 7))
+#define JPQ_FACTORS4(B, J) JPQ_FACTOR(B, J), JPQ_FACTOR(B, J + 1), JPQ_FACTOR(B, J + 2), JPQ_FACTOR(B, J + 3)
+#define JPQ_FACTORS_OF(B) {JPQ_FACTORS4(B, 0), JPQ_FACTORS4(B, 4), JPQ_FACTORS4(B, 8), JPQ_FACTORS4(B, 12)},
+static const _Alignas(32) uint8_t jpq_word_bytes[8][32] = {JPQ_FOR_BITS(JPQ_WORDS_OF)};
+static const _Alignas(32) uint16_t jpq_word_factors[8][16] = {JPQ_FOR_BITS(JPQ_FACTORS_OF)};
+
 #endif

@@ -12,7 +12,13 @@ from jpq_export.numerics.scheme import BIT_WIDTHS
 IMPLEMENTATIONS = ("avx512-vnni", "avx512", "avx2", "neon", "scalar")
 FP32, INT8, INT16 = 0, 1, 2
 OK, BAD_WEIGHT, BAD_INDEX, NOT_HERE = 0, 1, 3, 4
-LARGEST = {INT8: 127, INT16: 127 * 128}
+# Implementations that round X when allowed: groups and rows for which they do, and the largest integer they round to.
+FIFTEEN_BITS = {INT8: 127 * 128, INT16: 127 * 128}
+ROUNDING = {
+    "avx512-vnni": ((8, 16, 48, 64, 128), (1, 2, 3, 7, 16), {INT8: 127, INT16: 127 * 128}),
+    "avx2": ((16, 48, 64, 128), (1, 2, 3, 7, 8), FIFTEEN_BITS),
+    "neon": ((8, 16, 48, 64, 128), (1, 2, 3, 7, 8), FIFTEEN_BITS),
+}
 ROWS = (1, 2, 3, 4, 7, 16, 63, 128)
 # K is a whole number of groups, not always of the 64 codes a block holds; 1088 is more than one panel.
 SHAPES = {16: 112, 32: 96, 48: 144, 64: 1088, 128: 256, 24: 72, 40: 40, 5: 35}
@@ -68,16 +74,18 @@ def test_a_product_is_the_references(core, random, name, bits, group_size):
 
 @pytest.mark.parametrize("activations", [INT8, INT16], ids=["int8", "int16"])
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
-def test_rounded_activations_are_exactly_the_promised_fixed_point(core, random, bits, activations):
-    need(core, "avx512-vnni")
+@pytest.mark.parametrize("name", ROUNDING)
+def test_rounded_activations_are_exactly_the_promised_fixed_point(core, random, name, bits, activations):
+    need(core, name)
     rng, n = np.random.default_rng(bits), 9
-    for group_size in (8, 16, 48, 64, 128):
-        for m in (1, 2, 3, 7, 16):
+    groups, rows, largest = ROUNDING[name]
+    for group_size in groups:
+        for m in rows:
             k = 3 * group_size
             stored = random(n, k, bits, group_size, bool(m % 2), rng)
             x = rng.normal(size=(m, k)).astype(np.float32) * np.exp(rng.normal(size=k)).astype(np.float32)
-            rounded, step = fixed_point(x, group_size, LARGEST[activations])
-            status, y = core.matmul(x, stored, "avx512-vnni", activations=activations)
+            rounded, step = fixed_point(x, group_size, largest[activations])
+            status, y = core.matmul(x, stored, name, activations=activations)
             assert status == OK
             assert distance(y, low_bit_matmul(rounded, stored)) < TOLERANCE, (group_size, m)
             exact = low_bit_matmul(x.astype(np.float64), stored)
@@ -97,7 +105,7 @@ def test_many_rows_are_not_rounded(core, random, activations):
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_rounding_is_a_permission_other_implementations_do_not_use(core, random, name):
     need(core, name)
-    if name == "avx512-vnni":
+    if name in ROUNDING:
         pytest.skip("it uses it")
     rng = np.random.default_rng(1)
     stored, x = random(5, 64, 4, 16, True, rng), rng.normal(size=(2, 64)).astype(np.float32)
