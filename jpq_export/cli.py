@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -62,11 +63,16 @@ class Commands(DefaultGroup):
         except click.UsageError as error:
             path = (error.ctx or ctx).command_path
             raise Sentinel(UsageError(f"{error.format_message()} See `{path} --help`.")) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted; the same command goes on after the last finished stage.", err=True)
+            raise click.exceptions.Exit(130) from None
         except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # the reader of a pipe went away: click ends quietly
             if error.errno in DISK_ERRORS:
-                where = error.filename or "the output folder"
+                where = error.filename or "the output"
                 raise Sentinel(
-                    StorageError(f"{where}: {error.strerror}; free space or choose another --out")
+                    StorageError(f"{where}: {error.strerror}; free space or write to another place")
                 ) from error
             if error.errno is not None:
                 raise Sentinel(
@@ -136,10 +142,12 @@ def search_options(command: Any) -> Any:
             click.option(
                 "--target", required=True, metavar="NAME|FILE.toml", help="Board to export for; see `targets`."
             ),
-            click.option("--size", help="Budget: bytes of all weights as stored, e.g. 60MB."),
+            click.option("--size", help="Budget: bytes of all weights as stored, e.g. 60MB; a bare number is bytes."),
             click.option("--bits", type=float, help="Budget: bits per weight over the whole file, e.g. 3.0."),
             click.option("--ratio", type=float, help="Budget: fraction of the fp16 size, e.g. 0.2."),
-            click.option("--latency", help="Budget: decode latency of one token on the target, e.g. 8ms."),
+            click.option(
+                "--latency", help="Budget: decode latency of one token on the target, e.g. 8ms; a bare number is ms."
+            ),
             click.option("--method", type=click.Choice(METHODS), default="jpq", show_default=True),
             click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True),
             click.option(
@@ -198,6 +206,9 @@ def make_request(options: dict[str, Any], **extra: Any) -> Any:
 @click.option("-v", "--verbose", is_flag=True, help="Log what the library does.")
 def main(*, verbose: bool) -> None:
     """Compress a language model for an edge device, lower it to ONNX, and prove that every runtime computes it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ✓ shows ? instead of a traceback
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
 
 
@@ -257,13 +268,17 @@ def verify(bundle: Path) -> None:
     from jpq_export.parity.verify import verify_bundle
     from jpq_export.progress import Stages
 
-    stages = Stages()
-    with stages.stage("verify", "hashes, then recorded vectors") as report:
-        result = verify_bundle(bundle, progress=report)
-    for problem in result.problems:
-        click.echo(f"{problem.place}: {problem.message}", err=True)
-    if not result.passed:
-        raise Sentinel(JpqError(f"{bundle}: {len(result.problems)} problem(s) found; export the bundle again"))
+    result = None
+    try:
+        with Stages().stage("verify", "hashes, then recorded vectors") as report:
+            result = verify_bundle(bundle, progress=report)
+            if not result.passed:  # inside, so that no tick tells of success
+                count = len(result.problems)
+                raise JpqError(f"{bundle}: {count} problem(s) found; copy the bundle again, or export it again")
+    except JpqError:
+        for problem in result.problems if result else ():
+            click.echo(f"{problem.place}: {problem.message}", err=True)
+        raise
     click.echo(f"{bundle}: {result.files} files and the recorded vectors are as exported")
 
 
@@ -275,16 +290,16 @@ def verify(bundle: Path) -> None:
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="Default: all cores.")
+@click.option("--threads", type=click.IntRange(1, 256), help="Default: all cores.")
+@click.option("--fast", is_flag=True, help="Round activations to 8 bits in low-bit kernels; the report says the price.")
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
 def run(bundle: Path, prompt: str, **options: Any) -> None:
     """Continue PROMPT with a bundle on onnxruntime, streaming; neither torch nor transformers is loaded."""
     from jpq_export.runtime.bundle import load
 
-    loaded = load(bundle, threads=options.pop("threads"))
+    loaded = load(bundle, threads=options.pop("threads"), exact=not options.pop("fast"))
     for piece in loaded.generate_text(prompt, **options):
-        click.echo(piece, nl=False)
-        sys.stdout.flush()
+        click.echo(piece, nl=False)  # flushes
     click.echo()
 
 
@@ -312,8 +327,8 @@ def evaluate(**options: Any) -> None:
     from jpq_export.evaluation import evaluate_model
 
     json_out = options.pop("json_out")
-    if json_out and not json_out.parent.is_dir():
-        raise UsageError(f"--json {json_out}: no such folder; give a file in a folder that exists")
+    if json_out and (json_out.is_dir() or not json_out.parent.is_dir()):
+        raise UsageError(f"--json {json_out}: give a file in a folder that exists")
     text = json.dumps(evaluate_model(**options), indent=1)
     if json_out:
         json_out.write_text(text + "\n", encoding="utf-8")

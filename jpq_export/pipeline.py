@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jpq_export.errors import JpqError, PlanError, UsageError
+from jpq_export.errors import BudgetError, JpqError, PlanError, UsageError
 from jpq_export.format.plan import Plan, load_plan
 from jpq_export.format.target import Target
 from jpq_export.progress import Stages
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
     from jpq_export.compress.plan import BudgetRequest
     from jpq_export.format.compressed import CompressedModel
+    from jpq_export.format.spec import ModelSpec
 
 QUALITY_SEQUENCES = 4  # of the effort's length; nothing is chosen by them
 
@@ -149,6 +150,7 @@ class Export:
                 )
             given.check(loaded.spec)
             self.check_options(given)
+            self.check_board(given, loaded.spec)
             write_atomic(self.work.path("plan.json"), given.to_json())
             return given
         if self.work.has("plan.json"):
@@ -160,8 +162,20 @@ class Export:
             plan = self.search(loaded, texts, cost)
         else:
             plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, method=self.request.method)
+        self.check_board(plan, loaded.spec)
         write_atomic(self.work.path("plan.json"), plan.to_json())
         return plan
+
+    def check_board(self, plan: Plan, spec: ModelSpec) -> None:
+        """Weights and KV cache (fp16) must fit the board's memory."""
+        target, context = self.request.target, min(self.request.context, spec.max_positions)
+        heads = sum(len(layer.kv_heads) for layer in plan.layers)
+        cache = 2 * heads * spec.head_dim * context * 2
+        if plan.predicted.bytes + cache > target.memory_bytes:
+            raise BudgetError(
+                f"{target.name}: weights of {plan.predicted.bytes / 1e6:.2f} MB and a KV cache of {cache / 1e6:.2f} MB "
+                f"for {context} tokens do not fit its {target.memory_bytes / 1e6:.2f} MB; lower the budget or --context"
+            )
 
     def check_options(self, given: Plan) -> None:
         """A plan has its own method and structure; UsageError when an option asks for another."""
@@ -179,8 +193,9 @@ class Export:
     def search(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
         """Prices, exact solution, true-KL refinement."""
         from jpq_export.compress.heldout import Heldout
-        from jpq_export.compress.plan import Problem, contrast, make_plan
-        from jpq_export.compress.prepare import prepare
+        from jpq_export.compress.plan import Problem, contrast, make_plan, unpriced
+        from jpq_export.compress.prepare import GROUP_SIZE, prepare
+        from jpq_export.compress.prepared import check_cache
         from jpq_export.compress.refine import refine
         from jpq_export.compress.search import Knobs
         from jpq_export.numerics.scheme import BIT_WIDTHS
@@ -188,11 +203,13 @@ class Export:
         request = self.request
         folder = prepared_for(request, loaded, texts)
         calibration = texts.calibration[: self.effort.sequences]
-        prepared = prepare(loaded.model, calibration, texts.heldout, folder, seed=request.seed, stages=self.stages)
         budget = request.budget.resolve(loaded.spec)
-        problem = Problem(prepared.prices, cost, budget, request.widths or BIT_WIDTHS)
         start = Knobs() if request.prune else Knobs(removal=float("inf"))
-        problem.solve(start)  # a budget that cannot be met is said before the long part
+        # A budget that cannot be met and a cache that cannot be written are said before the long part.
+        Problem(unpriced(loaded.spec, GROUP_SIZE), cost, budget, request.widths or BIT_WIDTHS).solve(start)
+        check_cache(folder)
+        prepared = prepare(loaded.model, calibration, texts.heldout, folder, seed=request.seed, stages=self.stages)
+        problem = Problem(prepared.prices, cost, budget, request.widths or BIT_WIDTHS)
         with self.stages.stage("plan", "searching structure and bits together") as report:
             heldout = Heldout(loaded.model, texts.heldout)
             trials = refine(

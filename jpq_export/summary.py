@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ def show_summary(result: dict[str, Any]) -> None:
     manifest, parity = result["manifest"], result["parity"]
     quality = manifest.quality
     table = Table(title=f"{escape(manifest.model['name'])} for {manifest.target['name']}", show_header=False)
-    before, after = manifest.original_bytes / 1e6, manifest.weight_bytes / 1e6
-    table.add_row("size", f"{before:.1f} MB (fp16) -> {after:.1f} MB, {before / after:.1f}x smaller")
+    before, after = manifest.original_bytes, manifest.weight_bytes
+    table.add_row("size", f"{size(before)} (fp16) -> {size(after)}, {before / after:.1f}x smaller")
     table.add_row("bits per weight", f"{manifest.bits_per_weight:.3f}, embedding and head included")
     table.add_row(
         "KL to the teacher", f"{quality['kl_mean']:.4f} nats a token, top-1 agreement {quality['top1_agreement']:.1%}"
@@ -33,6 +34,11 @@ def show_summary(result: dict[str, Any]) -> None:
     table.add_row("perplexity", f"{quality['teacher_perplexity']:.2f} -> {quality['perplexity']:.2f} on held-out text")
     verdict = "[green]passed[/green]" if parity.passed else "[red]FAILED[/red]"
     table.add_row("parity", f"{verdict}, PyTorch against {', '.join(r.name for r in parity.runtimes)}")
+    if parity.as_run is not None:
+        price, greedy = parity.as_run.logits.kl_mean, parity.as_run.greedy
+        table.add_row(
+            "run --fast", f"8-bit activations: {price:.4f} nats, {greedy.equal} of {greedy.steps} greedy tokens"
+        )
     table.add_row("report", escape(str(out / "parity.html")))
     console.print(table)
     if not parity.passed and parity.first_diverging:
@@ -46,26 +52,39 @@ def show_summary(result: dict[str, Any]) -> None:
 
 def _show_plan(console: Console, plan: Plan, out: Path) -> None:
     budget = plan.budget
-    asked = f"{budget.bytes / 1e6:.2f} MB" if budget.bytes is not None else f"{budget.latency_ms:g} ms"
+    asked = size(budget.bytes) if budget.bytes is not None else f"{budget.latency_ms:g} ms"
     table = Table(title=f"plan for {escape(plan.model_name)} on {plan.target}", show_header=False)
     table.add_row("budget", asked)
-    table.add_row("stored bytes", f"{plan.predicted.bytes / 1e6:.2f} MB")
+    table.add_row("stored bytes", size(plan.predicted.bytes))
     table.add_row(
         "decode latency", f"{plan.predicted.latency_ms:.3f} ms a token, estimated from the target's data sheet"
     )
-    table.add_row(
-        "predicted KL", f"{plan.predicted.kl:.4f} nats a token, within {plan.predicted.gap:.2%} of the best possible"
-    )
+    widths = Counter(f"{choice.bits:g}" for choice in plan.choices)
+    if plan.method == "jpq":
+        gap = f"within {plan.predicted.gap:.2%} of the best possible"
+        table.add_row("predicted KL", f"{plan.predicted.kl:.4f} nats a token, {gap}")
+    else:
+        table.add_row("predicted KL", f"not predicted: {plan.method} does not search")
+    table.add_row("matrices by bits", ", ".join(f"{bits}: {widths[bits]}" for bits in sorted(widths)))
     table.add_row("removed", ", ".join(r.name for r in plan.removed) or "nothing")
     table.add_row("written", escape(str(out)))
     console.print(table)
 
 
+def size(value: float) -> str:
+    """Bytes in decimal units."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.1f} {unit}"
+    return f"{value:.0f} B"
+
+
 def show_targets(targets: Iterable[Target]) -> None:
     """One line a target."""
     table = Table()
-    for title in ("name", "board", "memory", "bandwidth", "fp16", "TensorRT", "default bits"):
-        table.add_column(title)
+    table.add_column("name", no_wrap=True)
+    for title in ("board", "memory", "bandwidth", "fp16", "TensorRT", "default bits"):
+        table.add_column(title, overflow="fold")
     for t in targets:
         table.add_row(
             t.name,

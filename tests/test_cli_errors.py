@@ -310,6 +310,10 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "budget too small for gptq": (
         export("--method gptq --size 1KB"), 1, ("cannot be met", "--method gptq needs", "at least"), None,
     ),
+    "a board too small": (
+        export(target="small.toml"), 1, ("do not fit", "small", "--context"),
+        write("small.toml", 'title = "A small board"\ninherit = "jetson"\nmemory_gb = 0.00001\n'),
+    ),
     # Places to write
     "out exists": (export().replace("--out out", "--out b"), 2, ("--out b", "already exists", "--force"), None),
     "out is no bundle": (export("--force").replace("--out out", "--out m"), 2, ("--out m", "--force will not"), None),

@@ -54,9 +54,10 @@ def calibration_and_heldout(
     kept_out = stream.take(heldout, length, bos_id)
     chosen = stream.take(calibration, length, bos_id)
     if len(kept_out) < heldout or len(chosen) < least:
+        usable, needed = (len(kept_out) + len(chosen)) * length, (heldout + least) * length
         raise CalibrationError(
-            f"{_name(source)}: {stream.tokens} tokens, needed at least {(heldout + least) * length} "
-            f"({heldout} sequences of {length} held out, {least} to calibrate); give more text"
+            f"{_name(source)}: {len(documents)} different documents give {usable} usable tokens, needed at least "
+            f"{needed} ({heldout} sequences of {length} held out, {least} to calibrate); give more text"
         )
     if len(chosen) < calibration:
         logger.info("calibration text gives %d of %d sequences; tuning repeats them", len(chosen), calibration)

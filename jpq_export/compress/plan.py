@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jpq_export.compress.cost import CostModel
-from jpq_export.compress.prices import PriceList
+from jpq_export.compress.prices import PriceList, StructurePrice, ffn_step
 from jpq_export.compress.refine import bits_of, layer_choices
 from jpq_export.compress.search import Class, Knobs, Solution, build_classes, front, rounded_up, solve
 from jpq_export.errors import BudgetError
@@ -98,6 +98,17 @@ def make_plan(problem: Problem, solution: Solution, knobs: Knobs, *, sha256: str
         front=tuple(FrontPoint(p.bytes, p.bytes * 8 / parameters, p.microseconds / 1e3, p.price) for p in points),
         search=measured,
     )
+
+
+def unpriced(spec: ModelSpec, group_size: int) -> PriceList:
+    """Everything is free: a problem with these prices says whether a budget can be met before anything is measured."""
+    structures = {}
+    for i, layer in enumerate(spec.layers):
+        for sub, units, step in (("attn", layer.kv_heads, 1), ("mlp", layer.ffn, ffn_step(layer.ffn, group_size))):
+            if units:
+                structures[f"layers.{i}.{sub}"] = StructurePrice(tuple(range(units)), (0.0,) * (units + 1), step)
+    matrices: dict[str, dict[int, float]] = {name: dict.fromkeys(BIT_WIDTHS, 0.0) for name in spec.matrices()}
+    return PriceList(spec, group_size, matrices, structures)
 
 
 def contrast(problem: Problem, solution: Solution, knobs: Knobs) -> list[dict[str, Any]]:
@@ -236,7 +247,10 @@ def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: st
         for (name, shape), s in zip(spec.matrices().items(), schemes.values(), strict=True)
     )
     size = uniform_bytes(spec, schemes)
-    time = sum(cost.matrix(*shape, schemes[name])[1] for name, shape in spec.matrices().items())
+    time = cost.fixed()[1] + sum(cost.table(n, schemes[n])[1] for n in ("embed", "head") if n in schemes)
+    for i, layer in enumerate(spec.layers):
+        time += cost.attention_rest(i, layer.kv_heads)[1] + cost.mlp_rest(i, layer.ffn)[1]
+        time += sum(cost.matrix(*shape, schemes[f"layers.{i}.{n}"])[1] for n, shape in spec.linear_shapes(i).items())
     predicted = Predicted(0.0, size, time / 1e3, 0.0)
     return Plan(spec.name, sha256, cost.target.name, method, budget, layers, choices, (), predicted, (), {})
 

@@ -49,6 +49,24 @@ def prepared_folder(**inputs: object) -> Path:
     return cache_root() / "search" / digest[:24]
 
 
+def check_cache(folder: Path) -> None:
+    """StorageError when the price list could not be stored there."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        probe = folder.with_name(f".write-test-{os.getpid()}")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _cannot_store(folder, error) from error
+
+
+def _cannot_store(folder: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{folder}: cannot store the price list ({error.strerror}); free some space or set JPQ_CACHE to a "
+        "writable folder"
+    )
+
+
 def save_prepared(folder: Path, prepared: Prepared) -> None:
     """Write to a temporary folder and rename: a killed run leaves nothing that looks finished."""
     for left in folder.parent.glob(f"{folder.name}.partial-*"):
@@ -65,10 +83,7 @@ def save_prepared(folder: Path, prepared: Prepared) -> None:
         partial.rename(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise StorageError(
-            f"{folder}: cannot store the price list ({error.strerror}); free some space or set JPQ_CACHE to a "
-            "writable folder"
-        ) from error
+        raise _cannot_store(folder, error) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

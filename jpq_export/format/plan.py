@@ -161,6 +161,7 @@ class Plan:
 
 def load_plan(path: Path) -> Plan:
     """Read plan.json; PlanError says what is wrong and where."""
+    path = path / "plan.json" if path.is_dir() else path
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

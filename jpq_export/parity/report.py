@@ -86,7 +86,10 @@ def _optional(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"a {type(raw).__name__}, expected an object")
+        return raw
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: not readable JSON ({error}); export the bundle again") from error
 

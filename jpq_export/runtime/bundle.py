@@ -72,7 +72,7 @@ class Bundle:
             raise BundleError(f"{self.folder}: the chat template fails ({error}); leave out --chat") from error
 
 
-def load(folder: Path, *, threads: int | None = None, exact: bool = False, check: bool = False) -> Bundle:
+def load(folder: Path, *, threads: int | None = None, exact: bool = True, check: bool = False) -> Bundle:
     """Open a bundle. `check` compares every file with the manifest's hashes first.
 
     Raises:

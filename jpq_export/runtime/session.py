@@ -38,7 +38,7 @@ class OrtModel:
     `threads`: cores to use, by default onnxruntime's choice.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None, exact: bool = False) -> None:
+    def __init__(self, path: Path, *, threads: int | None = None, exact: bool = True) -> None:
         """Load the graph; BundleError when onnxruntime cannot, or when it is none of ours."""
         self.session = _session(Path(path), threads, exact)
         metadata = self.session.get_modelmeta().custom_metadata_map

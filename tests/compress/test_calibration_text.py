@@ -98,7 +98,9 @@ def test_a_short_text_gives_fewer_sequences_down_to_the_least(tmp_path: Path) ->
     assert len(heldout) == 9
     assert 60 < len(calibration) < 80
     path = write_documents(tmp_path / "small.jsonl", ["abcdefgh" * 10 + str(i) for i in range(3)])
-    with pytest.raises(CalibrationError, match=r"243 tokens, needed at least 272 \(9 sequences of 16 held out, 8 to"):
+    with pytest.raises(
+        CalibrationError, match=r"224 usable tokens, needed at least 272 \(9 sequences of 16 held out, 8 to"
+    ):
         take(path)
 
 
@@ -108,7 +110,7 @@ def test_a_short_text_gives_fewer_sequences_down_to_the_least(tmp_path: Path) ->
         ("a.txt", b"", "empty"),
         ("a.txt", b"\n \n", "empty"),
         ("a.txt", b"ab\xff", "not UTF-8 text (byte 2 is 0xff)"),
-        ("a.txt", b"only a few words", "16 tokens, needed at least 272"),
+        ("a.txt", b"only a few words", "16 usable tokens, needed at least 272"),
         ("a.jsonl", b"{'text': 1}", "line 1: not JSON"),
         ("a.jsonl", b'{"content": "x"}', 'line 1: got keys content, expected an object with key "text"'),
     ],

@@ -69,8 +69,10 @@ def test_an_empty_prompt_is_refused(exact):
         exact.start().step([])
 
 
-def test_path_says_what_runs(model, exact):
-    assert model.path == "onnxruntime CPU, MatMulNBits, activations rounded to 8 bits"
+def test_path_says_what_runs(model, exact, bundle_folder):
+    assert model.path == exact.path == "onnxruntime CPU, MatMulNBits, activations in fp32"
+    fast = OrtModel(bundle_folder / "model.onnx", threads=1, exact=False)
+    assert fast.path == "onnxruntime CPU, MatMulNBits, activations rounded to 8 bits"
     assert exact.path.endswith("activations in fp32")
 
 
