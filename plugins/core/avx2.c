@@ -2,16 +2,11 @@
 #include "internal.h"
 
 #ifdef JPQ_X86
-#include <cpuid.h>
 #include <immintrin.h>
 
 #include "shuffles.h"
 
-static int available(void) {
-  unsigned a, b, c = 0, d;
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C); /* older compilers do not know it by name */
-}
+static int available(void) { return jpq_cpu_features.avx2; }
 
 JPQ_TARGET("avx2,fma,f16c")
 

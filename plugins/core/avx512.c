@@ -6,9 +6,7 @@
 
 #include "shuffles.h"
 
-static int available(void) {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-}
+static int available(void) { return jpq_cpu_features.avx512; }
 
 JPQ_TARGET("avx512f,avx512bw,avx512vl,avx2,fma")
 

@@ -3,6 +3,24 @@
 
 #include "internal.h"
 
+#ifdef JPQ_X86
+#include <cpuid.h>
+
+jpq_cpu jpq_cpu_features;
+
+__attribute__((constructor)) static void ask(void) {
+  unsigned a, b, c, d, low, high;
+  const unsigned basic = 1u << 12 | 1u << 27 | 1u << 29; /* FMA, OSXSAVE, F16C in ecx of leaf 1 */
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & basic) != basic) return;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0)); /* registers the operating system saves */
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+  const unsigned wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* F, DQ, BW, VL in ebx of leaf 7 */
+  jpq_cpu_features.avx2 = (low & 0x06) == 0x06 && (b & 1u << 5);
+  jpq_cpu_features.avx512 = jpq_cpu_features.avx2 && (low & 0xe6) == 0xe6 && (b & wide) == wide;
+  jpq_cpu_features.avx512_vnni = jpq_cpu_features.avx512 && (c & 1u << 1) && (c & 1u << 11);
+}
+#endif
+
 /* Best first; the last takes everything. */
 static const jpq_implementation *const all[] = {
 #ifdef JPQ_X86

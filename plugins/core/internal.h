@@ -41,6 +41,16 @@ typedef struct jpq_implementation {
   void (*dequantize)(const jpq_weight *weight, int64_t row, int64_t begin, int64_t end, float *out);
 } jpq_implementation;
 
+#ifdef JPQ_X86
+/* What processor and operating system both allow; asked of them, as compilers differ in the names they know. */
+typedef struct jpq_cpu {
+  int avx2;        /* with FMA and F16C */
+  int avx512;      /* F, DQ, BW, VL */
+  int avx512_vnni; /* with VBMI */
+} jpq_cpu;
+extern jpq_cpu jpq_cpu_features; /* set when the library is loaded: asking takes 30 us in a virtual machine */
+#endif
+
 extern const jpq_implementation jpq_scalar, jpq_avx2, jpq_avx512, jpq_vnni, jpq_neon;
 
 JPQ_INLINE int64_t jpq_bytes(int64_t codes, int bits) { return (codes * bits + 7) / 8; }

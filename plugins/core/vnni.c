@@ -26,9 +26,7 @@ enum {
   OVERREAD = 64,       /* every load takes 64 bytes, of which 8 * bits matter */
 };
 
-static int available(void) {
-  return jpq_avx512.available() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
-}
+static int available(void) { return jpq_cpu_features.avx512_vnni; }
 
 static int takes(const jpq_weight *w) { return w->group_size % 8 == 0; }
 
