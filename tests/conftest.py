@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
+os.environ["JPQ_KERNELS"] = "off"  # compiling them takes ten seconds a cache; tests/plugins turns them on
 
 COMMON = {
     "vocab_size": 320,

@@ -25,8 +25,8 @@ ROWS = (
     ("errors", "progress", "revision", "__init__"),
 )
 ROW = {part: i for i, row in enumerate(ROWS) for part in row}
-# The last stages of a run are a file of their own; parity runs the PyTorch reference.
-BESIDE = {("pipeline", "prove"), ("prove", "pipeline"), ("parity", "compress")}
+# The last stages of a run are a file of their own; parity runs the PyTorch reference and our kernels.
+BESIDE = {("pipeline", "prove"), ("prove", "pipeline"), ("parity", "compress"), ("parity", "runtime")}
 FREE = ("__init__", "errors", "progress", "revision")
 LIGHT = ("runtime", "format", "numerics", "errors", "progress", "revision")
 HEAVY = ("torch", "transformers")

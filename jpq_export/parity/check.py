@@ -17,11 +17,30 @@ from jpq_export.parity.compare import LogitsError, LogitsTally, margin, worst
 from jpq_export.parity.points import points
 from jpq_export.parity.result import CaseResult, Divergence, GreedyResult, LayerResult, ParityReport, RuntimeResult
 from jpq_export.parity.runners import OrtRunner, Outcome, TorchRunner, load_proto, read_metadata
+from jpq_export.runtime import native
 
 Progress = Callable[[int, int], None]
 Pair = tuple[np.ndarray, np.ndarray]
 ROUNDING, EFFECT = "rounding", "effect"
-NAMES = {ROUNDING: "onnxruntime", EFFECT: "onnxruntime-int8-activations"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One way to run the file: whose operators, and whether rounding alone may explain a difference."""
+
+    name: str
+    path: str
+    judge: str = ROUNDING
+    kernels: bool = False
+
+    @property
+    def exact(self) -> bool:
+        return self.judge == ROUNDING
+
+
+BODIES = _Way("onnxruntime", "function bodies, activations in fp32")
+KERNELS = _Way("onnxruntime-jpq-kernels", "our CPU kernels, activations in fp32", kernels=True)
+INT8 = _Way("onnxruntime-int8-activations", "function bodies, activations rounded to 8 bits", judge=EFFECT)
 
 
 def check_parity(
@@ -35,16 +54,19 @@ def check_parity(
 ) -> ParityReport:
     """Compare logits, greedy tokens and every sub-layer; nothing raises on a difference, `report.passed` says it.
 
-    onnxruntime by itself rounds activations to 8 bits in its low-bit kernels, for speed. The proof is the run with fp32
-    activations; a second one, as a user runs the file, says what that rounding costs and fails only on a wrong kernel.
+    The proof are two runs with fp32 activations: the function bodies, which any onnxruntime computes, and our CPU
+    kernels where they can be compiled, which is what `run` uses. onnxruntime left to itself rounds activations to 8
+    bits in its own low-bit kernels; a last run says what that costs and fails only on a wrong kernel.
     BundleError when onnxruntime cannot load the file.
     """
-    _, unfused = read_metadata(load_proto(onnx_path), onnx_path)
+    proto = load_proto(onnx_path)
+    _, unfused = read_metadata(proto, onnx_path)
     rounds = bool(set(model.quantized) - unfused - {"embed"})
     cases, reference = make_cases(prompts, model.spec), TorchRunner(model)
-    job = _Job(model, onnx_path, reference, cases, steps, form, _ticker(progress, (1 + rounds) * (steps + 3)))
-    exact = _check_runtime(job, ROUNDING)
-    return ParityReport(f"pytorch {reference.version}", (exact,), _check_runtime(job, EFFECT) if rounds else None)
+    ways = [BODIES, KERNELS] if proto.functions and native.available() else [BODIES]
+    job = _Job(model, onnx_path, reference, cases, steps, form, _ticker(progress, (len(ways) + rounds) * (steps + 3)))
+    runtimes = tuple(_check_runtime(job, way) for way in ways)
+    return ParityReport(f"pytorch {reference.version}", runtimes, _check_runtime(job, INT8) if rounds else None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,41 +94,40 @@ def _ticker(progress: Progress | None, total: int) -> Callable[[], None]:
     return tick
 
 
-def _check_runtime(job: _Job, judge: str) -> RuntimeResult:
+def _check_runtime(job: _Job, way: _Way) -> RuntimeResult:
     """All cases, then all points; two sessions one after the other, for side by side they would hold two copies."""
-    version, cases, greedy = _run_cases(job, judge)
-    layers, divergence = _run_points(job, judge)
-    exact = judge == ROUNDING
+    version, cases, greedy = _run_cases(job, way)
+    layers, divergence = _run_points(job, way)
     passed = all(case.passed for case in cases) and all(layer.passed for layer in layers) and divergence is None
     return RuntimeResult(
-        name=NAMES[judge],
+        name=way.name,
         version=version,
-        path=f"{job.form}, CPU, activations " + ("in fp32" if exact else "rounded to 8 bits in low-bit kernels"),
-        judged_by=judge,
+        path=f"{job.form}, CPU, {way.path}",
+        judged_by=way.judge,
         logits=worst(case.logits for case in cases),
         greedy=greedy,
         cases=cases,
         layers=layers,
         first_diverging=divergence,
-        passed=passed and (not exact or greedy.equal == greedy.steps or greedy.tie),
+        passed=passed and (not way.exact or greedy.equal == greedy.steps or greedy.tie),
     )
 
 
-def _run_cases(job: _Job, judge: str) -> tuple[str, tuple[CaseResult, ...], GreedyResult]:
-    both = _Both(job.reference, OrtRunner(job.onnx_path, exact=judge == ROUNDING))
+def _run_cases(job: _Job, way: _Way) -> tuple[str, tuple[CaseResult, ...], GreedyResult]:
+    both = _Both(job.reference, OrtRunner(job.onnx_path, exact=way.exact, kernels=way.kernels))
     runs = {"prefill": _prefill(both, job.cases), "padded batch": _padded(both, job.cases)}
-    if job.cases.long is not None and judge == ROUNDING:
+    if job.cases.long is not None and way.exact:
         runs["sliding window"] = _long(both, job.cases.long)
     results, spec = [], job.model.spec
     for name, pairs in runs.items():
         tally = LogitsTally()
         for reference, value in pairs:
             tally.add(reference, value)
-        results.append(_case(name, tally, spec, judge=judge))
+        results.append(_case(name, tally, spec, judge=way.judge))
         job.tick()
     tally = LogitsTally()
     greedy = _greedy(both, job.cases.prefill, steps=job.steps, tally=tally, tick=job.tick)
-    return both.runner.version, (*results, _case("decode", tally, spec, judge=judge)), greedy
+    return both.runner.version, (*results, _case("decode", tally, spec, judge=way.judge)), greedy
 
 
 def _case(name: str, tally: LogitsTally, spec: ModelSpec, *, judge: str) -> CaseResult:
@@ -187,10 +208,10 @@ def _greedy(
     return GreedyResult(steps, steps)
 
 
-def _run_points(job: _Job, judge: str) -> tuple[tuple[LayerResult, ...], Divergence | None]:
+def _run_points(job: _Job, way: _Way) -> tuple[tuple[LayerResult, ...], Divergence | None]:
     """Errors of every sub-layer, and the first wrong value if there is one."""
-    runner = OrtRunner(job.onnx_path, exact=judge == ROUNDING, with_points=True)
+    runner = OrtRunner(job.onnx_path, exact=way.exact, kernels=way.kernels, with_points=True)
     reference = job.reference.forward(job.cases.prefill, values=True).values
     values = runner.forward(job.cases.prefill, values=True).values
-    layers = layer_errors(points(job.model.spec), value_errors(reference, values), judged=judge == ROUNDING)
-    return layers, find_divergence(job.model, runner, reference, values) if judge == ROUNDING else None
+    layers = layer_errors(points(job.model.spec), value_errors(reference, values), judged=way.exact)
+    return layers, find_divergence(job.model, runner, reference, values) if way.exact else None

@@ -13,6 +13,7 @@ from jpq_export.errors import BundleError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.spec import ModelSpec
 from jpq_export.parity.points import points, present_in
+from jpq_export.runtime import native
 
 SPEC_KEY, UNFUSED_KEY = "jpq.spec", "jpq.unfused"
 
@@ -92,11 +93,12 @@ class TorchRunner:
 class OrtRunner:
     """An ONNX decoder in onnxruntime on the CPU; no torch.
 
+    `kernels` puts our CPU kernels in the place of the function bodies.
     `exact` keeps activations in fp32 where onnxruntime would round them to 8 bits inside MatMulNBits.
     `with_points` adds graph outputs to a copy in memory; the file and its weights stay as they are.
     """
 
-    def __init__(self, path: Path, *, exact: bool = True, with_points: bool = False) -> None:
+    def __init__(self, path: Path, *, exact: bool = True, kernels: bool = False, with_points: bool = False) -> None:
         import onnxruntime
 
         self.proto = load_proto(path)
@@ -106,11 +108,11 @@ class OrtRunner:
         for name in self.points:
             if name not in existing:
                 self.proto.graph.output.add(name=name)
-        self.session = self._session(path, exact)
+        self.session = self._session(path, exact, kernels)
         self.version = onnxruntime.__version__
         self._inputs = {value.name for value in self.session.get_inputs()}
 
-    def _session(self, path: Path, exact: bool) -> Any:
+    def _session(self, path: Path, exact: bool, kernels: bool) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -118,6 +120,8 @@ class OrtRunner:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
+        if kernels:
+            native.register(options, exact=exact)
         try:
             return onnxruntime.InferenceSession(
                 self.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]

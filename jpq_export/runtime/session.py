@@ -14,6 +14,7 @@ import numpy as np
 
 from jpq_export.errors import BundleError, UsageError
 from jpq_export.format.spec import ModelSpec
+from jpq_export.runtime import native
 
 SPEC_KEY, UNFUSED_KEY = "jpq.spec", "jpq.unfused"
 
@@ -33,21 +34,22 @@ class Output:
 class OrtModel:
     """`spec`: the model's facts; `path`: what computes the matrix products, for the reader of a report.
 
-    `exact` keeps activations in fp32. Otherwise onnxruntime rounds them to 8 bits inside its low-bit kernels, which is
-    what makes those fast (error of a product 1e-2 instead of 1e-6).
+    The products run in our own kernels (see `native`), or in onnxruntime's where there is no C compiler.
+    `exact` keeps activations in fp32. Otherwise our kernels round them to 16 bits when there are few rows, and
+    onnxruntime's to 8, which is what makes those fast (error of a product 1e-2 instead of 1e-6).
     `threads`: cores to use, by default onnxruntime's choice.
     """
 
     def __init__(self, path: Path, *, threads: int | None = None, exact: bool = True) -> None:
         """Load the graph; BundleError when onnxruntime cannot, or when it is none of ours."""
-        self.session = _session(Path(path), threads, exact)
+        self.session, kernels = _session(Path(path), threads, exact)
         metadata = self.session.get_modelmeta().custom_metadata_map
         try:
             self.spec = ModelSpec.from_json(metadata[SPEC_KEY])
             unfused = json.loads(metadata[UNFUSED_KEY])
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"{path}: not written by jpq-export (metadata: {error!r}); export it again") from error
-        self.path = _describe(unfused, exact)
+        self.path = _describe(unfused, exact, kernels)
         self._inputs = {value.name for value in self.session.get_inputs()}
         self.outputs = tuple(value.name for value in self.session.get_outputs())
         self._cached = [name.removeprefix("present.") for name in self.outputs if name.startswith("present.")]
@@ -131,7 +133,7 @@ class Decoding:
         return logits.numpy()[0, -1]
 
 
-def _session(path: Path, threads: int | None, exact: bool) -> Any:
+def _session(path: Path, threads: int | None, exact: bool) -> tuple[Any, native.Library | None]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -141,14 +143,19 @@ def _session(path: Path, threads: int | None, exact: bool) -> Any:
     # Waiting threads would otherwise burn whole cores between the tokens of a stream.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
+    kernels = native.register(options, exact=exact)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), kernels
     except Exception as error:  # onnxruntime has its own classes, all of them outside any public base
         first_line = str(error).strip().splitlines()[0]
         raise BundleError(f"{path}: onnxruntime cannot load it ({first_line}); export the bundle again") from error
 
 
-def _describe(unfused: list[str], exact: bool) -> str:
+def _describe(unfused: list[str], exact: bool, kernels: native.Library | None) -> str:
+    if kernels is not None:
+        return f"onnxruntime CPU, jpq kernels ({kernels.implementations[0]}), activations in " + (
+            "fp32" if exact else "16 bits for few rows"
+        )
     text = "onnxruntime CPU, MatMulNBits, activations "
     text += "in fp32" if exact else "rounded to 8 bits"
     return text + (f"; {len(unfused)} matrices unpacked to fp32 at load" if unfused else "")

@@ -1,0 +1,85 @@
+"""The CPU kernels inside `check_parity` and `OrtModel`: proved beside the function bodies, and left out when asked."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jpq_export.lower.export import export_onnx
+from jpq_export.parity.check import check_parity
+from jpq_export.runtime import native
+from jpq_export.runtime.session import OrtModel
+
+
+def parity_conftest():
+    path = Path(__file__).parents[1] / "parity" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("parity_conftest", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def kernels(library, monkeypatch):
+    monkeypatch.setenv("JPQ_KERNELS", "on")
+    monkeypatch.setattr(native, "cpu_library", lambda: library)
+
+
+@pytest.fixture(scope="module", params=["llama", "pruned", "gemma"])
+def exported(request, tmp_path_factory):
+    tiny = parity_conftest()
+    model, path = tiny.random_model(tiny.SPECS[request.param]), tmp_path_factory.mktemp("model") / "model.onnx"
+    export_onnx(model, path, form="custom_op")
+    return model, path, tiny.PROMPTS
+
+
+def test_parity_proves_the_kernels_beside_the_bodies(kernels, exported):
+    model, path, prompts = exported
+    report = check_parity(model, path, prompts=prompts, steps=8)
+    assert [runtime.name for runtime in report.runtimes] == ["onnxruntime", "onnxruntime-jpq-kernels"]
+    assert report.passed
+    for runtime in report.runtimes:
+        assert runtime.logits.rel_rms < 1e-5
+        assert runtime.greedy.equal == runtime.greedy.steps == 8
+
+
+def test_twin_kernels_that_round_activations_do_not_pass(kernels, exported, library, monkeypatch):
+    if library.implementations[0] != "avx512-vnni":
+        pytest.skip("only avx512-vnni rounds")
+
+    def rounding(options, *, exact: bool):
+        options.add_session_config_entry("jpq.activations", "int8")
+        options.register_custom_ops_library(str(library.path))
+        return library
+
+    monkeypatch.setattr(native, "register", rounding)
+    model, path, prompts = exported
+    report = check_parity(model, path, prompts=prompts, steps=8)
+    assert report.runtimes[0].passed
+    assert not report.runtimes[1].passed
+    assert not report.passed
+
+
+def test_a_session_says_which_kernels_run(kernels, exported, library, monkeypatch):
+    _, path, prompts = exported
+    ids = np.array([prompts[0]])
+    ours = OrtModel(path, threads=1)
+    assert f"jpq kernels ({library.implementations[0]})" in ours.path
+    monkeypatch.setenv("JPQ_KERNELS", "off")
+    plain = OrtModel(path, threads=1)
+    assert "MatMulNBits" in plain.path
+    got, expected = ours.forward(ids).logits, plain.forward(ids).logits
+    assert not np.array_equal(got, expected)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_compiler_it_says_so_and_runs(exported, monkeypatch, caplog):
+    def fail():
+        raise native.NativeError("no C compiler")
+
+    monkeypatch.setenv("JPQ_KERNELS", "on")
+    monkeypatch.setattr(native, "cpu_library", fail)
+    _, path, _ = exported
+    assert "MatMulNBits" in OrtModel(path, threads=1).path
+    assert "no C compiler; onnxruntime's own operators compute instead" in caplog.text
