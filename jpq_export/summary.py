@@ -37,7 +37,8 @@ def show_summary(result: dict[str, Any]) -> None:
     if parity.as_run is not None:
         price, greedy = parity.as_run.logits.kl_mean, parity.as_run.greedy
         table.add_row(
-            "run --fast", f"8-bit activations: {price:.4f} nats, {greedy.equal} of {greedy.steps} greedy tokens"
+            "8-bit activations",
+            f"{price:.4f} nats, {greedy.equal} of {greedy.steps} tokens: onnxruntime by its defaults",
         )
     table.add_row("report", escape(str(out / "parity.html")))
     console.print(table)

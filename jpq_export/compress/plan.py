@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 from jpq_export.compress.cost import CostModel
@@ -217,22 +218,22 @@ def _removals(problem: Problem, solution: Solution) -> tuple[Removal, ...]:
 
 
 def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: str, method: str) -> Plan:
-    """The plain baseline: one width for every linear, the largest that fits, and one for embedding and head."""
+    """The plain baseline: one width for every linear, the widest that fits, and one for embedding and head.
+
+    Tables and group sizes (of linears, of tables) take what room is left.
+    """
     if budget.bytes is None:
         raise BudgetError(
             f"--method {method} has one width for all and takes a byte budget; give --size, --bits or --ratio"
         )
     best: tuple | None = None
-    for linear in BIT_WIDTHS:
-        for table in BIT_WIDTHS:
-            for group in GROUP_SIZES:
-                schemes = _uniform_schemes(spec, linear, table, group)
-                size = uniform_bytes(spec, schemes)
-                if size <= budget.bytes and table >= linear:
-                    key = (linear, size)
-                    best = (key, schemes) if best is None or key > best[0] else best
+    for linear, table, *groups in product(BIT_WIDTHS, BIT_WIDTHS, GROUP_SIZES, GROUP_SIZES):
+        schemes = _uniform_schemes(spec, (linear, groups[0]), (table, groups[1]))
+        size = uniform_bytes(spec, schemes)
+        if size <= budget.bytes and table >= linear and (best is None or (linear, size) > best[0]):
+            best = (linear, size), schemes
     if best is None:
-        smallest = uniform_bytes(spec, _uniform_schemes(spec, 2, 2, 128))
+        smallest = uniform_bytes(spec, _uniform_schemes(spec, (2, 128), (2, 128)))
         raise BudgetError(
             f"budget of {budget.bytes / 1e6:g} MB cannot be met: --method {method} needs at least "
             f"{rounded_up(smallest, 1e6)} MB; ask for at least that"
@@ -255,11 +256,13 @@ def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: st
     return Plan(spec.name, sha256, cost.target.name, method, budget, layers, choices, (), predicted, (), {})
 
 
-def _uniform_schemes(spec: ModelSpec, linear: int, table: int, group: int) -> dict[str, Scheme]:
-    return {
-        name: Scheme(table if name in ("embed", "head") else linear, choose_group_size(columns, group), symmetric=False)
-        for name, (_, columns) in spec.matrices().items()
-    }
+def _uniform_schemes(spec: ModelSpec, linear: tuple[int, int], table: tuple[int, int]) -> dict[str, Scheme]:
+    """`linear` and `table`: bits and group size of the linears and of embedding and head."""
+    out = {}
+    for name, (_, columns) in spec.matrices().items():
+        bits, group = table if name in ("embed", "head") else linear
+        out[name] = Scheme(bits, choose_group_size(columns, group), symmetric=False)
+    return out
 
 
 def uniform_bytes(spec: ModelSpec, schemes: dict[str, Scheme]) -> int:

@@ -134,7 +134,7 @@ def _untouched(home: Path) -> bool:
 
 def _build(folder: Path, compiler: str, home: Path) -> None:
     """Compile beside `home`, then rename: nobody sees half a file, and of two builders either wins."""
-    logger.info("compiling the CPU kernels with %s, once (about 10 s)", compiler)
+    logger.warning("compiling the CPU kernels with %s, once (about 10 s)", compiler)
     try:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=home) as scratch:

@@ -76,7 +76,7 @@ def test_uniform_baseline_keeps_its_budget(bits: float) -> None:
     cost = CostModel(SMOLLM, load_target("jetson"), 2048)
     budget = BudgetRequest("bits", bits).resolve(SMOLLM)
     plan = uniform_plan(SMOLLM, cost, budget, sha256="00", method="gptq")
-    assert plan.predicted.bytes <= (budget.bytes or 0)
+    assert 0.97 * (budget.bytes or 0) <= plan.predicted.bytes <= (budget.bytes or 0)
     linear = {c.bits for c in plan.choices if c.name != "embed"}
     assert len(linear) == 1
     assert uniform_bytes(SMOLLM, {c.name: c.scheme for c in plan.choices}) == plan.predicted.bytes
