@@ -27,7 +27,16 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort("quick", 8, 2, 512, 1, 60, 30, (("removal", (float("inf"), 2.0)), ("table", (0.6,)))),
+    "quick": Effort(
+        "quick",
+        8,
+        2,
+        512,
+        1,
+        60,
+        30,
+        (("removal", (float("inf"), 2.0)), ("two_bit", (float("inf"),)), ("table", (0.6,))),
+    ),
     "standard": Effort("standard", 24, 4, 512, 2, 240, 120, TRIALS),
     "max": Effort("max", 96, 8, 512, 3, 240, 2000, TRIALS),
 }

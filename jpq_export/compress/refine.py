@@ -24,7 +24,7 @@ from jpq_export.errors import BudgetError
 TRIALS: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("removal", (float("inf"), 2.0, 0.6)),
     ("table", (0.6, 1.6)),
-    ("two_bit", (1.4, 0.75)),
+    ("two_bit", (float("inf"), 1.4, 0.75)),
     ("attention", (0.65, 1.5)),
 )
 

@@ -119,6 +119,17 @@ def test_no_pruning_means_no_removal(prices: PriceList) -> None:
     assert planned(replace(prices, structures=cheap), BudgetRequest("bits", 2.5)).removed
 
 
+def test_two_bits_can_be_forbidden(prices: PriceList) -> None:
+    request = BudgetRequest("bits", 2.6)
+    assert 2 in {choice.bits for choice in planned(prices, request).choices}
+    plan = planned(prices, request, knobs=Knobs(two_bit=float("inf")))
+    assert min(choice.bits for choice in plan.choices) == 3
+    assert plan.removed
+    assert np.isfinite(plan.predicted.kl)
+    with pytest.raises(BudgetError):
+        planned(prices, request, knobs=Knobs(removal=float("inf"), two_bit=float("inf")))
+
+
 def test_plan_file_round_trips_and_refuses_another_model(prices: PriceList, tmp_path: Path) -> None:
     plan = planned(prices, BudgetRequest("bits", 2.5))
     path = tmp_path / "plan.json"
