@@ -14,6 +14,7 @@ from rich.table import Table
 
 from jpq_export.format.plan import Plan
 from jpq_export.format.target import Target
+from jpq_export.parity.pictures import size
 
 
 def show_summary(result: dict[str, Any]) -> None:
@@ -70,14 +71,6 @@ def _show_plan(console: Console, plan: Plan, out: Path) -> None:
     table.add_row("removed", ", ".join(r.name for r in plan.removed) or "nothing")
     table.add_row("written", escape(str(out)))
     console.print(table)
-
-
-def size(value: float) -> str:
-    """Bytes in decimal units."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= factor:
-            return f"{value / factor:.1f} {unit}"
-    return f"{value:.0f} B"
 
 
 def show_targets(targets: Iterable[Target]) -> None:

@@ -22,13 +22,13 @@ ROWS = (
     ("compress", "lower", "runtime", "parity", "evaluate", "workspace"),
     ("format",),
     ("numerics",),
-    ("errors", "progress", "revision", "__init__"),
+    ("cache", "errors", "progress", "revision", "__init__"),
 )
 ROW = {part: i for i, row in enumerate(ROWS) for part in row}
 # The last stages of a run are a file of their own; parity runs the PyTorch reference and our kernels.
 BESIDE = {("pipeline", "prove"), ("prove", "pipeline"), ("parity", "compress"), ("parity", "runtime")}
-FREE = ("__init__", "errors", "progress", "revision")
-LIGHT = ("runtime", "format", "numerics", "errors", "progress", "revision")
+FREE = ("__init__", "cache", "errors", "progress", "revision")
+LIGHT = ("runtime", "format", "numerics", "cache", "errors", "progress", "revision")
 HEAVY = ("torch", "transformers")
 LONGEST = 400
 

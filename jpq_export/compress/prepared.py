@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from jpq_export.cache import cache_root
 from jpq_export.compress.prices import PriceList, RoundedCache
 from jpq_export.compress.rounding import Rounded
 from jpq_export.compress.statistics import Statistics
@@ -36,11 +37,6 @@ class Prepared:
     prices: PriceList
     cache: RoundedCache
     stats: Statistics
-
-
-def cache_root() -> Path:
-    """$JPQ_CACHE or ~/.cache/jpq-export."""
-    return Path(os.environ.get("JPQ_CACHE") or Path.home() / ".cache" / "jpq-export")
 
 
 def prepared_folder(**inputs: object) -> Path:

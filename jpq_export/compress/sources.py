@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from jpq_export.cache import cache_root
 from jpq_export.errors import ModelError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -106,11 +107,6 @@ def find(source: str | None, *, progress: Report | None = None) -> Origin:
     )
 
 
-def cache_folder() -> Path:
-    """$JPQ_CACHE or ~/.cache/jpq-export."""
-    return Path(os.environ.get("JPQ_CACHE") or Path.home() / ".cache" / "jpq-export")
-
-
 def file_sha256(path: Path) -> str:
     """Of a file's bytes (Python 3.10 has no hashlib.file_digest)."""
     digest = hashlib.sha256()
@@ -123,7 +119,7 @@ def file_sha256(path: Path) -> str:
 def _packaged(name: str, progress: Report | None) -> Origin:
     """From the cache, else from its packages."""
     packaged = PACKAGED[name]
-    path = cache_folder() / "models" / packaged.sha256[:12] / packaged.file
+    path = cache_root() / "models" / packaged.sha256[:12] / packaged.file
     if path.is_file():
         if file_sha256(path) == packaged.sha256:
             return Origin(path, name, packaged.source)

@@ -17,6 +17,7 @@ from jpq_export.parity.points import Point, node_of, points
 from jpq_export.parity.result import Divergence, GreedyResult
 from jpq_export.parity.runners import OrtRunner
 from jpq_export.parity.vectors import Vectors, compute
+from jpq_export.runtime import native
 
 Progress = Callable[[int, int], None]
 PHASES = 3
@@ -44,6 +45,7 @@ class VerifyReport:
 def verify_bundle(folder: Path, *, progress: Progress | None = None) -> VerifyReport:
     """Check every file's hash, then recompute the recorded vectors; BundleError when there is no readable manifest.
 
+    They are computed as `run` computes: by our kernels, or by onnxruntime's operators where those cannot be compiled.
     The numbers are checked even when a hash is wrong, so that the report says what the damage does, and even when all
     hashes are right, for files and hashes can be rewritten together.
     """
@@ -55,7 +57,7 @@ def verify_bundle(folder: Path, *, progress: Progress | None = None) -> VerifyRe
     try:
         vectors = Vectors.load(folder / VECTORS)
         place = ONNX
-        runner = OrtRunner(folder / ONNX, with_points=True)
+        runner = OrtRunner(folder / ONNX, kernels=native.available(), with_points=True)
         place = VECTORS
         _check_vectors(vectors, runner)
         tick(2, PHASES)

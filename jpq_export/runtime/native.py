@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jpq_export.cache import cache_root
 from jpq_export.errors import JpqError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def cpu_library() -> Library:
     """
     folder = sources_folder()
     compiler = _compiler()
-    home = _cache_root() / "native" / _key(folder, compiler)
+    home = cache_root() / "native" / _key(folder, compiler)
     path = home / LIBRARY
     if not _untouched(home):
         if path.exists():
@@ -90,10 +91,6 @@ def sources_folder() -> Path:
         if (folder / "core" / "low_bit.h").is_file():
             return folder
     raise NativeError(f"CPU kernels: their sources are neither in {package / '_plugins'} nor beside it; reinstall")
-
-
-def _cache_root() -> Path:
-    return Path(os.environ.get("JPQ_CACHE") or Path.home() / ".cache" / "jpq-export")
 
 
 def _compiler() -> str:

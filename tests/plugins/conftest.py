@@ -1,6 +1,8 @@
 """The library, compiled once for all tests of this folder into a cache of their own, and its functions."""
 
 import ctypes
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +91,21 @@ class Core:
         )
         assert np.isnan(out[-GUARD:]).all(), "written past the end"
         return status, out[:-GUARD].reshape(len(indices), -1)
+
+
+@pytest.fixture(scope="session")
+def conftest_of():
+    """`conftest_of("lower")`: the helpers of another folder's tests."""
+
+    def load(area):
+        spec = importlib.util.spec_from_file_location(
+            f"{area}_conftest", Path(__file__).parents[1] / area / "conftest.py"
+        )
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The custom operators inside onnxruntime: they replace the function bodies and compute the same."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,14 +13,6 @@ from jpq_export.numerics.reference import low_bit_matmul
 
 ort = pytest.importorskip("onnxruntime")
 IDS = np.array([[3, 14, 15, 92, 65], [35, 89, 79, 3, 2]])
-
-
-def lower_conftest():
-    path = Path(__file__).parents[1] / "lower" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("lower_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def session(path, library=None, *, activations=None, threads=1, profile=None):
@@ -54,9 +45,9 @@ def distance(got, expected):
 
 
 @pytest.fixture(scope="module", params=["llama", "biases", "gemma3"])
-def exported(request, tmp_path_factory):
+def exported(request, tmp_path_factory, conftest_of):
     """All widths, both kinds of zero, with and without bias: (path, number of matrices)."""
-    tiny = lower_conftest()
+    tiny = conftest_of("lower")
     path = tmp_path_factory.mktemp("model") / "model.onnx"
     model = tiny.random_model(tiny.SPECS[request.param])
     export_onnx(model, path, form="custom_op")

@@ -1,23 +1,17 @@
 """The CPU kernels inside `check_parity` and `OrtModel`: proved beside the function bodies, and left out when asked."""
 
-import importlib.util
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pytest
 
+from jpq_export.format.bundle import Manifest, write_manifest
 from jpq_export.lower.export import export_onnx
 from jpq_export.parity.check import check_parity
+from jpq_export.parity.vectors import record_vectors
+from jpq_export.parity.verify import verify_bundle
 from jpq_export.runtime import native
 from jpq_export.runtime.session import OrtModel
-
-
-def parity_conftest():
-    path = Path(__file__).parents[1] / "parity" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("parity_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -27,11 +21,22 @@ def kernels(library, monkeypatch):
 
 
 @pytest.fixture(scope="module", params=["llama", "pruned", "gemma"])
-def exported(request, tmp_path_factory):
-    tiny = parity_conftest()
+def exported(request, tmp_path_factory, conftest_of):
+    tiny = conftest_of("parity")
     model, path = tiny.random_model(tiny.SPECS[request.param]), tmp_path_factory.mktemp("model") / "model.onnx"
     export_onnx(model, path, form="custom_op")
     return model, path, tiny.PROMPTS
+
+
+def rounding_kernels(library):
+    """What `native.register` would be if it let the kernels round activations to 8 bits where fp32 was asked for."""
+
+    def register(options, *, exact):
+        options.add_session_config_entry("jpq.activations", "int8")
+        options.register_custom_ops_library(str(library.path))
+        return library
+
+    return register
 
 
 def test_parity_proves_the_kernels_beside_the_bodies(kernels, exported):
@@ -47,18 +52,27 @@ def test_parity_proves_the_kernels_beside_the_bodies(kernels, exported):
 def test_twin_kernels_that_round_activations_do_not_pass(kernels, exported, library, monkeypatch):
     if library.implementations[0] != "avx512-vnni":
         pytest.skip("only avx512-vnni rounds")
-
-    def rounding(options, *, exact: bool):
-        options.add_session_config_entry("jpq.activations", "int8")
-        options.register_custom_ops_library(str(library.path))
-        return library
-
-    monkeypatch.setattr(native, "register", rounding)
+    monkeypatch.setattr(native, "register", rounding_kernels(library))
     model, path, prompts = exported
     report = check_parity(model, path, prompts=prompts, steps=8)
     assert report.runtimes[0].passed
     assert not report.runtimes[1].passed
     assert not report.passed
+
+
+def test_verify_computes_as_run_does(kernels, exported, tmp_path, monkeypatch):
+    model, path, prompts = exported
+    bundle = tmp_path / "bundle"
+    shutil.copytree(path.parent, bundle)
+    record_vectors(model, bundle / "vectors.safetensors", prompts=prompts, steps=8)
+    about = {"model": {"name": "tiny"}, "target": {"name": "cpu"}, "method": "rtn"}
+    manifest = Manifest(**about, bits_per_weight=3.5, weight_bytes=1, original_bytes=2)
+    write_manifest(bundle, manifest.with_contents(bundle))
+    assert verify_bundle(bundle).passed
+    monkeypatch.setattr(native, "register", rounding_kernels(native.cpu_library()))
+    report = verify_bundle(bundle)
+    assert not report.passed
+    assert report.first_diverging is not None
 
 
 def test_a_session_says_which_kernels_run(kernels, exported, library, monkeypatch):
