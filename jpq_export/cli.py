@@ -174,7 +174,7 @@ def search_options(command: Any) -> Any:
 def make_request(options: dict[str, Any], **extra: Any) -> Any:
     """A Request from click's values, or a UsageError."""
     from jpq_export.format.target import load_target
-    from jpq_export.pipeline import Request
+    from jpq_export.request import Request
 
     target = load_target(options["target"])
     if options["context"] < 1:
@@ -237,7 +237,10 @@ def export(**options: Any) -> None:
 @main.command()
 @search_options
 def plan(**options: Any) -> None:
-    """Search only: write plan.json and the size-quality front. A second budget of the same model takes seconds."""
+    """Search only: write plan.json and the size-quality front. A second budget of the same model takes seconds.
+
+    An export goes further: it rounds the best plan of every kind and may keep another one than the first.
+    """
     from jpq_export.pipeline import Export
     from jpq_export.progress import Stages
     from jpq_export.summary import show_summary

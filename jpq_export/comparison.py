@@ -21,8 +21,9 @@ from jpq_export.compress.prepare import GROUP_SIZE
 from jpq_export.evaluate.text_quality import evaluate_text
 from jpq_export.evaluate.texts import EvaluationText, read_text, token_windows
 from jpq_export.numerics.scheme import BIT_WIDTHS
-from jpq_export.pipeline import Export, Request
+from jpq_export.pipeline import Export
 from jpq_export.progress import Stages
+from jpq_export.request import Request
 from jpq_export.workspace import write_atomic
 
 

@@ -10,71 +10,26 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
-from hashlib import sha256
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jpq_export.errors import BudgetError, JpqError, PlanError, UsageError
 from jpq_export.format.plan import Plan, load_plan
-from jpq_export.format.target import Target
 from jpq_export.progress import Stages
-from jpq_export.revision import PRICING, revision
+from jpq_export.request import QUALITY_SEQUENCES, Request, Texts, prepared_for
 from jpq_export.workspace import Workspace, check_disk, check_output, write_atomic
 
 if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
-    from jpq_export.compress.plan import BudgetRequest
     from jpq_export.format.compressed import CompressedModel
     from jpq_export.format.spec import ModelSpec
 
-QUALITY_SEQUENCES = 4  # of the effort's length; nothing is chosen by them
+FINAL_SEQUENCES = 12  # of the effort's length, to choose between finalists
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Everything an export depends on."""
-
-    model: str | None
-    target: Target
-    out: Path
-    budget: BudgetRequest
-    method: str = "jpq"
-    effort: str = "standard"
-    calibration: Path | None = None
-    context: int = 2048
-    plan: Path | None = None
-    until: str | None = None
-    seed: int = 0
-    device: str = "cpu"
-    prune: bool = True
-    widths: tuple[int, ...] | None = None
-    force: bool = False
-
-    def key(self, model_sha256: str, calibration_sha256: str) -> str:
-        """Hash of what determines the bytes of the bundle."""
-        raw = {k: v for k, v in asdict(self).items() if k not in ("out", "force", "until", "plan", "calibration")}
-        plan = self.plan.read_text(encoding="utf-8") if self.plan else None
-        raw |= {"model": model_sha256, "calibration": calibration_sha256, "plan": plan, "revision": revision()}
-        return sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """Token sequences [n, length]: for statistics and tuning; held out for choices; and for the reported quality."""
-
-    calibration: np.ndarray
-    heldout: np.ndarray
-    quality: np.ndarray
-
-    @property
-    def sha256(self) -> str:
-        """Of the tokens."""
-        return sha256(self.calibration.tobytes() + self.heldout.tobytes()).hexdigest()
 
 
 class Export:
@@ -102,7 +57,8 @@ class Export:
             raise
         if self.request.until == "plan":
             return self.stop_early(plan, keep={"plan.json"})
-        compressed = self.compress(loaded, texts, plan)
+        plan, rounded = self.round(loaded, texts, plan)
+        compressed = self.recover(loaded, texts, plan, rounded)
         if self.request.until == "compress":
             return self.stop_early(plan, keep={"plan.json", "compressed.safetensors"})
         self.lower(loaded, compressed)
@@ -159,7 +115,9 @@ class Export:
         cost = CostModel(loaded.spec, self.request.target, self.request.context)
         budget = self.request.budget.resolve(loaded.spec)
         if self.request.method == "jpq":
-            plan = self.search(loaded, texts, cost)
+            plan, *rivals = self.search(loaded, texts, cost)
+            for i, each in enumerate([plan, *rivals] if rivals else []):
+                write_atomic(self.work.path(f"finalist-{i}.json"), each.to_json())
         else:
             plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, method=self.request.method)
         self.check_board(plan, loaded.spec)
@@ -190,13 +148,13 @@ class Export:
                 f"--no-prune: {request.plan} removes {given.removed[0].name}; leave --no-prune out or make a new plan"
             )
 
-    def search(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
-        """Prices, exact solution, true-KL refinement."""
+    def search(self, loaded: LoadedModel, texts: Texts, cost: Any) -> list[Plan]:
+        """Prices, exact solution, true-KL refinement; the finalists, best first."""
         from jpq_export.compress.heldout import Heldout
         from jpq_export.compress.plan import Problem, contrast, make_plan, unpriced
         from jpq_export.compress.prepare import GROUP_SIZE, prepare
         from jpq_export.compress.prepared import check_cache
-        from jpq_export.compress.refine import refine
+        from jpq_export.compress.refine import finalists, refine
         from jpq_export.compress.search import Knobs
         from jpq_export.numerics.scheme import BIT_WIDTHS
 
@@ -222,40 +180,87 @@ class Export:
                 trials=self.effort.trials,
                 progress=report,
             )
-        best = trials[0]
-        measured: dict[str, Any] = {
-            "knobs": _finite(asdict(best.knobs)),
-            "measured_kl_before_recovery": best.kl,
-            "trials": [{"knobs": _finite(asdict(t.knobs)), "kl": t.kl, "predicted": t.solution.price} for t in trials],
-        }
-        if request.prune:
-            measured["contrast"] = contrast(problem, best.solution, best.knobs)
-        return make_plan(problem, best.solution, best.knobs, sha256=loaded.sha256, method="jpq", measured=measured)
+        listed = [{"knobs": _finite(asdict(t.knobs)), "kl": t.kl, "predicted": t.solution.price} for t in trials]
+        plans = []
+        for trial in finalists(trials, prepared.prices, self.effort.finalists):
+            measured: dict[str, Any] = {
+                "knobs": _finite(asdict(trial.knobs)),
+                "measured_kl_before_recovery": trial.kl,
+                "trials": listed,
+            }
+            if request.prune:
+                measured["contrast"] = contrast(problem, trial.solution, trial.knobs)
+            plans.append(
+                make_plan(problem, trial.solution, trial.knobs, sha256=loaded.sha256, method="jpq", measured=measured)
+            )
+        return plans
 
-    def compress(self, loaded: LoadedModel, texts: Texts, plan: Plan) -> CompressedModel:
-        """Round, then recover; each stage is kept only if the held-out KL says so."""
-        from jpq_export.compress.stages import recover, round_model
+    def round(self, loaded: LoadedModel, texts: Texts, plan: Plan) -> tuple[Plan, CompressedModel]:
+        """Round every finalist; the plan that is best then, and its model."""
         from jpq_export.format.compressed import CompressedModel
 
-        if not self.work.has("rounded.safetensors"):
-            with self.stages.stage("compress", "pruning and rounding, layer by layer") as report:
-                # Baselines round with every token that recovery would see: equal data for all methods.
-                calibration = texts.calibration[: self.effort.sequences if plan.method == "jpq" else None]
-                rounded, kl = round_model(
-                    loaded.model,
-                    plan,
-                    calibration,
-                    texts.heldout,
-                    seed=self.request.seed,
-                    passes=self.effort.passes,
-                    prepared=prepared_for(self.request, loaded, texts),
-                    progress=report,
-                )
-                self._save(rounded, "rounded.safetensors", kl)
-        else:
+        if self.work.has("rounded.safetensors"):
             self.stages.resumed("compress", "pruning and rounding")
-        rounded, kl = CompressedModel.load(self.work.path("rounded.safetensors")), self._kl("rounded.safetensors")
+        else:
+            plans = [load_plan(path) for path in sorted(self.work.folder.glob("finalist-*.json"))] or [plan]
+            with self.stages.stage("compress", "pruning and rounding, layer by layer") as report:
+                for i, each in enumerate(plans):
+                    if not self.work.has(f"rounded-{i}.safetensors"):
+                        self._round(loaded, texts, each, f"rounded-{i}.safetensors", _share(report, i, len(plans)))
+                winner = 0 if len(plans) == 1 else self._final(loaded, texts, plans)
+            # The plan first, the file that says "done" last: a run killed in between chooses again, and the same.
+            plan = plans[winner]
+            write_atomic(self.work.path("plan.json"), plan.to_json())
+            for end in (".json", ""):
+                os.replace(
+                    self.work.path(f"rounded-{winner}.safetensors{end}"), self.work.path(f"rounded.safetensors{end}")
+                )
+        kl = self._kl("rounded.safetensors")
         self.staircase.append({"stage": "prune and round", "heldout_kl": kl, "applied": True})
+        return plan, CompressedModel.load(self.work.path("rounded.safetensors"))
+
+    def _round(self, loaded: LoadedModel, texts: Texts, plan: Plan, name: str, progress: Any) -> None:
+        from jpq_export.compress.stages import round_model
+
+        rounded, kl = round_model(
+            loaded.model,
+            plan,
+            # Baselines round with every token that recovery would see: equal data for all methods.
+            texts.calibration[: self.effort.sequences if plan.method == "jpq" else None],
+            texts.heldout,
+            seed=self.request.seed,
+            passes=self.effort.passes,
+            prepared=prepared_for(self.request, loaded, texts),
+            progress=progress,
+        )
+        self._save(rounded, name, kl)
+
+    def _final(self, loaded: LoadedModel, texts: Texts, plans: list[Plan]) -> int:
+        """Index of the finalist that goes on, by text that neither the search nor the rounding has seen.
+
+        Fills in `search["finals"]` of all plans.
+        """
+        from jpq_export.compress.finals import champion, measure
+        from jpq_export.format.compressed import CompressedModel
+
+        start = self.effort.sequences
+        fresh = texts.calibration[start : start + FINAL_SEQUENCES]
+        models = (CompressedModel.load(self.work.path(f"rounded-{i}.safetensors")) for i in range(len(plans)))
+        errors = [measure(loaded.model, model, fresh) for model in models]
+        winner = champion(errors, [bool(plan.removed) for plan in plans])
+        finals = [
+            {"assembled_kl": plan.search["measured_kl_before_recovery"], "rounded_kl": float(kl.mean())}
+            | {"removed": len(plan.removed), "bytes": plan.predicted.bytes, "chosen": i == winner}
+            for i, (plan, kl) in enumerate(zip(plans, errors, strict=True))
+        ]
+        plans[:] = [replace(plan, search=plan.search | {"finals": finals}) for plan in plans]
+        return winner
+
+    def recover(self, loaded: LoadedModel, texts: Texts, plan: Plan, rounded: CompressedModel) -> CompressedModel:
+        """Tune scales and norms; kept only if the held-out KL says so."""
+        from jpq_export.compress.stages import recover
+        from jpq_export.format.compressed import CompressedModel
+
         if plan.method != "jpq" or self.effort.tune_steps == 0:
             shutil.copyfile(self.work.path("rounded.safetensors"), self.work.path("compressed.safetensors"))
             return rounded
@@ -274,6 +279,7 @@ class Export:
         else:
             self.stages.resumed("recover", "end-to-end recovery")
         tuned, fresh = CompressedModel.load(self.work.path("recovered.safetensors")), self._kl("recovered.safetensors")
+        kl = self._kl("rounded.safetensors")
         self.staircase.append({"stage": "recover", "heldout_kl": fresh, "applied": fresh < kl})
         name = "recovered" if fresh < kl else "rounded"
         shutil.copyfile(self.work.path(f"{name}.safetensors"), self.work.path("compressed.safetensors"))
@@ -319,22 +325,11 @@ class Export:
         return {"out": str(self.request.out), "plan": plan, "until": self.request.until}
 
 
-def prepared_for(request: Request, loaded: LoadedModel, texts: Texts) -> Path:
-    """Where this model's price list lives."""
-    from jpq_export.compress.effort import EFFORTS
-    from jpq_export.compress.prepared import prepared_folder
-
-    effort = EFFORTS[request.effort]
-    return prepared_folder(
-        model=loaded.sha256,
-        texts=texts.sha256,
-        sequences=effort.sequences,
-        seed=request.seed,
-        device=request.device,
-        revision=revision(PRICING),
-    )
-
-
 def _finite(knobs: dict[str, float]) -> dict[str, float | None]:
     """JSON has no infinity: None means pruning was not allowed."""
     return {name: value if np.isfinite(value) else None for name, value in knobs.items()}
+
+
+def _share(report: Callable[[int, int], None], index: int, parts: int) -> Callable[[int, int], None]:
+    """Progress of one of several equal parts."""
+    return lambda done, total: report(index * total + done, parts * total)

@@ -14,7 +14,8 @@ from jpq_export.format.plan import Plan
 if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
     from jpq_export.format.compressed import CompressedModel
-    from jpq_export.pipeline import Export, Texts
+    from jpq_export.pipeline import Export
+    from jpq_export.request import Texts
 
 VERSIONS = (
     "torch",

@@ -19,6 +19,7 @@ ROWS = (
     ("cli",),
     ("comparison",),
     ("pipeline", "prove", "evaluation", "summary"),
+    ("request",),
     ("compress", "lower", "runtime", "parity", "evaluate", "workspace"),
     ("format",),
     ("numerics",),

@@ -9,7 +9,10 @@ from jpq_export.compress.refine import TRIALS
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """`sequences` of `length` tokens for statistics and rounding, `heldout` for gates, `tune_*` for recovery."""
+    """`sequences` of `length` tokens for statistics and rounding, `heldout` for gates, `tune_*` for recovery.
+
+    `finalists`: how many plans are rounded before one is chosen.
+    """
 
     name: str
     sequences: int
@@ -19,6 +22,7 @@ class Effort:
     tune_sequences: int
     tune_steps: int
     trials: tuple[tuple[str, tuple[float, ...]], ...]
+    finalists: int = 1
 
     @property
     def calibration_sequences(self) -> int:
@@ -37,6 +41,6 @@ EFFORTS = {
         30,
         (("removal", (float("inf"), 2.0)), ("two_bit", (float("inf"),)), ("table", (0.6,))),
     ),
-    "standard": Effort("standard", 24, 4, 512, 2, 240, 120, TRIALS),
-    "max": Effort("max", 96, 8, 512, 3, 240, 2000, TRIALS),
+    "standard": Effort("standard", 24, 4, 512, 2, 240, 90, TRIALS, finalists=2),
+    "max": Effort("max", 96, 8, 512, 3, 240, 2000, TRIALS, finalists=3),
 }

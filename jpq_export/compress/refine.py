@@ -2,7 +2,8 @@
 
 The sum of separate prices misses how errors add up (2-bit errors worst) and how pruning and rounding interact. A few
 factors on groups of prices (`Knobs`) are tried one after the other, each candidate solved exactly and measured on
-held-out text; what measures best stays. Candidate quality is before recovery, equally for all.
+held-out text; what measures best stays. Candidate quality is before recovery, equally for all. The best of each kind
+go on as finalists: they are rounded with all of the calibration text before one is chosen (see `stages`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ TRIALS: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("two_bit", (float("inf"), 1.4, 0.75)),
     ("attention", (0.65, 1.5)),
 )
+FINALIST_WITHIN = 1.15  # of the best measured KL; assembled and rounded KL order plans differently by up to a tenth
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,23 @@ class Trial:
     knobs: Knobs
     solution: Solution
     kl: float
+
+    def kind(self, prices: PriceList) -> tuple[bool, bool]:
+        """(prunes, uses 2 bits): plans of one kind mostly differ in little."""
+        return prunes(prices, self.solution), 2 in bits_of(self.solution).values()
+
+
+def prunes(prices: PriceList, solution: Solution) -> bool:
+    """True when any unit is removed."""
+    return any(solution.picks[name].kept < len(s.order) for name, s in prices.structures.items())
+
+
+def finalists(trials: list[Trial], prices: PriceList, limit: int) -> list[Trial]:
+    """The best trial of each kind, best first, at most `limit`, none far behind the best."""
+    best: dict[tuple[bool, bool], Trial] = {}
+    for trial in trials:
+        best.setdefault(trial.kind(prices), trial)
+    return [t for t in best.values() if t.kl <= FINALIST_WITHIN * trials[0].kl][:limit]
 
 
 def layer_choices(prices: PriceList, solution: Solution) -> tuple[LayerChoice, ...]:
@@ -136,4 +155,9 @@ def refine(
             count += 1
             if progress:
                 progress(count, total)
+        if knob == "removal" and not prunes(prices, best.solution):
+            # Nothing is worth removing: from here on the same search as without pruning.
+            best = measure(replace(best.knobs, removal=float("inf"))) or best
+    if prunes(prices, best.solution):
+        measure(replace(best.knobs, removal=float("inf")))  # what pruning is weighed against
     return sorted(done.values(), key=lambda t: t.kl)

@@ -46,17 +46,22 @@ def teacher_hidden(teacher: Decoder, sequences: np.ndarray, *, batch: int = 4) -
     return torch.cat(out)
 
 
-@torch.no_grad()
 def heldout_kl(teacher: Decoder, student: Decoder, sequences: np.ndarray) -> float:
     """Mean KL(teacher ‖ student) in fp32, nats per token; the number every gate looks at."""
-    total = 0.0
+    return float(token_kl(teacher, student, sequences).mean())
+
+
+@torch.no_grad()
+def token_kl(teacher: Decoder, student: Decoder, sequences: np.ndarray) -> Tensor:
+    """KL(teacher ‖ student) of every token in fp32, nats: float64 [tokens]."""
+    parts = []
     for row in sequences:
         ids = torch.from_numpy(row[None]).to(teacher.embed.weight.device)
         theirs, mine = (m.hidden(ids, m.context(ids))[0] for m in (teacher, student))
         for a, b in zip(theirs.split(HEAD_ROWS_PER_CHUNK), mine.split(HEAD_ROWS_PER_CHUNK), strict=True):
             p, q = F.log_softmax(teacher.logits(a), -1), F.log_softmax(student.logits(b), -1)
-            total += float(F.kl_div(q, p, reduction="sum", log_target=True))
-    return total / sequences.size
+            parts.append(F.kl_div(q, p, reduction="none", log_target=True).sum(-1, dtype=torch.float64))
+    return torch.cat(parts)
 
 
 def trainable(student: Decoder) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -7,16 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from jpq_export.compress.cost import CostModel
+from jpq_export.compress.effort import EFFORTS
+from jpq_export.compress.finals import champion
 from jpq_export.compress.plan import BudgetRequest, Problem, contrast, make_plan, uniform_bytes, uniform_plan
 from jpq_export.compress.prices import PriceList, StructurePrice
+from jpq_export.compress.refine import Trial, finalists
 from jpq_export.compress.search import Knobs
 from jpq_export.errors import BudgetError, PlanError
 from jpq_export.format.plan import Plan, load_plan
 from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
 from jpq_export.format.target import load_target
 from jpq_export.numerics.scheme import BIT_WIDTHS
+from jpq_export.pipeline import FINAL_SEQUENCES
+
+INF = float("inf")
 
 SMOLLM = ModelSpec(
     name="smollm2-135m",
@@ -128,6 +135,36 @@ def test_two_bits_can_be_forbidden(prices: PriceList) -> None:
     assert np.isfinite(plan.predicted.kl)
     with pytest.raises(BudgetError):
         planned(prices, request, knobs=Knobs(removal=float("inf"), two_bit=float("inf")))
+
+
+def test_finalists_are_the_best_of_every_kind_that_is_near(prices: PriceList) -> None:
+    cost = CostModel(SMOLLM, load_target("jetson"), 2048)
+    problem = Problem(prices, cost, BudgetRequest("bits", 2.5).resolve(SMOLLM))
+
+    def trial(kl: float, **knobs: float) -> Trial:
+        return Trial(Knobs(**knobs), problem.solve(Knobs(**knobs)), kl)
+
+    cheap = {"removal": 0.1, "two_bit": 0.1}
+    trials = [trial(1.0, **cheap), trial(1.01, **cheap), trial(1.1, removal=INF), trial(1.2, removal=0.01, two_bit=INF)]
+    assert [each.kind(prices) for each in trials] == [(True, True), (True, True), (False, True), (True, False)]
+    assert finalists(trials, prices, 3) == [trials[0], trials[2]]  # the second is of the same kind, the last too far
+    assert finalists(trials, prices, 1) == [trials[0]]
+
+
+@pytest.mark.parametrize(("gain", "winner"), [(0.05, 0), (0.001, 1), (-0.05, 1)])
+def test_pruning_must_win_by_more_than_chance(gain: float, winner: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.rand(6000, generator=generator, dtype=torch.float64)
+    noise = torch.randn(6000, generator=generator, dtype=torch.float64)
+    pruned = whole - gain + 0.3 * (noise - noise.mean())
+    assert champion([pruned, whole], [True, False]) == winner
+    # Between two plans of a kind the mean decides.
+    assert champion([pruned, whole], [True, True]) == int(float(pruned.mean()) > float(whole.mean()))
+
+
+def test_efforts_keep_text_for_the_final() -> None:
+    for effort in EFFORTS.values():
+        assert effort.finalists == 1 or effort.tune_sequences >= effort.sequences + FINAL_SEQUENCES
 
 
 def test_plan_file_round_trips_and_refuses_another_model(prices: PriceList, tmp_path: Path) -> None:
