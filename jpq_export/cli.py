@@ -1,4 +1,4 @@
-"""The command line: options become a Request, a JpqError becomes one line and an exit code."""
+"""The command line: the commands; a JpqError becomes one line and an exit code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import click
 from click_default_group import DefaultGroup
 
 from jpq_export import __version__
+from jpq_export.cli_options import EFFORTS, make_request, search_options
 from jpq_export.errors import JpqError, StorageError, UsageError
 
 # Threads that wait without spinning: beside two busy processes on two cores a tuning step took 4.5 s instead of 29 s.
@@ -23,14 +23,10 @@ from jpq_export.errors import JpqError, StorageError, UsageError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some microseconds: a recovery step takes 2.4 s, without 2.8
 
-EFFORTS = ("quick", "standard", "max")
-METHODS = ("jpq", "gptq", "rtn")
 COMPARED = ("gptq-uniform", "prune-then-quantize", "bits-only", "joint")
 STOPS = ("plan", "compress", "onnx")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # how torch says it, in a RuntimeError
-LARGEST_SEED = 2**63 - 1  # torch takes no larger one
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 EXAMPLES = """
 \b
 Examples:
@@ -84,118 +80,6 @@ class Commands(DefaultGroup):
                 remedy = "use a smaller model or a machine with more memory"
                 raise Sentinel(JpqError(f"out of memory; {remedy}")) from error
             raise
-
-
-def size_bytes(text: str) -> float:
-    """'60MB', '1.5 GiB', '42000000' -> bytes; UsageError otherwise."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS or not 0 < float(match[1]) < 1e18:
-        raise UsageError(f"--size {text!r}: expected a positive number of bytes such as 60MB, 1.5GB or 64MiB")
-    return float(match[1]) * UNITS[match[2].upper()]
-
-
-def latency_ms(text: str) -> float:
-    """'8ms', '0.5 s', '900us' -> milliseconds; UsageError otherwise."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s)?\s*", text)
-    if not match or not 0 < float(match[1]) < 1e18:
-        raise UsageError(f"--latency {text!r}: expected a positive time such as 8ms, 900us or 0.1s")
-    return float(match[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3, None: 1.0}[match[2]]
-
-
-def budget_request(
-    size: str | None, bits: float | None, ratio: float | None, latency: str | None, default: float
-) -> Any:
-    """One of the four budgets, or the target's default bits."""
-    from jpq_export.compress.plan import BudgetRequest
-
-    given = [
-        n for n, v in (("--size", size), ("--bits", bits), ("--ratio", ratio), ("--latency", latency)) if v is not None
-    ]
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)}: only one budget can be met at a time; keep one of them")
-    if size is not None:
-        return BudgetRequest("size", size_bytes(size))
-    if latency is not None:
-        return BudgetRequest("latency", latency_ms(latency))
-    if ratio is not None:
-        if not 0 < ratio <= 1:
-            raise UsageError(f"--ratio {ratio}: expected a fraction of the fp16 size above 0, up to 1, such as 0.2")
-        return BudgetRequest("ratio", ratio)
-    if bits is not None and not 0 < bits <= 16:
-        raise UsageError(f"--bits {bits}: expected bits per weight above 0, up to 16, such as 3.0")
-    return BudgetRequest("bits", default if bits is None else bits)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA GPU is usable here; use --device cpu or auto")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def search_options(command: Any) -> Any:
-    """Options shared by export and plan."""
-    for option in reversed(
-        (
-            click.argument("model", required=False),
-            click.option(
-                "--target", required=True, metavar="NAME|FILE.toml", help="Board to export for; see `targets`."
-            ),
-            click.option("--size", help="Budget: bytes of all weights as stored, e.g. 60MB; a bare number is bytes."),
-            click.option("--bits", type=float, help="Budget: bits per weight over the whole file, e.g. 3.0."),
-            click.option("--ratio", type=float, help="Budget: fraction of the fp16 size, e.g. 0.2."),
-            click.option(
-                "--latency", help="Budget: decode latency of one token on the target, e.g. 8ms; a bare number is ms."
-            ),
-            click.option("--method", type=click.Choice(METHODS), default="jpq", show_default=True),
-            click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True),
-            click.option(
-                "--calibration", type=click.Path(path_type=Path), help="Text file or folder; default: shipped text."
-            ),
-            click.option(
-                "--context", type=int, default=2048, show_default=True, help="Tokens in the KV cache, for latency."
-            ),
-            click.option(
-                "--prune/--no-prune", default=True, show_default=True, help="Let the search remove structure."
-            ),
-            click.option("--seed", type=int, default=0, show_default=True),
-            click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),
-            click.option(
-                "--out", type=click.Path(path_type=Path), help="Bundle folder; default: named after model and target."
-            ),
-            click.option("--force", is_flag=True, help="Replace an existing bundle at --out."),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def make_request(options: dict[str, Any], **extra: Any) -> Any:
-    """A Request from click's values, or a UsageError."""
-    from jpq_export.format.target import load_target
-    from jpq_export.request import Request
-
-    target = load_target(options["target"])
-    if options["context"] < 1:
-        raise UsageError(f"--context {options['context']}: expected at least 1 token")
-    if not 0 <= options["seed"] <= LARGEST_SEED:
-        raise UsageError(f"--seed {options['seed']}: expected 0 to {LARGEST_SEED}")
-    if options["latency"] is not None and options["method"] != "jpq":
-        raise UsageError(
-            f"--method {options['method']}: one width for all cannot meet --latency; give --size, --bits or --ratio"
-        )
-    budget = budget_request(options["size"], options["bits"], options["ratio"], options["latency"], target.default_bits)
-    name = Path(options["model"]).name.removesuffix(".gguf") if options["model"] else "smollm2-135m"
-    suffix = f"-{budget.kind}{budget.value:g}"
-    until = extra.get("until") or options.get("until")  # a plan must not sit where the bundle will go
-    suffix += f"-{until}" if until else ""
-    out = options["out"] or Path(re.sub(r"[^A-Za-z0-9._-]", "-", f"jpq-{name}-{target.name}{suffix}"))
-    if out.name in ("", ".."):
-        out = out.resolve()  # the folder beside it that a run writes to needs a name
-    taken = ("target", "size", "bits", "ratio", "latency", "out", "device")
-    rest = {k: v for k, v in options.items() if k not in taken}
-    return Request(target=target, out=out, budget=budget, device=_device(options["device"]), **rest, **extra)
 
 
 @click.group(
@@ -330,12 +214,17 @@ def evaluate(**options: Any) -> None:
     from jpq_export.evaluation import evaluate_model
 
     json_out = options.pop("json_out")
-    if json_out and (json_out.is_dir() or not json_out.parent.is_dir()):
-        raise UsageError(f"--json {json_out}: give a file in a folder that exists")
+    check_result_file("--json", json_out)
     text = json.dumps(evaluate_model(**options), indent=1)
     if json_out:
         json_out.write_text(text + "\n", encoding="utf-8")
     click.echo(text)
+
+
+def check_result_file(option: str, path: Path | None) -> None:
+    """A result that cannot be written is said before it is measured."""
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise UsageError(f"{option} {path}: give a file in a folder that exists")
 
 
 @main.command("compare")
@@ -370,3 +259,29 @@ def compare_command(
     fixed = {"size": None, "bits": bits[0], "ratio": None, "latency": None, "method": "jpq", "context": 2048}
     request = make_request(options | fixed | {"prune": True, "force": True}, until="compare")
     click.echo(markdown(compare(Comparison(request, bits, rows, texts, windows, window_context), Stages())))
+
+
+@main.command("bench")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of every runtime.")
+@click.option("--prefill", type=click.IntRange(1), default=128, show_default=True, help="Tokens of the prompt.")
+@click.option("--decode", type=click.IntRange(1), default=32, show_default=True, help="New tokens a turn.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="Compare with llama.cpp's llama-bench on this file.")
+@click.option("--baselines/--no-baselines", default=True, help="Compare with onnxruntime in fp32 and 4 bits.")
+@click.option("--json", "json_out", type=click.Path(path_type=Path), help="Write the result here.")
+@click.option("--html", "html_out", type=click.Path(path_type=Path), help="Write a page with bars here.")
+def bench_command(bundle: Path, *, json_out: Path | None, html_out: Path | None, **options: Any) -> None:
+    """Tokens per second and memory of BUNDLE on this machine, beside the original in other runtimes."""
+    from jpq_export.bench.report import page, show_bench
+    from jpq_export.bench.rounds import Settings, bench
+    from jpq_export.progress import Stages
+
+    for option, path in (("--json", json_out), ("--html", html_out)):
+        check_result_file(option, path)
+    result = bench(bundle, Settings(**options), Stages())
+    if json_out:
+        json_out.write_text(result.to_json(), encoding="utf-8")
+    if html_out:
+        html_out.write_text(page(result, bundle.name), encoding="utf-8")
+    show_bench(result)

@@ -8,6 +8,7 @@ save_tiny(folder, "gemma3", **changes): the same at a place of the test's own, f
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -153,3 +154,40 @@ def tiny_folder(tmp_path: Path, save_tiny: Callable[..., Path]) -> Callable[...,
         return save_tiny(tmp_path / name, name, **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def conftest_of() -> Callable[[str], Any]:
+    """`conftest_of("lower")`: the helpers of another folder's tests."""
+
+    def load(area: str) -> Any:
+        spec: Any = importlib.util.spec_from_file_location(
+            f"{area}_conftest", Path(__file__).parent / area / "conftest.py"
+        )
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CPU kernels, compiled once for all tests into a cache of their own."""
+    from jpq_export.runtime import native
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JPQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        try:
+            return native.cpu_library()
+        except native.NativeError as error:
+            if "no C compiler" in str(error):
+                pytest.skip(str(error))
+            raise
+
+
+@pytest.fixture
+def kernels(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions, also those of child processes, compute in our kernels."""
+    monkeypatch.setenv("JPQ_KERNELS", "on")
+    monkeypatch.setenv("JPQ_CACHE", str(library.path.parents[2]))

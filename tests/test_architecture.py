@@ -17,9 +17,10 @@ PACKAGE = Path(jpq_export.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli",),
+    ("cli_options",),
     ("comparison",),
     ("pipeline", "prove", "evaluation", "summary"),
-    ("request",),
+    ("request", "bench"),
     ("compress", "lower", "runtime", "parity", "evaluate", "workspace"),
     ("format",),
     ("numerics",),

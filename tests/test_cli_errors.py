@@ -381,6 +381,10 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
         "eval b --text plan.json --windows 1 --context 32", 1, ("m: has sha256", "another", "--teacher"),
         edit_json("b/manifest.json", lambda raw: raw["model"].update(sha256="another" * 9)),
     ),
+    "bench no bundle": ("bench m", 1, ("m: not a bundle", "manifest.json"), None),
+    "bench result nowhere": ("bench b --json no/r.json", 2, ("--json no/r.json", "folder"), None),
+    "bench without threads": ("bench b --threads 0", 2, ("--threads", "0"), None),
+    "bench no such GGUF": ("bench b --no-baselines --gguf no.gguf", 2, ("--gguf no.gguf", "no such file"), None),
     "eval result nowhere": ("eval b --text plan.json --json no/r.json", 2, ("--json no/r.json", "folder"), None),
 }  # fmt: skip
 

@@ -27,7 +27,8 @@ def export_onnx(
     """Write `path` and `path.name + ".data"` (all weights), then check the file.
 
     `form`: "custom_op" stores every matrix packed for `jpq::LowBitMatMul`; "qdq" stores 4 and 8 bits as standard
-    DequantizeLinear, other widths and a tied embedding as custom operators. `tensorrt`: version the file must parse in.
+    DequantizeLinear, other widths and a tied embedding as custom operators; "fp32" stores plain matrices, to measure
+    against. `tensorrt`: version the file must parse in.
     `taps`: add graph outputs "embed", "layers.{i}.attn", "layers.{i}.mlp", "norm".
 
     Raises:

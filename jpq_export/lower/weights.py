@@ -13,7 +13,7 @@ from jpq_export.lower.functions import Variant
 from jpq_export.lower.nodes import Nodes
 from jpq_export.numerics.affine import QuantizedWeight
 
-Form = Literal["custom_op", "qdq"]
+Form = Literal["custom_op", "qdq", "fp32"]
 # 2 bits have a standard type too, but only from opset 25, and its kernel is no faster than the 4-bit one the function
 # body uses (35 M weights, one token: both 0.9 ms; with fp32 activations 190 ms against 2.8 ms).
 STANDARD_BITS = (4, 8)
@@ -42,6 +42,10 @@ class Weights:
         weight = weight or name
         bias = self._bias(f"{weight}.bias")
         stored = self._model.quantized[weight]
+        if self._form == "fp32":
+            matrix = self._store(f"{weight}.transposed", ir.tensor(np.ascontiguousarray(stored.dequantize().T)))
+            y = self._nodes("MatMul", x, matrix, name=None if bias else name)
+            return self._nodes("Add", y, bias, name=name) if bias else y
         shared = weight == "embed" and self._model.spec.tied  # rows are looked up too: keep rows together
         if self._form == "qdq" and not shared and _has_standard_form(stored):
             return self._standard(x, name, weight, bias)
@@ -54,6 +58,10 @@ class Weights:
     def rows(self, indices: ir.Value, weight: str, *, name: str | None) -> ir.Value:
         """Rows of matrix `weight` at `indices` [batch, seq]."""
         stored = self._model.quantized[weight]
+        if self._form == "fp32":
+            return self._nodes(
+                "Gather", self._store(f"{weight}.rows", ir.tensor(stored.dequantize())), indices, name=name
+            )
         variant = Variant.of("LowBitGather", stored.scheme, stored.shape[1])
         return self._custom(variant, [indices, *self._packed(weight)], name, stored)
 

@@ -37,12 +37,14 @@ class OrtModel:
     The products run in our own kernels (see `native`), or in onnxruntime's where there is no C compiler.
     `exact` keeps activations in fp32. Otherwise our kernels round them to 16 bits when there are few rows, and
     onnxruntime's to 8, which is what makes those fast (error of a product 1e-2 instead of 1e-6).
-    `threads`: cores to use, by default onnxruntime's choice.
+    `threads`: cores to use, by default onnxruntime's choice. `profile`: where `session.end_profiling()` writes.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None, exact: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, threads: int | None = None, exact: bool = True, profile: Path | None = None
+    ) -> None:
         """Load the graph; BundleError when onnxruntime cannot, or when it is none of ours."""
-        self.session, kernels = _session(Path(path), threads, exact)
+        self.session, kernels = _session(Path(path), threads, exact, profile)
         metadata = self.session.get_modelmeta().custom_metadata_map
         try:
             self.spec = ModelSpec.from_json(metadata[SPEC_KEY])
@@ -133,11 +135,13 @@ class Decoding:
         return logits.numpy()[0, -1]
 
 
-def _session(path: Path, threads: int | None, exact: bool) -> tuple[Any, native.Library | None]:
+def _session(path: Path, threads: int | None, exact: bool, profile: Path | None) -> tuple[Any, native.Library | None]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if threads is not None:
         options.intra_op_num_threads = threads
     # Waiting threads would otherwise burn whole cores between the tokens of a stream.

@@ -67,6 +67,9 @@ JPQ_EXPORT jpq_status jpq_matmul(jpq_product *product);
 JPQ_EXPORT jpq_status jpq_gather(const jpq_weight *weight, const int64_t *indices, int64_t count, float *out,
                                  const char *implementation);
 
+/* Sum of the 64-bit words in `memory`: for measuring how fast this core reads. */
+JPQ_EXPORT uint64_t jpq_read(const void *memory, int64_t bytes);
+
 /* Name of the i-th implementation this processor runs, best first; NULL past the last. */
 JPQ_EXPORT const char *jpq_implementation_name(int i);
 

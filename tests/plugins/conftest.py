@@ -1,15 +1,12 @@
-"""The library, compiled once for all tests of this folder into a cache of their own, and its functions."""
+"""The functions of the compiled library, on numpy arrays."""
 
 import ctypes
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jpq_export.numerics.affine import QuantizedWeight, store
 from jpq_export.numerics.scheme import Scheme
-from jpq_export.runtime import native
 
 FP32, INT8, INT16 = 0, 1, 2
 OK, BAD_WEIGHT, NO_MEMORY, BAD_INDEX, NOT_HERE = range(5)
@@ -91,33 +88,6 @@ class Core:
         )
         assert np.isnan(out[-GUARD:]).all(), "written past the end"
         return status, out[:-GUARD].reshape(len(indices), -1)
-
-
-@pytest.fixture(scope="session")
-def conftest_of():
-    """`conftest_of("lower")`: the helpers of another folder's tests."""
-
-    def load(area):
-        spec = importlib.util.spec_from_file_location(
-            f"{area}_conftest", Path(__file__).parents[1] / area / "conftest.py"
-        )
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JPQ_CACHE", str(tmp_path_factory.mktemp("cache")))
-        try:
-            return native.cpu_library()
-        except native.NativeError as error:
-            if "no C compiler" in str(error):
-                pytest.skip(str(error))
-            raise
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,6 @@ from jpq_export.runtime import native
 from jpq_export.runtime.session import OrtModel
 
 
-@pytest.fixture
-def kernels(library, monkeypatch):
-    monkeypatch.setenv("JPQ_KERNELS", "on")
-    monkeypatch.setattr(native, "cpu_library", lambda: library)
-
-
 @pytest.fixture(scope="module", params=["llama", "pruned", "gemma"])
 def exported(request, tmp_path_factory, conftest_of):
     tiny = conftest_of("parity")

@@ -1,0 +1,1 @@
+"""How fast a bundle is on this machine, beside the original model's shapes in other runtimes. No torch."""

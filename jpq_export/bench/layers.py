@@ -1,0 +1,93 @@
+"""Every product of one decoded token: its bytes, its time in the running session, and the machine's read bandwidth."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from jpq_export.numerics.scheme import Scheme
+from jpq_export.runtime import native
+from jpq_export.runtime.session import OrtModel
+
+STEPS = 24
+READ_BYTES = 1 << 28  # far beyond every cache
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRate:
+    """One `jpq::LowBitMatMul` at one row of X: stored bytes, median microseconds, GB/s."""
+
+    name: str
+    bits: int
+    bytes: int
+    microseconds: float
+    gb_s: float
+
+
+def layer_rates(path: Path, threads: int) -> tuple[LayerRate, ...]:
+    """By onnxruntime's profiler (whole microseconds; median of the steps); empty where our kernels do not run."""
+    with tempfile.TemporaryDirectory(prefix="jpq-bench-") as scratch:
+        model = OrtModel(path, threads=threads, profile=Path(scratch) / "profile")
+        if "jpq kernels" not in model.path:
+            return ()
+        decoding = model.start()
+        for token in range(STEPS):
+            decoding.step([token % model.spec.vocab])
+        events = json.loads(Path(model.session.end_profiling()).read_text(encoding="utf-8"))
+    stored, found = _stored(path), defaultdict(list)
+    for event in events:
+        name = event["name"].removesuffix("_kernel_time")
+        if name != event["name"] and name in stored:
+            found[name].append(max(1, event["dur"]))
+    out = []
+    for name, micro in ((name, float(median(times))) for name, times in found.items()):
+        bits, size = stored[name]
+        out.append(LayerRate(name, bits, size, micro, size / micro / 1e3))
+    return tuple(out)
+
+
+def _stored(path: Path) -> dict[str, tuple[int, int]]:
+    """Node name -> (bits, stored bytes) of every product."""
+    import onnx
+
+    out = {}
+    for node in onnx.load(str(path), load_external_data=False).graph.node:
+        if node.op_type == "LowBitMatMul":
+            facts = {a.name: a.i for a in node.attribute}
+            scheme = Scheme(facts["bits"], facts["group_size"], bool(facts["symmetric"]))
+            out[node.name] = scheme.bits, scheme.weight_bytes(facts["N"], facts["K"])
+    return out
+
+
+def read_bandwidth(threads: int, *, repeats: int = 5) -> float:
+    """GB/s at which `threads` cores read memory, each its own part: the best of `repeats`; 0 without a compiler."""
+    try:
+        library = ctypes.CDLL(str(native.cpu_library().path))
+    except native.NativeError:
+        return 0.0
+    library.jpq_read.argtypes, library.jpq_read.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_uint64
+    memory = np.ones(READ_BYTES // 8, np.uint64)
+    share = memory.nbytes // threads // 64 * 64
+    best = float("inf")
+    for _ in range(repeats):
+        # ctypes lets go of the interpreter's lock: the parts are read at the same time.
+        parts = [
+            threading.Thread(target=library.jpq_read, args=(memory.ctypes.data + i * share, share))
+            for i in range(threads)
+        ]
+        start = time.perf_counter()
+        for part in parts:
+            part.start()
+        for part in parts:
+            part.join()
+        best = min(best, time.perf_counter() - start)
+    return share * threads / best / 1e9

@@ -1,0 +1,122 @@
+"""A bench result for people: a table in the terminal and a page with bars."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from statistics import median
+
+from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table
+
+from jpq_export.bench.rounds import BenchResult, Speed
+from jpq_export.parity.pictures import size
+from jpq_export.parity.svg import element, svg, text
+
+WIDTH, ROW, LEFT = 720, 26, 190
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Speed on {processor}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.5 system-ui, "Liberation Sans", Arial, sans-serif; max-width: 760px; margin: 30px auto; padding: 0 16px; }}
+h1 {{ font-size: 22px; }} h2 {{ font-size: 16px; margin: 26px 0 6px; }} .why {{ opacity: .7; }}
+svg text {{ font-size: 13px; fill: currentColor; }} .ours {{ fill: #2f6fbd; }} .other {{ fill: #9aa5b4; }} .value {{ font-weight: 600; }}
+</style>
+<h1>{title}</h1>
+<p class="why">{why}</p>
+{body}
+</html>
+"""  # noqa: E501 a page's lines
+
+
+def show_bench(result: BenchResult) -> None:
+    """The table; ratios are to fp32 when it was measured."""
+    console, speeds = Console(), _all(result)
+    base = result.baselines.get("onnxruntime-fp32")
+    table = Table(title=f"{result.settings.threads} thread(s), {result.processor}")
+    table.add_column("runtime", no_wrap=True)
+    for title in ("decode tokens/s", f"prefill of {result.settings.prefill}, tokens/s", "peak memory"):
+        table.add_column(title, justify="right")
+    for name, speed in speeds.items():
+        decode, prefill = (
+            f"{mine:.1f}" + (f" ({mine / theirs:.2f}x)" if base else "")
+            for mine, theirs in (
+                (speed.decode_tokens_per_s, base.decode_tokens_per_s if base else 1),
+                (speed.prefill_tokens_per_s, base.prefill_tokens_per_s if base else 1),
+            )
+        )
+        table.add_row(name, decode, prefill, size(speed.peak_rss_bytes))
+    console.print(table)
+    for bits, (count, rate) in by_bits(result).items():
+        share = f", {rate / result.read_gb_s:.0%} of the read bandwidth" if result.read_gb_s else ""
+        console.print(f"{bits} bits: {count} products at {rate:.1f} GB/s{share}", highlight=False)
+
+
+def by_bits(result: BenchResult) -> dict[int, tuple[int, float]]:
+    """Bits -> (number of products, median GB/s)."""
+    rates = defaultdict(list)
+    for layer in result.layers:
+        rates[layer.bits].append(layer.gb_s)
+    return {bits: (len(rates[bits]), median(rates[bits])) for bits in sorted(rates)}
+
+
+def page(result: BenchResult, title: str) -> str:
+    """An HTML page without anything from outside."""
+    settings = result.settings
+    parts = [
+        _bars("Decoded tokens per second", result, lambda s: s.decode_tokens_per_s, lambda v: f"{v:.1f}"),
+        _bars("Tokens of the prompt per second", result, lambda s: s.prefill_tokens_per_s, lambda v: f"{v:.0f}"),
+        _bars("Peak memory of the process", result, lambda s: float(s.peak_rss_bytes), size),
+    ]
+    if result.layers and result.read_gb_s:
+        parts.append(_layers(result))
+    why = (
+        f"{settings.threads} thread(s) on {result.processor}; medians of {settings.rounds} rounds, taken in turns; "
+        f"prompts of {settings.prefill} tokens. The graphs compared with have the original model's shapes."
+    )
+    return PAGE.format(
+        processor=Markup.escape(result.processor),
+        title=Markup.escape(title),
+        why=Markup.escape(why),
+        body="".join(parts),
+    )
+
+
+def _all(result: BenchResult) -> dict[str, Speed]:
+    return result.bundle | result.baselines
+
+
+def _bars(title: str, result: BenchResult, value: Callable[[Speed], float], shown: Callable[[float], str]) -> Markup:
+    speeds = _all(result)
+    most, parts = max(value(speed) for speed in speeds.values()), []
+    for i, (name, speed) in enumerate(speeds.items()):
+        y, length = i * ROW + 4, (WIDTH - LEFT - 90) * value(speed) / most
+        kind = "ours" if name in result.bundle else "other"
+        parts += [
+            text(LEFT - 8, y + 14, name, text_anchor="end"),
+            element("rect", x=LEFT, y=y, width=max(length, 1), height=ROW - 8, rx=3, class_=kind),
+            text(LEFT + length + 6, y + 14, shown(value(speed)), "value"),
+        ]
+    picture = svg(WIDTH, len(speeds) * ROW + 8, *parts, label=title)
+    return element("h2", title) + picture
+
+
+def _layers(result: BenchResult) -> Markup:
+    """Each product's rate as a dot, by bits, against the read bandwidth."""
+    height, parts = 190, []
+    widths = sorted({layer.bits for layer in result.layers})
+    for i, bits in enumerate(widths):
+        column = [layer for layer in result.layers if layer.bits == bits]
+        x = LEFT + (i + 0.5) * (WIDTH - LEFT - 20) / len(widths)
+        for j, layer in enumerate(column):
+            y = height - 30 - (height - 50) * min(1.0, layer.gb_s / result.read_gb_s)
+            dot = element("title", f"{layer.name}: {layer.gb_s:.1f} GB/s")
+            parts.append(element("circle", dot, cx=x + (j % 9 - 4) * 6, cy=y, r=3, class_="ours"))
+        parts.append(text(x, height - 8, f"{bits} bits", text_anchor="middle"))
+    for share in (0.0, 0.5, 1.0):
+        y = height - 30 - (height - 50) * share
+        parts.append(text(LEFT - 8, y + 4, f"{share * result.read_gb_s:.1f} GB/s", text_anchor="end"))
+    title = "Bytes per second of every product, up to the measured read bandwidth"
+    return element("h2", title) + svg(WIDTH, height, *parts, label=title)

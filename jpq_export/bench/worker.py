@@ -1,0 +1,67 @@
+"""One measured runtime in a process of its own, so that its memory is its own: JSON jobs in, JSON answers out.
+
+python -m jpq_export.bench.worker model.onnx --threads 1 [--exact]
+{"prefill": 128}  ->  {"seconds": 0.28}
+{"decode": 16}    ->  {"seconds": [0.010, ...]}      one number a token, after a prompt of 8
+{"memory": true}  ->  {"peak_rss_bytes": 133000000, "runs": "onnxruntime CPU, jpq kernels ..."}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jpq_export.progress import peak_memory_bytes
+from jpq_export.runtime.session import OrtModel
+
+PROMPT = 8
+
+
+def prefill(model: OrtModel, tokens: int) -> float:
+    """Seconds to the first logits after a prompt of `tokens`."""
+    ids = np.random.default_rng(0).integers(0, model.spec.vocab, tokens)
+    start = time.perf_counter()
+    model.start().step(ids.tolist())
+    return time.perf_counter() - start
+
+
+def decode(model: OrtModel, tokens: int) -> list[float]:
+    """Seconds of each of `tokens` greedy steps."""
+    decoding, seconds = model.start(), []
+    logits = decoding.step(range(min(PROMPT, model.spec.vocab)))
+    for _ in range(tokens):
+        token = int(logits.argmax())
+        start = time.perf_counter()
+        logits = decoding.step([token])
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    """Load, then answer until stdin ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--exact", action="store_true")
+    options = parser.parse_args()
+    model = OrtModel(options.model, threads=options.threads, exact=options.exact)
+    jobs: dict[str, Callable[[Any], Any]] = {
+        "prefill": lambda tokens: {"seconds": prefill(model, tokens)},
+        "decode": lambda tokens: {"seconds": decode(model, tokens)},
+        "memory": lambda _: {"peak_rss_bytes": peak_memory_bytes(), "runs": model.path},
+    }
+    for line in sys.stdin:
+        [(name, argument)] = json.loads(line).items()
+        sys.stdout.write(json.dumps(jobs[name](argument)) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The options of a search on the command line, and how they become a Request."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jpq_export.errors import UsageError
+
+EFFORTS = ("quick", "standard", "max")
+METHODS = ("jpq", "gptq", "rtn")
+LARGEST_SEED = 2**63 - 1  # torch takes no larger one
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size_bytes(text: str) -> float:
+    """'60MB', '1.5 GiB', '42000000' -> bytes; UsageError otherwise."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in UNITS or not 0 < float(match[1]) < 1e18:
+        raise UsageError(f"--size {text!r}: expected a positive number of bytes such as 60MB, 1.5GB or 64MiB")
+    return float(match[1]) * UNITS[match[2].upper()]
+
+
+def latency_ms(text: str) -> float:
+    """'8ms', '0.5 s', '900us' -> milliseconds; UsageError otherwise."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s)?\s*", text)
+    if not match or not 0 < float(match[1]) < 1e18:
+        raise UsageError(f"--latency {text!r}: expected a positive time such as 8ms, 900us or 0.1s")
+    return float(match[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3, None: 1.0}[match[2]]
+
+
+def budget_request(
+    size: str | None, bits: float | None, ratio: float | None, latency: str | None, default: float
+) -> Any:
+    """One of the four budgets, or the target's default bits."""
+    from jpq_export.compress.plan import BudgetRequest
+
+    given = [
+        n for n, v in (("--size", size), ("--bits", bits), ("--ratio", ratio), ("--latency", latency)) if v is not None
+    ]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: only one budget can be met at a time; keep one of them")
+    if size is not None:
+        return BudgetRequest("size", size_bytes(size))
+    if latency is not None:
+        return BudgetRequest("latency", latency_ms(latency))
+    if ratio is not None:
+        if not 0 < ratio <= 1:
+            raise UsageError(f"--ratio {ratio}: expected a fraction of the fp16 size above 0, up to 1, such as 0.2")
+        return BudgetRequest("ratio", ratio)
+    if bits is not None and not 0 < bits <= 16:
+        raise UsageError(f"--bits {bits}: expected bits per weight above 0, up to 16, such as 3.0")
+    return BudgetRequest("bits", default if bits is None else bits)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA GPU is usable here; use --device cpu or auto")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def search_options(command: Any) -> Any:
+    """Options shared by export and plan."""
+    for option in reversed(
+        (
+            click.argument("model", required=False),
+            click.option(
+                "--target", required=True, metavar="NAME|FILE.toml", help="Board to export for; see `targets`."
+            ),
+            click.option("--size", help="Budget: bytes of all weights as stored, e.g. 60MB; a bare number is bytes."),
+            click.option("--bits", type=float, help="Budget: bits per weight over the whole file, e.g. 3.0."),
+            click.option("--ratio", type=float, help="Budget: fraction of the fp16 size, e.g. 0.2."),
+            click.option(
+                "--latency", help="Budget: decode latency of one token on the target, e.g. 8ms; a bare number is ms."
+            ),
+            click.option("--method", type=click.Choice(METHODS), default="jpq", show_default=True),
+            click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True),
+            click.option(
+                "--calibration", type=click.Path(path_type=Path), help="Text file or folder; default: shipped text."
+            ),
+            click.option(
+                "--context", type=int, default=2048, show_default=True, help="Tokens in the KV cache, for latency."
+            ),
+            click.option(
+                "--prune/--no-prune", default=True, show_default=True, help="Let the search remove structure."
+            ),
+            click.option("--seed", type=int, default=0, show_default=True),
+            click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),
+            click.option(
+                "--out", type=click.Path(path_type=Path), help="Bundle folder; default: named after model and target."
+            ),
+            click.option("--force", is_flag=True, help="Replace an existing bundle at --out."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def make_request(options: dict[str, Any], **extra: Any) -> Any:
+    """A Request from click's values, or a UsageError."""
+    from jpq_export.format.target import load_target
+    from jpq_export.request import Request
+
+    target = load_target(options["target"])
+    if options["context"] < 1:
+        raise UsageError(f"--context {options['context']}: expected at least 1 token")
+    if not 0 <= options["seed"] <= LARGEST_SEED:
+        raise UsageError(f"--seed {options['seed']}: expected 0 to {LARGEST_SEED}")
+    if options["latency"] is not None and options["method"] != "jpq":
+        raise UsageError(
+            f"--method {options['method']}: one width for all cannot meet --latency; give --size, --bits or --ratio"
+        )
+    budget = budget_request(options["size"], options["bits"], options["ratio"], options["latency"], target.default_bits)
+    name = Path(options["model"]).name.removesuffix(".gguf") if options["model"] else "smollm2-135m"
+    suffix = f"-{budget.kind}{budget.value:g}"
+    until = extra.get("until") or options.get("until")  # a plan must not sit where the bundle will go
+    suffix += f"-{until}" if until else ""
+    out = options["out"] or Path(re.sub(r"[^A-Za-z0-9._-]", "-", f"jpq-{name}-{target.name}{suffix}"))
+    if out.name in ("", ".."):
+        out = out.resolve()  # the folder beside it that a run writes to needs a name
+    taken = ("target", "size", "bits", "ratio", "latency", "out", "device")
+    rest = {k: v for k, v in options.items() if k not in taken}
+    return Request(target=target, out=out, budget=budget, device=_device(options["device"]), **rest, **extra)
