@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some microseconds: a recovery step takes 2.4 s, without 2.8
 
 COMPARED = ("gptq-uniform", "prune-then-quantize", "bits-only", "joint")
+COMPARABLE = (*COMPARED, "rtn-uniform", "hqq", "auto-round-rtn", "auto-round")
 STOPS = ("plan", "compress", "onnx")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # how torch says it, in a RuntimeError
@@ -231,7 +232,9 @@ def check_result_file(option: str, path: Path | None) -> None:
 @click.argument("model", required=False)
 @click.option("--target", required=True, metavar="NAME|FILE.toml", help="Board to compare for; see `targets`.")
 @click.option("--budgets", default="2.5,3,4", show_default=True, help="Bits per weight of the whole file, by commas.")
-@click.option("--methods", default=",".join(COMPARED), show_default=True, help="Rows, by commas.")
+@click.option(
+    "--methods", default=",".join(COMPARED), show_default=True, help=f"Rows, by commas: {', '.join(COMPARABLE)}."
+)
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="May be repeated.")
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--window-context", type=click.IntRange(2), default=2048, show_default=True)
@@ -243,8 +246,13 @@ def check_result_file(option: str, path: Path | None) -> None:
 def compare_command(
     *, budgets: str, methods: str, texts: tuple[Path, ...], windows: int, window_context: int, **options: Any
 ) -> None:
-    """Joint search against uniform GPTQ, prune-then-quantize and bits-only search, at equal stored bytes."""
-    from jpq_export.comparison import Comparison, compare, markdown
+    """Joint search against separate searches, uniform rounding and other quantizers, at equal stored bytes.
+
+    Other people's quantizers (hqq, auto-round) need `pip install 'jpq-export[peers]'`. The table is printed as
+    Markdown; --out gets comparison.json, comparison.html and a file a cell.
+    """
+    from jpq_export.comparison import Comparison, compare
+    from jpq_export.comparison_report import markdown
     from jpq_export.progress import Stages
 
     try:
@@ -254,8 +262,8 @@ def compare_command(
     if not all(2 < value <= 8 for value in bits):
         raise UsageError(f"--budgets {budgets!r}: expected bits per weight above 2, up to 8, such as 2.5,3,4")
     rows = tuple(methods.split(","))
-    if unknown := [row for row in rows if row not in COMPARED]:
-        raise UsageError(f"--methods {methods!r}: {unknown[0]!r} is not one of {', '.join(COMPARED)}")
+    if unknown := [row for row in rows if row not in COMPARABLE]:
+        raise UsageError(f"--methods {methods!r}: {unknown[0]!r} is not one of {', '.join(COMPARABLE)}")
     fixed = {"size": None, "bits": bits[0], "ratio": None, "latency": None, "method": "jpq", "context": 2048}
     request = make_request(options | fixed | {"prune": True, "force": True}, until="compare")
     click.echo(markdown(compare(Comparison(request, bits, rows, texts, windows, window_context), Stages())))

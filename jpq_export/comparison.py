@@ -1,8 +1,9 @@
 """`jpq-export compare`: joint search against separate ones at equal stored bytes, one table.
 
-Rows: uniform-bit GPTQ; pruning first, then one width for what is left; bits-only search; the joint search. All see the
-same calibration tokens (GPTQ rounds with all of them, the searched ones spend most on the same recovery). The teacher
-is the permuted model (see `permute`). Every cell is a JSON file: a run that was killed goes on where it stopped.
+Rows: uniform-bit rounding and GPTQ; pruning first, then one width for what is left; bits-only search; the joint search;
+and other people's quantizers (see `peers`). All see the same calibration tokens (GPTQ rounds with all of them, the
+searched ones spend most on the same recovery). The teacher is the permuted model (see `permute`). Every cell is a JSON
+file: a run that was killed goes on where it stopped. A peer that cannot run stays in the table with its error.
 """
 
 from __future__ import annotations
@@ -10,21 +11,28 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.markup import escape
 
+from jpq_export.comparison_report import page
 from jpq_export.compress.precision import autocast
 from jpq_export.compress.prepare import GROUP_SIZE
 from jpq_export.evaluate.text_quality import evaluate_text
 from jpq_export.evaluate.texts import EvaluationText, read_text, token_windows
 from jpq_export.numerics.scheme import BIT_WIDTHS
+from jpq_export.peers.layout import PEERS
 from jpq_export.pipeline import Export
 from jpq_export.progress import Stages
-from jpq_export.request import Request
+from jpq_export.request import Request, Texts
 from jpq_export.workspace import write_atomic
+
+if TYPE_CHECKING:
+    from jpq_export.compress.load import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +90,22 @@ def compare(comparison: Comparison, stages: Stages) -> list[dict[str, Any]]:
     texts = [read_text(path) for path in comparison.texts]  # a wrong path is said at once
     loaded = PermutedExport(comparison.request, stages).load()
     windows = {text.name: _windows(comparison, loaded, text) for text in texts}
-    calibration = PermutedExport(comparison.request, stages).texts(loaded)
+    texts_of_run = PermutedExport(comparison.request, stages).texts(loaded)
     inputs = sha256(json.dumps([text.sha256 for text in texts] + [comparison.windows, comparison.context]).encode())
     teacher, rows = Remembered(loaded.model), []
     for bits in comparison.bits:
         for method in comparison.methods:
             cell, request = out / f"{method}-{bits:g}.json", request_for(comparison, method, bits)
-            key = request.key(loaded.sha256, calibration.sha256) + inputs.hexdigest()
+            key = request.key(loaded.sha256, texts_of_run.sha256) + inputs.hexdigest()
             row = json.loads(cell.read_text(encoding="utf-8")) if cell.is_file() else {}
             if row.get("key") != key:
                 stages.console.rule(f"{method}, {bits:g} bits")
-                row = {"key": key, "method": method, "asked_bits": bits} | _cell(request, teacher, windows, stages)
+                make = partial(_peer_cell, method, loaded, texts_of_run) if method in PEERS else _cell
+                row = {"key": key, "method": method, "asked_bits": bits} | make(request, teacher, windows, stages)
                 write_atomic(cell, json.dumps(row, indent=1))
             rows.append(row)
     write_atomic(out / "comparison.json", json.dumps(rows, indent=1) + "\n")
+    write_atomic(out / "comparison.html", page(rows, loaded.name))
     return rows
 
 
@@ -106,8 +116,8 @@ def request_for(comparison: Comparison, method: str, bits: float) -> Request:
     request = replace(
         request, out=folder, budget=replace(request.budget, kind="bits", value=bits), until="compress", force=True
     )
-    if method == "gptq-uniform":
-        return replace(request, method="gptq")
+    if method in ("gptq-uniform", "rtn-uniform"):
+        return replace(request, method=method.removesuffix("-uniform"))
     if method == "bits-only":
         return replace(request, prune=False)
     if method == "prune-then-quantize":
@@ -133,38 +143,44 @@ def _cell(request: Request, teacher: Remembered, windows: dict[str, np.ndarray],
         "seconds": sum(record.seconds for record in stages.records),
         "peak_rss_bytes": max(record.peak_rss_bytes for record in stages.records),
         "staircase": export.staircase,
-        "texts": {},
     }
     stages.records.clear()
-    student = Remembered(dequantized(compressed))
+    return row | _evaluated(dequantized(compressed), teacher, windows, stages)
+
+
+def _peer_cell(
+    method: str,
+    loaded: LoadedModel,
+    texts: Texts,
+    request: Request,
+    teacher: Remembered,
+    windows: dict[str, np.ndarray],
+    stages: Stages,
+) -> dict[str, Any]:
+    from jpq_export.peers.run import PeerError, peer_model
+
+    budget = request.budget.resolve(loaded.spec).bytes
+    assert budget is not None
+    try:
+        with stages.stage("peer", f"{method} in a process of its own"):
+            peer = peer_model(method, loaded.model, texts.calibration, budget, request.out)
+    except PeerError as error:
+        stages.console.print(f"[red]{escape(str(error))}[/red]")
+        return {"error": str(error)}
+    layout = peer.layout
+    row = {"bits_per_weight": layout.bytes * 8 / loaded.spec.parameters(), "weight_bytes": layout.bytes} | peer.done
+    row["layout"] = asdict(layout)
+    return row | _evaluated(peer.model, teacher, windows, stages)
+
+
+def _evaluated(model: Any, teacher: Remembered, windows: dict[str, np.ndarray], stages: Stages) -> dict[str, Any]:
+    student, texts = Remembered(model), {}
     for name, sequences in windows.items():
         with stages.stage("evaluate", f"{name}: {len(sequences)} windows") as report:
-            row["texts"][name] = asdict(evaluate_text(student, teacher, sequences, progress=report))
-    return row
+            texts[name] = asdict(evaluate_text(student, teacher, sequences, progress=report))
+    return {"texts": texts}
 
 
 def _windows(comparison: Comparison, loaded: Any, text: EvaluationText) -> np.ndarray:
     bos_id = loaded.spec.bos_id if loaded.spec.add_bos else None
     return token_windows(text, loaded.encode, windows=comparison.windows, context=comparison.context, bos_id=bos_id)
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table as Markdown, best of each budget in bold."""
-    texts = list(rows[0]["texts"])
-    head = ["bits asked", "method", "bits stored"]
-    for text in texts:
-        head += [f"{text} perplexity", "KL", "top-1"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        cells = [f"{row['asked_bits']:g}", row["method"], f"{row['bits_per_weight']:.3f}"]
-        for text in texts:
-            rivals = [r["texts"][text]["kl_mean"] for r in rows if r["asked_bits"] == row["asked_bits"]]
-            quality = row["texts"][text]
-            mark = "**" if quality["kl_mean"] == min(rivals) else ""
-            cells += [
-                f"{mark}{quality['perplexity']:.2f}{mark}",
-                f"{mark}{quality['kl_mean']:.4f}{mark}",
-                f"{quality['top1_agreement']:.1%}",
-            ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)

@@ -19,6 +19,8 @@ ROWS = (
     ("cli",),
     ("cli_options",),
     ("comparison",),
+    ("comparison_report",),
+    ("peers",),
     ("pipeline", "prove", "evaluation", "summary"),
     ("request", "bench"),
     ("compress", "lower", "runtime", "parity", "evaluate", "workspace"),

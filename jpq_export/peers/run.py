@@ -1,0 +1,100 @@
+"""A peer's row: its linears from a process of its own, the table from our GPTQ, one dequantized model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
+from jpq_export.compress.rounding import quantize
+from jpq_export.compress.statistics import plain_statistics
+from jpq_export.errors import JpqError
+from jpq_export.peers.layout import PEERS, Layout, layout_for
+
+ROWS = 16384  # of a table at once: bounds the memory of a large vocabulary
+
+
+class PeerError(JpqError):
+    """A peer is not installed, or failed; its row says so and the comparison goes on."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PeerModel:
+    """What a peer made of a model; `done`: seconds, peak_rss_bytes and version of its process."""
+
+    model: Decoder
+    layout: Layout
+    done: dict[str, Any]
+
+
+def peer_model(name: str, teacher: Decoder, calibration: np.ndarray, budget_bytes: int, folder: Path) -> PeerModel:
+    """Quantize `teacher` by peer `name`, its files in `folder`. Raises PeerError, and BudgetError when nothing fits."""
+    package = PEERS[name].package
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise PeerError(f"{name}: {package} is not installed; pip install 'jpq-export[peers]'") from None
+    layout = layout_for(teacher.spec, PEERS[name], budget_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.detach().cpu().contiguous() for key, value in named_weights(teacher).items()}
+    linears = _run(name, weights, teacher, layout, calibration, folder)
+    done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+    for part in ("weights.safetensors", "tokens.npy"):
+        (folder / part).unlink()
+    weights |= linears | _tables(teacher, layout, calibration)
+    return PeerModel(build_decoder(teacher.spec, weights), layout, done)
+
+
+def _run(
+    name: str, weights: dict[str, Tensor], teacher: Decoder, layout: Layout, calibration: np.ndarray, folder: Path
+) -> dict[str, Tensor]:
+    job = {"spec": teacher.spec.to_json(), "bits": layout.bits, "group_size": layout.group_size}
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    save_file(weights, folder / "weights.safetensors")
+    np.save(folder / "tokens.npy", calibration)
+    root = str(Path(__file__).resolve().parents[2])
+    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-m", "jpq_export.peers.worker", name, str(folder.resolve())],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,  # some leave work folders behind
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    if done.returncode:
+        told = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise PeerError(f"{name}: {told[-1].strip()}")
+    return _checked(name, load_file(folder / "linears.safetensors"), teacher)
+
+
+def _checked(name: str, linears: dict[str, Tensor], teacher: Decoder) -> dict[str, Tensor]:
+    shapes = {key: shape for key, shape in teacher.spec.matrices().items() if key not in ("embed", "head")}
+    for key, shape in shapes.items():
+        if key not in linears or tuple(linears[key].shape) != shape:
+            raise PeerError(f"{name}: {key} is missing or not {shape}")
+        if not linears[key].isfinite().all():
+            raise PeerError(f"{name}: {key} is not finite")
+    return {key: linears[key] for key in shapes}
+
+
+def _tables(teacher: Decoder, layout: Layout, calibration: np.ndarray) -> dict[str, Tensor]:
+    """Embedding and head as our GPTQ baseline rounds them."""
+    hessians, out = plain_statistics(teacher, calibration).hessians, {}
+    for key in ("embed", "head"):
+        weight = named_weights(teacher).get(key)
+        if weight is not None:
+            parts = [quantize(w, hessians[key], layout.table, method="gptq").dequantize() for w in weight.split(ROWS)]
+            out[key] = torch.cat(parts).cpu()
+    return out

@@ -1,0 +1,80 @@
+"""A `ModelSpec` and its weights as a transformers model, which is what other quantizers take; and back."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jpq_export.compress.families import FAMILIES, LINEARS, TOP, Family
+from jpq_export.errors import ModelError
+from jpq_export.format.spec import ModelSpec
+
+TAKEN = ("llama", "mistral", "qwen2", "qwen3")  # one rotary table, norms before the sub-layers
+ACTIVATION = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def transformers_model(spec: ModelSpec, weights: dict[str, Tensor]) -> Any:
+    """The same function as `build_decoder(spec, weights)`, fp32; ModelError for a family that is not translated."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if spec.family not in TAKEN:
+        raise ModelError(
+            f"{spec.name}: family {spec.family} is not translated for peers; translated: {', '.join(TAKEN)}"
+        )
+    first = spec.layers[0]
+    windows = {layer.window for layer in spec.layers}
+    facts = {
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.hidden,
+        "intermediate_size": first.ffn,
+        "num_hidden_layers": len(spec.layers),
+        "num_attention_heads": first.kv_heads * spec.heads_per_group,
+        "num_key_value_heads": first.kv_heads,
+        "head_dim": spec.head_dim,
+        "rms_norm_eps": spec.norm_eps,
+        "hidden_act": ACTIVATION[spec.activation],
+        "tie_word_embeddings": spec.tied,
+        "max_position_embeddings": spec.max_positions,
+        "attention_bias": spec.qkv_bias,
+        "mlp_bias": spec.mlp_bias,
+        "sliding_window": max((w for w in windows if w), default=None),
+        "layer_types": ["sliding_attention" if layer.window else "full_attention" for layer in spec.layers],
+        "use_sliding_window": any(windows),
+        "bos_token_id": spec.bos_id,
+        "eos_token_id": list(spec.eos_ids) or None,
+    }
+    known = CONFIG_MAPPING[spec.family]
+    if spec.family in ("llama", "mistral"):
+        del facts["layer_types"], facts["use_sliding_window"]
+    if spec.family != "mistral" and not any(windows):
+        facts["sliding_window"] = None
+    model = AutoModelForCausalLM.from_config(known(**facts), dtype=torch.float32, attn_implementation="eager").eval()
+    state = {name: weights[canonical] for name, canonical in names(spec).items()}
+    if spec.tied:
+        state["lm_head.weight"] = weights["embed"]
+    model.load_state_dict(state)
+    rotary, rope = model.model.rotary_emb, spec.ropes[0]
+    rotary.inv_freq = torch.tensor(rope.inv_freq)
+    rotary.attention_scaling = rope.scaling
+    return model
+
+
+def names(spec: ModelSpec) -> dict[str, str]:
+    """Transformers' parameter name -> canonical name, of every weight."""
+    family = next(f for f in FAMILIES if f.model_type == spec.family)
+    canonical = [*spec.matrices(), *spec.vectors()]
+    return {_foreign(name, family): name for name in canonical}
+
+
+def _foreign(name: str, family: Family) -> str:
+    stem, kind = (name.removesuffix(".bias"), "bias") if name.endswith(".bias") else (name, "weight")
+    for theirs, ours in TOP.items():
+        if stem == ours:
+            return f"{theirs}.{kind}"
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)", stem)
+    assert match, name
+    parts = {ours: theirs for theirs, ours in (LINEARS | dict(family.norms)).items()}
+    return f"model.layers.{match[1]}.{parts[match[2]]}.{kind}"
