@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from jpq_kernels.unpack import doubled_zero, levels, load_unit
+from jpq_kernels.unpack import add_products, doubled_zero, levels, load_unit
 from jpq_kernels.weight import DeviceWeight, Layout, expect
 
 MOST_FEW_ROWS = 16
@@ -75,11 +75,10 @@ def few_rows_kernel(
         zero = doubled_zero(zeros, row, group, inside, zero_row_bytes, BITS, SYMMETRIC)
         part = tl.zeros([ROWS, BLOCK_N, BLOCK_UNITS], tl.float32)
         for first in tl.static_range(0, UNIT_CODES, VECTOR):
-            code = levels(elements, zero, first, 1, VECTOR, BITS, ELEMENT_BITS)  # [BLOCK_N, BLOCK_UNITS, VECTOR]
             k = unit[:, None] * UNIT_CODES + first + vector[None, :]  # [BLOCK_UNITS, VECTOR]
             x_inside = (m < rows)[:, None, None] & unit_inside[None, :, None]
             value = tl.load(x + m[:, None, None] * K + k[None, :, :], mask=x_inside, other=0.0).to(tl.float32)
-            part += tl.sum(value[:, None, :, :] * code[None, :, :, :], axis=3)
+            part = add_products(part, value, elements, zero, first, 1, VECTOR, BITS, ELEMENT_BITS)
         total += part * scale[None, :, :]
     y = 0.5 * tl.sum(total, axis=2)  # [ROWS, BLOCK_N]
     y += tl.load(bias + n, mask=n < bias_length, other=0.0)[None, :]

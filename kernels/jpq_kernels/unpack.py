@@ -64,6 +64,31 @@ def levels(
 
 
 @triton.jit
+def add_products(
+    total,
+    value,
+    unit,
+    zero,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    COUNT: tl.constexpr,
+    BITS: tl.constexpr,
+    ELEMENT_BITS: tl.constexpr,
+):
+    """total [R, N, U] + the sum over codes FIRST, FIRST + STEP, .. of value [R, U, COUNT] * 2 * (code - zero) [N, U].
+
+    `value` is taken apart instead of the codes being joined: it is the smaller one, shared by all rows of W.
+    """
+    if COUNT == 1:
+        code = doubled(unit, FIRST, BITS, ELEMENT_BITS) - zero
+        return total + tl.reshape(value, value.shape[:-1])[:, None, :] * code[None, :, :]
+    else:
+        even, odd = tl.split(tl.reshape(value, value.shape[:-1] + [COUNT // 2, 2]))
+        total = add_products(total, even, unit, zero, FIRST, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
+        return add_products(total, odd, unit, zero, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
+
+
+@triton.jit
 def doubled_zero(zeros, row, group, mask, zero_row_bytes, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
     """2**23 + 2 * zero point of `group` in `row` (broadcast against each other), as float32."""
     if SYMMETRIC:
