@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from jpq_kernels.unpack import doubled_zero, levels, load_unit
+from jpq_kernels.unpack import doubled_zero, float_base, levels, load_unit
 from jpq_kernels.weight import DeviceWeight, expect
 
 
@@ -42,7 +42,8 @@ def gather_kernel(
     scale = tl.load(scales + row * (K // GROUP_SIZE) + group, mask=inside, other=0.0).to(tl.float32)
     scale = tl.where(known, 0.5 * scale, float("nan"))
     zero = doubled_zero(zeros, row, group, inside, zero_row_bytes, BITS, SYMMETRIC)
-    value = levels(elements, zero, 0, 1, UNIT_CODES, BITS, ELEMENT_BITS) * scale[:, None]
+    base = float_base()
+    value = levels(elements, base, zero, 0, 1, UNIT_CODES, BITS, ELEMENT_BITS) * scale[:, None]
     k = unit[:, None] * UNIT_CODES + tl.arange(0, UNIT_CODES)[None, :]
     tl.store(out + at * K + k, value, mask=inside[:, None])
 

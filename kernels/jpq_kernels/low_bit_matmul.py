@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from jpq_kernels.unpack import add_products, doubled_zero, levels, load_unit
+from jpq_kernels.unpack import add_products, doubled_zero, float_base, levels, load_unit
 from jpq_kernels.weight import DeviceWeight, Layout, expect
 
 MOST_FEW_ROWS = 16
@@ -62,6 +62,7 @@ def few_rows_kernel(
     last = tl.minimum(units, (split + 1) * split_units)
     lanes = tl.arange(0, BLOCK_UNITS)
     vector = tl.arange(0, VECTOR)
+    base = float_base()
     total = tl.zeros([ROWS, BLOCK_N, BLOCK_UNITS], tl.float32)
     for start in range(split * split_units, last, BLOCK_UNITS):
         unit = start + lanes
@@ -78,7 +79,7 @@ def few_rows_kernel(
             k = unit[:, None] * UNIT_CODES + first + vector[None, :]  # [BLOCK_UNITS, VECTOR]
             x_inside = (m < rows)[:, None, None] & unit_inside[None, :, None]
             value = tl.load(x + m[:, None, None] * K + k[None, :, :], mask=x_inside, other=0.0).to(tl.float32)
-            part = add_products(part, value, elements, zero, first, 1, VECTOR, BITS, ELEMENT_BITS)
+            part = add_products(part, value, elements, base, zero, first, 1, VECTOR, BITS, ELEMENT_BITS)
         total += part * scale[None, :, :]
     y = 0.5 * tl.sum(total, axis=2)  # [ROWS, BLOCK_N]
     y += tl.load(bias + n, mask=n < bias_length, other=0.0)[None, :]
@@ -125,6 +126,7 @@ def many_rows_kernel(
     GROUP_UNITS: tl.constexpr = GROUP_SIZE // UNIT_CODES
     groups = K // GROUP_SIZE
     last = tl.minimum(groups * GROUP_BLOCKS, (split + 1) * split_blocks)
+    base = float_base()
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for block in range(split * split_blocks, last):
         group = block // GROUP_BLOCKS
@@ -133,7 +135,7 @@ def many_rows_kernel(
         place = row[:, None] * (groups * GROUP_UNITS) + group * GROUP_UNITS + unit[None, :]
         elements = load_unit(packed, place * UNIT_ELEMENTS, inside, UNIT_ELEMENTS)
         zero = doubled_zero(zeros, row[:, None], group, n_inside[:, None], zero_row_bytes, BITS, SYMMETRIC)
-        code = levels(elements, zero, 0, 1, UNIT_CODES, BITS, ELEMENT_BITS)
+        code = levels(elements, base, zero, 0, 1, UNIT_CODES, BITS, ELEMENT_BITS)
         code = tl.reshape(code, [BLOCK_N, BLOCK_CODES]).to(tl.float16)  # |2 (code - zero)| <= 510: exact
         k = (block % GROUP_BLOCKS) * BLOCK_CODES + tl.arange(0, BLOCK_CODES)  # within the group
         x_inside = (m < rows)[:, None] & (k < GROUP_SIZE)[None, :]

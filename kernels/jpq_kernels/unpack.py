@@ -23,11 +23,20 @@ def load_unit(packed, offsets, mask, COUNT: tl.constexpr, FIRST: tl.constexpr = 
 
 
 @triton.jit
-def doubled(unit, CODE: tl.constexpr, BITS: tl.constexpr, ELEMENT_BITS: tl.constexpr):
+def float_base():
+    """The bits of 2**23 as float32, in a way the compiler cannot see through (no grid has 2**30 programs).
+
+    Mask and base would both be immediates otherwise, and one instruction takes only one: two a code instead of one.
+    """
+    return (0x4B000000 + (tl.program_id(0) >> 30)).to(tl.uint32)
+
+
+@triton.jit
+def doubled(unit, base, CODE: tl.constexpr, BITS: tl.constexpr, ELEMENT_BITS: tl.constexpr):
     """2**23 + 2 * code number CODE of each unit, as float32.
 
     A float32 of exponent 23 counts in ones, so a code put into its low bits needs no conversion instruction (those run
-    at a quarter of the rate or less). Doubled, so that subtracting 2**23 + 2 * zero is exact for half-integer zeros.
+    at a quarter of the rate or less; `base` is what `float_base` returns). Doubled, so that subtracting 2**23 + 2 * zero is exact for half-integer zeros.
     """
     START: tl.constexpr = CODE * BITS % ELEMENT_BITS
     AT: tl.constexpr = CODE * BITS // ELEMENT_BITS
@@ -38,12 +47,13 @@ def doubled(unit, CODE: tl.constexpr, BITS: tl.constexpr, ELEMENT_BITS: tl.const
     if START + BITS > ELEMENT_BITS:
         bits = bits | (unit[AT + 1] << (ELEMENT_BITS - START + 1))
     MASK: tl.constexpr = ((1 << BITS) - 1) << 1
-    return ((bits & MASK) | 0x4B000000).to(tl.float32, bitcast=True)
+    return ((bits & MASK) | base).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def levels(
     unit,
+    base,
     zero,
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
@@ -56,10 +66,10 @@ def levels(
     `zero` is what `doubled_zero` returns. Even and odd codes are joined, so all codes of a unit stay with its lane.
     """
     if COUNT == 1:
-        return tl.expand_dims(doubled(unit, FIRST, BITS, ELEMENT_BITS) - zero, -1)
+        return tl.expand_dims(doubled(unit, base, FIRST, BITS, ELEMENT_BITS) - zero, -1)
     else:
-        even = levels(unit, zero, FIRST, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
-        odd = levels(unit, zero, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
+        even = levels(unit, base, zero, FIRST, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
+        odd = levels(unit, base, zero, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
         return tl.reshape(tl.join(even, odd), even.shape[:-1] + [COUNT])
 
 
@@ -68,6 +78,7 @@ def add_products(
     total,
     value,
     unit,
+    base,
     zero,
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
@@ -80,12 +91,12 @@ def add_products(
     `value` is taken apart instead of the codes being joined: it is the smaller one, shared by all rows of W.
     """
     if COUNT == 1:
-        code = doubled(unit, FIRST, BITS, ELEMENT_BITS) - zero
+        code = doubled(unit, base, FIRST, BITS, ELEMENT_BITS) - zero
         return total + tl.reshape(value, value.shape[:-1])[:, None, :] * code[None, :, :]
     else:
         even, odd = tl.split(tl.reshape(value, value.shape[:-1] + [COUNT // 2, 2]))
-        total = add_products(total, even, unit, zero, FIRST, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
-        return add_products(total, odd, unit, zero, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
+        total = add_products(total, even, unit, base, zero, FIRST, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
+        return add_products(total, odd, unit, base, zero, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
 
 
 @triton.jit
