@@ -22,6 +22,15 @@ from jpq_kernels.weight import DeviceWeight, Layout, expect
 MOST_FEW_ROWS = 16
 
 
+@triton.jit
+def store_result(out, workspace, y, m, n, rows, N, split, splits):
+    """The tile y at rows m, columns n: into out [rows, N] when K is not split, else into workspace [splits, rows, N]."""
+    inside = (m < rows)[:, None] & (n < N)[None, :]
+    place = m[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(out + place, y, mask=inside & (splits == 1))
+    tl.store(workspace + split.to(tl.int64) * rows * N + place, y, mask=inside & (splits > 1))
+
+
 # `packed` must not be known to be 16-byte aligned: Triton would then give a lane four neighbouring units, while the
 # codes of X's units lie 16 bytes a unit, one unit a lane. With one unit a lane both, X needs no exchange of lanes.
 @triton.jit(do_not_specialize_on_alignment=["packed"])
@@ -32,6 +41,7 @@ def few_rows_kernel(
     zeros,
     bias,
     out,
+    workspace,
     rows,
     N,
     K,
@@ -49,7 +59,7 @@ def few_rows_kernel(
     BLOCK_UNITS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One program: `rows` (<= ROWS) of X by BLOCK_N rows of W, over the units of one split; out [splits, rows, N].
+    """One program: `rows` (<= ROWS) of X by BLOCK_N rows of W, over the units of one split.
 
     A lane keeps one unit of each of the BLOCK_N rows; the codes are multiplied in fp32 as they are unpacked.
     """
@@ -83,8 +93,7 @@ def few_rows_kernel(
         total += part * scale[None, :, :]
     y = 0.5 * tl.sum(total, axis=2)  # [ROWS, BLOCK_N]
     y += tl.load(bias + n, mask=n < bias_length, other=0.0)[None, :]
-    place = (split * rows + m)[:, None].to(tl.int64) * N + n[None, :]
-    tl.store(out + place, y, mask=(m < rows)[:, None] & n_inside[None, :])
+    store_result(out, workspace, y, m, n, rows, N, split, tl.num_programs(1))
 
 
 @triton.jit
@@ -95,6 +104,7 @@ def many_rows_kernel(
     zeros,
     bias,
     out,
+    workspace,
     rows,
     N,
     K,
@@ -111,7 +121,7 @@ def many_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
 ):
-    """One program: a tile [BLOCK_M, BLOCK_N] of Y, over the blocks of one split; out [splits, rows, N].
+    """One program: a tile [BLOCK_M, BLOCK_N] of Y, over the blocks of one split.
 
     A block is BLOCK_UNITS units of one group: its product with X runs on the tensor cores, exact integers in fp16, and
     its scale is applied to the sum: cheaper than scaling W while BLOCK_M <= the block's codes, and without rounding W.
@@ -144,8 +154,7 @@ def many_rows_kernel(
         scale = tl.load(scales + row * groups + group, mask=n_inside, other=0.0).to(tl.float32)
         total += tl.dot(value, tl.trans(code)) * scale[None, :]
     y = 0.5 * total + tl.load(bias + n, mask=n < bias_length, other=0.0)[None, :]
-    place = (split * rows + m)[:, None].to(tl.int64) * N + n[None, :]
-    tl.store(out + place, y, mask=(m < rows)[:, None] & n_inside[None, :])
+    store_result(out, workspace, y, m, n, rows, N, split, tl.num_programs(2))
 
 
 @triton.jit
@@ -234,11 +243,11 @@ def low_bit_matmul(
     elif workspace.dtype != torch.float32 or workspace.numel() < size or workspace.device != x.device:
         raise ValueError(f"workspace: expected float32 of {size} numbers on {x.device}, got {workspace.dtype} "
                          f"of {workspace.numel()} on {workspace.device}")
-    run(launch, x, weight, bias, workspace if size else out, rows)
+    run(launch, x, weight, bias, out, workspace)
     if size:
         grid = (triton.cdiv(rows * n, ADD_SPLITS_BLOCK),)
         add_splits_kernel[grid](
-            workspace, out if bias is None else bias, out, rows * n, n, 0 if bias is None else n, launch.splits,
+            workspace, workspace if bias is None else bias, out, rows * n, n, 0 if bias is None else n, launch.splits,
             BLOCK=ADD_SPLITS_BLOCK,
         )
     return out
@@ -317,14 +326,15 @@ def run(
     weight: DeviceWeight,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    rows: int,
+    workspace: torch.Tensor,
 ) -> None:
     """Start the kernel; the bias is added here only when K is not split."""
     n, k = weight.shape
+    rows = x.numel() // k
     bias_length = n if bias is not None and launch.splits == 1 else 0
     tensors = (x, weight.elements(), weight.scales, weight.scales if weight.zeros is None else weight.zeros)
     numbers = (rows, n, k, bias_length, weight.zero_row_bytes(), launch.split_steps)
-    arguments = (*tensors, bias if bias is not None else out, out, *numbers)
+    arguments = (*tensors, workspace if bias is None else bias, out, workspace, *numbers)
     tile = launch.tile
     constants = constants_of(weight.layout, tile, x.element_size())
     if isinstance(tile, FewRowsTile):
