@@ -35,8 +35,6 @@ C_TYPES = {"i32": "int32"}  # the rest are pointers
 
 def compile_variant(variant: Variant, sm: int) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Compile one kernel for one device: the files' bytes by ending, and its entry of the manifest."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler by an interpreter; unset it")
     names = variant.kernel.arg_names
     signature = {name: variant.arguments.get(name, "constexpr") for name in names}
     multiples = {
@@ -121,10 +119,13 @@ def write(folder: Path, files: dict[str, bytes], listed: dict[str, Any]) -> dict
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write to.")
 @click.option("--sm", type=click.Choice([str(sm) for sm in TARGETS]), multiple=True, help="Devices; all if not given.")
-@click.option("--bits", type=click.Choice([str(b) for b in BIT_WIDTHS]), multiple=True, help="Widths; all if not given.")
+@click.option(
+    "--bits", type=click.Choice([str(b) for b in BIT_WIDTHS]), multiple=True, help="Widths; all if not given."
+)
 @click.option("--group-size", type=int, multiple=True, default=GROUP_SIZES, show_default=True)
 @click.option("--x", "x_types", type=click.Choice(X_TYPES), multiple=True, default=X_TYPES, show_default=True)
 @click.option("--zero-points", type=click.Choice(ZERO_POINTS), multiple=True, default=ZERO_POINTS, show_default=True)
+@click.option("--only", multiple=True, help="Only kernels whose name begins so, such as few_rows_1_ or gather.")
 @click.option("--jobs", type=int, default=1, show_default=True, help="Processes.")
 def main(
     out: Path,
@@ -133,11 +134,22 @@ def main(
     group_size: tuple[int, ...],
     x_types: tuple[str, ...],
     zero_points: tuple[str, ...],
+    only: tuple[str, ...],
     jobs: int,
 ) -> None:
     """Compile the Triton kernels for the devices and weight layouts given: PTX, cubin and manifest.json."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise click.UsageError("TRITON_INTERPRET=1 replaces Triton's compiler by its interpreter; unset it.")
     widths = [int(b) for b in bits] or BIT_WIDTHS
-    chosen = list(variants(bits=widths, group_sizes=group_size, x_types=x_types, zero_points=zero_points))
+    try:
+        chosen = list(variants(bits=widths, group_sizes=group_size, x_types=x_types, zero_points=zero_points))
+    except ValueError as error:  # a group size no kernel reads
+        raise click.UsageError(str(error)) from error
+    chosen = [variant for variant in chosen if variant.name.startswith(only or "")]
+    if not chosen:
+        raise click.UsageError(
+            f"no kernel begins with {' or '.join(only)}; known: few_rows, many_rows, gather, add_splits"
+        )
     targets = tuple(int(target) for target in sm) or TARGETS
     out.mkdir(parents=True, exist_ok=True)
     results = compile_all(chosen, targets, out, jobs)

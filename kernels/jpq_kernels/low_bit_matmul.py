@@ -241,13 +241,21 @@ def low_bit_matmul(
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.float32, device=x.device)
     elif workspace.dtype != torch.float32 or workspace.numel() < size or workspace.device != x.device:
-        raise ValueError(f"workspace: expected float32 of {size} numbers on {x.device}, got {workspace.dtype} "
-                         f"of {workspace.numel()} on {workspace.device}")
+        raise ValueError(
+            f"workspace: expected float32 of {size} numbers on {x.device}, got {workspace.dtype} "
+            f"of {workspace.numel()} on {workspace.device}"
+        )
     run(launch, x, weight, bias, out, workspace)
     if size:
         grid = (triton.cdiv(rows * n, ADD_SPLITS_BLOCK),)
         add_splits_kernel[grid](
-            workspace, workspace if bias is None else bias, out, rows * n, n, 0 if bias is None else n, launch.splits,
+            workspace,
+            workspace if bias is None else bias,
+            out,
+            rows * n,
+            n,
+            0 if bias is None else n,
+            launch.splits,
             BLOCK=ADD_SPLITS_BLOCK,
         )
     return out
