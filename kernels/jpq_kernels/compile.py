@@ -29,11 +29,12 @@ from jpq_export.numerics.scheme import BIT_WIDTHS
 from jpq_kernels.variants import GROUP_SIZES, X_TYPES, Variant, variants
 
 TARGETS = (87, 89, 90, 110, 120)  # Orin; L4, RTX 40; H100, H200; Thor; RTX 50
+Compiled = tuple[dict[str, bytes], dict[str, Any]]  # files by ending, entry of the manifest
 ZERO_POINTS = ("symmetric", "asymmetric")
 C_TYPES = {"i32": "int32"}  # the rest are pointers
 
 
-def compile_variant(variant: Variant, sm: int) -> tuple[dict[str, bytes], dict[str, Any]]:
+def compile_variant(variant: Variant, sm: int) -> Compiled:
     """Compile one kernel for one device: the files' bytes by ending, and its entry of the manifest."""
     names = variant.kernel.arg_names
     signature = {name: variant.arguments.get(name, "constexpr") for name in names}
@@ -99,18 +100,24 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(usage["REG"]), "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"])}
 
 
-def compile_all(chosen: list[Variant], targets: tuple[int, ...], folder: Path, jobs: int) -> Iterator[dict[str, Any]]:
-    """Compile and write every kernel for every device; yields entries in the order of `chosen`."""
+def compile_all(choice: dict[str, Any], tasks: list[tuple[str, int]], jobs: int) -> Iterator[Compiled]:
+    """Compile kernels by (name, device), in that order; `choice`: the arguments of `variants` that list them."""
     if jobs == 1:
-        yield from (write(folder, *compile_variant(variant, sm)) for variant in chosen for sm in targets)
+        yield from (compile_named(choice, *task) for task in tasks)
         return
     with ProcessPoolExecutor(jobs) as pool:
-        pending = [pool.submit(compile_variant, variant, sm) for variant in chosen for sm in targets]
-        yield from (write(folder, *future.result()) for future in pending)
+        pending = [pool.submit(compile_named, choice, *task) for task in tasks]
+        yield from (future.result() for future in pending)
 
 
-def write(folder: Path, files: dict[str, bytes], listed: dict[str, Any]) -> dict[str, Any]:
+def compile_named(choice: dict[str, Any], name: str, sm: int) -> Compiled:
+    """Compile one kernel by its name: kernels themselves cannot be sent to another process."""
+    return compile_variant(next(variant for variant in variants(**choice) if variant.name == name), sm)
+
+
+def write(folder: Path, compiled: Compiled) -> dict[str, Any]:
     """Write a kernel's files; returns its entry."""
+    files, listed = compiled
     for ending, body in files.items():
         (folder / listed["files"][ending]["name"]).write_bytes(body)
     return listed
@@ -118,10 +125,8 @@ def write(folder: Path, files: dict[str, bytes], listed: dict[str, Any]) -> dict
 
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write to.")
-@click.option("--sm", type=click.Choice([str(sm) for sm in TARGETS]), multiple=True, help="Devices; all if not given.")
-@click.option(
-    "--bits", type=click.Choice([str(b) for b in BIT_WIDTHS]), multiple=True, help="Widths; all if not given."
-)
+@click.option("--sm", type=click.Choice([str(sm) for sm in TARGETS]), multiple=True, help="Devices; default: all.")
+@click.option("--bits", type=click.Choice([str(b) for b in BIT_WIDTHS]), multiple=True, help="Widths; default: all.")
 @click.option("--group-size", type=int, multiple=True, default=GROUP_SIZES, show_default=True)
 @click.option("--x", "x_types", type=click.Choice(X_TYPES), multiple=True, default=X_TYPES, show_default=True)
 @click.option("--zero-points", type=click.Choice(ZERO_POINTS), multiple=True, default=ZERO_POINTS, show_default=True)
@@ -140,21 +145,20 @@ def main(
     """Compile the Triton kernels for the devices and weight layouts given: PTX, cubin and manifest.json."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise click.UsageError("TRITON_INTERPRET=1 replaces Triton's compiler by its interpreter; unset it.")
-    widths = [int(b) for b in bits] or BIT_WIDTHS
+    widths = tuple(int(b) for b in bits) or BIT_WIDTHS
+    choice = {"bits": widths, "group_sizes": group_size, "x_types": x_types, "zero_points": zero_points}
     try:
-        chosen = list(variants(bits=widths, group_sizes=group_size, x_types=x_types, zero_points=zero_points))
+        names = [variant.name for variant in variants(**choice)]
     except ValueError as error:  # a group size no kernel reads
         raise click.UsageError(str(error)) from error
-    chosen = [variant for variant in chosen if variant.name.startswith(only or "")]
-    if not chosen:
-        raise click.UsageError(
-            f"no kernel begins with {' or '.join(only)}; known: few_rows, many_rows, gather, add_splits"
-        )
-    targets = tuple(int(target) for target in sm) or TARGETS
+    names = [name for name in names if name.startswith(only or "")]
+    if not names:
+        known = "few_rows, many_rows, gather, add_splits"
+        raise click.UsageError(f"no kernel begins with {' or '.join(only)}; known: {known}")
+    tasks = [(name, target) for name in names for target in tuple(int(s) for s in sm) or TARGETS]
     out.mkdir(parents=True, exist_ok=True)
-    results = compile_all(chosen, targets, out, jobs)
-    with click.progressbar(results, length=len(chosen) * len(targets), label="compiling") as bar:
-        kernels = list(bar)
+    with click.progressbar(compile_all(choice, tasks, jobs), length=len(tasks), label="compiling") as bar:
+        kernels = [write(out, compiled) for compiled in bar]
     manifest = {"version": 1, "triton": triton.__version__, "kernels": kernels}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     spilled = [f"{kernel['name']} sm_{kernel['sm']}" for kernel in kernels if kernel["spill_bytes"]]

@@ -24,7 +24,7 @@ MOST_FEW_ROWS = 16
 
 @triton.jit
 def store_result(out, workspace, y, m, n, rows, N, split, splits):
-    """The tile y at rows m, columns n: into out [rows, N] when K is not split, else into workspace [splits, rows, N]."""
+    """Write tile y at rows m, columns n: of out [rows, N], or when K is split of workspace [splits, rows, N]."""
     inside = (m < rows)[:, None] & (n < N)[None, :]
     place = m[:, None].to(tl.int64) * N + n[None, :]
     tl.store(out + place, y, mask=inside & (splits == 1))
@@ -159,7 +159,7 @@ def many_rows_kernel(
 
 @triton.jit
 def add_splits_kernel(workspace, bias, out, count, N, bias_length, splits, BLOCK: tl.constexpr):
-    """out [rows, N] = the sum of workspace [splits, rows, N] in order, plus bias [N]; count = rows * N."""
+    """Set out [rows, N] to the sum of workspace [splits, rows, N] in order, plus bias [N]; count = rows * N."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     total = tl.zeros([BLOCK], tl.float32)
@@ -190,17 +190,17 @@ class ManyRowsTile:
     block_n: int
     num_warps: int
     num_stages: int
-    block_codes: int = 64
+    block_bytes: int = 128  # of a row of X: 64 codes for fp16, 32 for fp32
 
 
 # BLOCK_N rows of W share one load of X (the more, the fewer loads a weight), but each row of X keeps two sums for each
-# of them in registers: rows * block_n stays at 64 or below, and X's vector shrinks with more rows.
+# of them in registers: rows * block_n stays at 32 or below, and X's vector shrinks with more rows.
 FEW_ROWS_TILES = (
     FewRowsTile(rows=1, block_n=8, vector_bytes=16),
     FewRowsTile(rows=2, block_n=8, vector_bytes=16),
     FewRowsTile(rows=4, block_n=8, vector_bytes=16),
     FewRowsTile(rows=8, block_n=4, vector_bytes=8),
-    FewRowsTile(rows=16, block_n=4, vector_bytes=8),
+    FewRowsTile(rows=16, block_n=2, vector_bytes=8),
 )
 # 16 rows is the smallest product of the tensor cores. 64 x 64 keeps 8 warps' worth of tiles on the small boards' 8
 # multiprocessors for the narrow layers of small models; 128 rows halve the unpacking where there are rows enough.
@@ -298,7 +298,7 @@ def plan(rows: int, weight: DeviceWeight, dtype: torch.dtype, multiprocessors: i
         wanted = WARPS_PER_MULTIPROCESSOR * multiprocessors
     else:
         tile = next((tile for tile in MANY_ROWS_TILES if rows <= tile.block_m), MANY_ROWS_TILES[-1])
-        steps, least = weight.groups * group_blocks(weight.layout, tile), 4
+        steps, least = weight.groups * group_blocks(weight.layout, tile, dtype.itemsize), 4
         programs = triton.cdiv(n, tile.block_n) * triton.cdiv(rows, tile.block_m)
         wanted = 2 * multiprocessors
     splits = max(1, min(wanted // programs, steps // least))
@@ -306,22 +306,22 @@ def plan(rows: int, weight: DeviceWeight, dtype: torch.dtype, multiprocessors: i
     return Launch(tile, triton.cdiv(steps, split_steps), split_steps)
 
 
-def block_units(layout: Layout, tile: ManyRowsTile) -> int:
+def block_units(layout: Layout, tile: ManyRowsTile, x_bytes: int) -> int:
     """Units of a block: a power of two, at most those of a group rounded up, at least 16 codes."""
     codes = layout.unit.codes
     whole_group = triton.next_power_of_2(layout.group_size // codes)
-    return max(min(whole_group, tile.block_codes // codes), triton.cdiv(16, codes))
+    return max(min(whole_group, tile.block_bytes // x_bytes // codes), triton.cdiv(16, codes))
 
 
-def group_blocks(layout: Layout, tile: ManyRowsTile) -> int:
+def group_blocks(layout: Layout, tile: ManyRowsTile, x_bytes: int) -> int:
     """Blocks in a group."""
-    return triton.cdiv(layout.group_size, block_units(layout, tile) * layout.unit.codes)
+    return triton.cdiv(layout.group_size, block_units(layout, tile, x_bytes) * layout.unit.codes)
 
 
 def constants_of(layout: Layout, tile: FewRowsTile | ManyRowsTile, x_bytes: int) -> dict[str, int | bool]:
     """Constants of the kernel that `tile` belongs to, for X of `x_bytes` a number."""
     if isinstance(tile, ManyRowsTile):
-        shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_UNITS": block_units(layout, tile)}
+        shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_UNITS": block_units(layout, tile, x_bytes)}
     else:
         vector = min(layout.unit.codes, tile.vector_bytes // x_bytes)
         shape = {"ROWS": tile.rows, "BLOCK_N": tile.block_n, "BLOCK_UNITS": tile.block_units, "VECTOR": vector}

@@ -19,7 +19,7 @@ def load_unit(packed, offsets, mask, COUNT: tl.constexpr, FIRST: tl.constexpr = 
     if FIRST + 1 == COUNT:
         return (element,)
     else:
-        return (element,) + load_unit(packed, offsets, mask, COUNT, FIRST + 1)
+        return (element,) + load_unit(packed, offsets, mask, COUNT, FIRST + 1)  # noqa: RUF005 Triton knows no stars
 
 
 @triton.jit
@@ -36,14 +36,12 @@ def doubled(unit, base, CODE: tl.constexpr, BITS: tl.constexpr, ELEMENT_BITS: tl
     """2**23 + 2 * code number CODE of each unit, as float32.
 
     A float32 of exponent 23 counts in ones, so a code put into its low bits needs no conversion instruction (those run
-    at a quarter of the rate or less; `base` is what `float_base` returns). Doubled, so that subtracting 2**23 + 2 * zero is exact for half-integer zeros.
+    at a quarter of the rate or less); `base` is what `float_base` returns. Doubled, so that subtracting
+    2**23 + 2 * zero is exact for half-integer zeros.
     """
     START: tl.constexpr = CODE * BITS % ELEMENT_BITS
     AT: tl.constexpr = CODE * BITS // ELEMENT_BITS
-    if START == 0:
-        bits = unit[AT] << 1
-    else:
-        bits = unit[AT] >> (START - 1)
+    bits = unit[AT] << 1 if START == 0 else unit[AT] >> (START - 1)
     if START + BITS > ELEMENT_BITS:
         bits = bits | (unit[AT + 1] << (ELEMENT_BITS - START + 1))
     MASK: tl.constexpr = ((1 << BITS) - 1) << 1
@@ -70,7 +68,7 @@ def levels(
     else:
         even = levels(unit, base, zero, FIRST, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
         odd = levels(unit, base, zero, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
-        return tl.reshape(tl.join(even, odd), even.shape[:-1] + [COUNT])
+        return tl.reshape(tl.join(even, odd), even.shape[:-1] + [COUNT])  # noqa: RUF005
 
 
 @triton.jit
@@ -86,7 +84,7 @@ def add_products(
     BITS: tl.constexpr,
     ELEMENT_BITS: tl.constexpr,
 ):
-    """total [R, N, U] + the sum over codes FIRST, FIRST + STEP, .. of value [R, U, COUNT] * 2 * (code - zero) [N, U].
+    """Add to total [R, N, U]: the sum over codes FIRST, FIRST + STEP, .. of value [R, U, COUNT] * 2 (code - zero).
 
     `value` is taken apart instead of the codes being joined: it is the smaller one, shared by all rows of W.
     """
@@ -94,7 +92,7 @@ def add_products(
         code = doubled(unit, base, FIRST, BITS, ELEMENT_BITS) - zero
         return total + tl.reshape(value, value.shape[:-1])[:, None, :] * code[None, :, :]
     else:
-        even, odd = tl.split(tl.reshape(value, value.shape[:-1] + [COUNT // 2, 2]))
+        even, odd = tl.split(tl.reshape(value, value.shape[:-1] + [COUNT // 2, 2]))  # noqa: RUF005
         total = add_products(total, even, unit, base, zero, FIRST, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
         return add_products(total, odd, unit, base, zero, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, ELEMENT_BITS)
 

@@ -115,7 +115,8 @@ def few_rows(layout: Layout, x_type: str, tile: FewRowsTile) -> Variant:
 def many_rows(layout: Layout, x_type: str, tile: ManyRowsTile) -> Variant:
     """`many_rows_kernel` for one tile."""
     constants = constants_of(layout, tile, X_BYTES[x_type])
-    blocks = group_blocks(layout, tile)
+    blocks = group_blocks(layout, tile, X_BYTES[x_type])
+    units = block_units(layout, tile, X_BYTES[x_type])
     return Variant(
         name=f"many_rows_{tile.block_m}_{suffix(layout, x_type)}",
         kernel=many_rows_kernel,
@@ -125,7 +126,7 @@ def many_rows(layout: Layout, x_type: str, tile: ManyRowsTile) -> Variant:
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         grid=(f"ceil(N / {tile.block_n})", f"ceil(rows / {tile.block_m})", "splits"),
-        meaning={"op": "LowBitMatMul", "x": x_type, "block_codes": block_units(layout, tile) * layout.unit.codes}
+        meaning={"op": "LowBitMatMul", "x": x_type, "block_codes": units * layout.unit.codes}
         | {"split_blocks": f"ceil(K / {layout.group_size} * {blocks} / splits)"},
     )
 

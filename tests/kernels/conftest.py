@@ -1,4 +1,4 @@
-"""The Triton kernels in a process of their own (`server.py`), under Triton's interpreter, and random weights for them."""
+"""The Triton kernels, interpreted, in a process of their own (`server.py`), and random weights for them."""
 
 import os
 import pickle

@@ -214,9 +214,9 @@ def test_operands_that_do_not_fit_are_refused(kernels, random):
     x = np.ones((2, 64), np.float32)
     with pytest.raises(ValueError, match=r"last dimension must be the weight's in_features 64, got shape \(2, 32\)"):
         kernels.matmul(x[:, :32].copy(), arrays)
-    with pytest.raises(ValueError, match="x: expected float32 or float16 .* got float64"):
+    with pytest.raises(ValueError, match=r"x: expected float32 or float16 .* got float64"):
         kernels.matmul(x.astype(np.float64), arrays)
     with pytest.raises(ValueError, match=r"bias: expected float32 \(9,\)"):
         kernels.matmul(x, arrays, np.ones(8, np.float32))
-    with pytest.raises(ValueError, match="indices: expected int64 or int32 .* got int16"):
+    with pytest.raises(ValueError, match=r"indices: expected int64 or int32 .* got int16"):
         kernels.gather(np.zeros(2, np.int16), arrays)
