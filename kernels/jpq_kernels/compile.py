@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -42,8 +43,8 @@ def compile_variant(variant: Variant, sm: int) -> Compiled:
         (names.index(name),): [["tt.divisibility", 16]] for name in variant.arguments if name in variant.aligned
     }
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    triton.knobs.compilation.disable_line_info = True  # it would put this machine's paths into the PTX
-    triton.knobs.compilation.always_compile = True  # a cached kernel may carry line information
+    knobs.compilation.disable_line_info = True  # it would put this machine's paths into the PTX
+    knobs.compilation.always_compile = True  # a cached kernel may carry line information
     source = ASTSource(variant.kernel, signature, dict(variant.constants), multiples)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     files = {"ptx": compiled.asm["ptx"].encode(), "cubin": compiled.asm["cubin"]}
@@ -94,7 +95,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout))
     return {"registers": int(usage["REG"]), "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"])}

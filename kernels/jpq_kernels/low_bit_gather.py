@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from jpq_kernels.unpack import doubled_zero, float_base, levels, load_unit
-from jpq_kernels.weight import DeviceWeight, expect
+from jpq_kernels.weight import DeviceWeight, divide_up, expect
 
 
 @triton.jit
@@ -48,6 +50,7 @@ def gather_kernel(
     tl.store(out + at * K + k, value, mask=inside[:, None])
 
 
+GATHER_WARPS = 4
 GATHER_CODES = 1024  # a program: 8 codes a lane of four warps, enough to hide one load behind the others
 
 
@@ -73,10 +76,9 @@ def low_bit_gather(
     if indices.numel() == 0:
         return out
     units = gather_units(weight.layout.unit.codes)
-    grid = (indices.numel(), triton.cdiv(k // weight.layout.unit.codes, units))
+    grid = (indices.numel(), divide_up(k // weight.layout.unit.codes, units))
     zeros = weight.scales if weight.zeros is None else weight.zeros
-    gather_kernel[grid](
-        indices, weight.elements(), weight.scales, zeros, out, n, k, weight.zero_row_bytes(),
-        **weight.layout.constants(), BLOCK_UNITS=units, num_warps=4,
-    )  # fmt: skip
+    options: dict[str, Any] = weight.layout.constants() | {"BLOCK_UNITS": units, "num_warps": GATHER_WARPS}
+    arguments = (indices, weight.elements(), weight.scales, zeros, out, n, k, weight.zero_row_bytes())
+    gather_kernel[grid](*arguments, **options)
     return out

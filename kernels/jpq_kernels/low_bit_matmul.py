@@ -11,13 +11,14 @@ the order of K. No atomics: the same inputs give the same bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from jpq_kernels.unpack import add_products, doubled_zero, float_base, levels, load_unit
-from jpq_kernels.weight import DeviceWeight, Layout, expect
+from jpq_kernels.weight import DeviceWeight, Layout, divide_up, expect
 
 MOST_FEW_ROWS = 16
 
@@ -247,17 +248,10 @@ def low_bit_matmul(
         )
     run(launch, x, weight, bias, out, workspace)
     if size:
-        grid = (triton.cdiv(rows * n, ADD_SPLITS_BLOCK),)
-        add_splits_kernel[grid](
-            workspace,
-            workspace if bias is None else bias,
-            out,
-            rows * n,
-            n,
-            0 if bias is None else n,
-            launch.splits,
-            BLOCK=ADD_SPLITS_BLOCK,
-        )
+        grid = (divide_up(rows * n, ADD_SPLITS_BLOCK),)
+        bias_length, addend = (0, workspace) if bias is None else (n, bias)
+        options: dict[str, Any] = {"BLOCK": ADD_SPLITS_BLOCK}
+        add_splits_kernel[grid](workspace, addend, out, rows * n, n, bias_length, launch.splits, **options)
     return out
 
 
@@ -294,28 +288,28 @@ def plan(rows: int, weight: DeviceWeight, dtype: torch.dtype, multiprocessors: i
     if few:
         tile = next(tile for tile in FEW_ROWS_TILES if rows <= tile.rows)
         steps, least = k // weight.layout.unit.codes, 2 * tile.block_units
-        programs = triton.cdiv(n, tile.block_n)
+        programs = divide_up(n, tile.block_n)
         wanted = WARPS_PER_MULTIPROCESSOR * multiprocessors
     else:
         tile = next((tile for tile in MANY_ROWS_TILES if rows <= tile.block_m), MANY_ROWS_TILES[-1])
         steps, least = weight.groups * group_blocks(weight.layout, tile, dtype.itemsize), 4
-        programs = triton.cdiv(n, tile.block_n) * triton.cdiv(rows, tile.block_m)
+        programs = divide_up(n, tile.block_n) * divide_up(rows, tile.block_m)
         wanted = 2 * multiprocessors
     splits = max(1, min(wanted // programs, steps // least))
-    split_steps = triton.cdiv(steps, splits)
-    return Launch(tile, triton.cdiv(steps, split_steps), split_steps)
+    split_steps = divide_up(steps, splits)
+    return Launch(tile, divide_up(steps, split_steps), split_steps)
 
 
 def block_units(layout: Layout, tile: ManyRowsTile, x_bytes: int) -> int:
     """Units of a block: a power of two, at most those of a group rounded up, at least 16 codes."""
     codes = layout.unit.codes
-    whole_group = triton.next_power_of_2(layout.group_size // codes)
-    return max(min(whole_group, tile.block_bytes // x_bytes // codes), triton.cdiv(16, codes))
+    whole_group = 1 << (layout.group_size // codes - 1).bit_length()  # rounded up to a power of two
+    return max(min(whole_group, tile.block_bytes // x_bytes // codes), divide_up(16, codes))
 
 
 def group_blocks(layout: Layout, tile: ManyRowsTile, x_bytes: int) -> int:
     """Blocks in a group."""
-    return triton.cdiv(layout.group_size, block_units(layout, tile, x_bytes) * layout.unit.codes)
+    return divide_up(layout.group_size, block_units(layout, tile, x_bytes) * layout.unit.codes)
 
 
 def constants_of(layout: Layout, tile: FewRowsTile | ManyRowsTile, x_bytes: int) -> dict[str, int | bool]:
@@ -344,14 +338,13 @@ def run(
     numbers = (rows, n, k, bias_length, weight.zero_row_bytes(), launch.split_steps)
     arguments = (*tensors, workspace if bias is None else bias, out, workspace, *numbers)
     tile = launch.tile
-    constants = constants_of(weight.layout, tile, x.element_size())
+    options: dict[str, Any] = constants_of(weight.layout, tile, x.element_size()) | {"num_warps": tile.num_warps}
     if isinstance(tile, FewRowsTile):
-        few_rows_kernel[(triton.cdiv(n, tile.block_n), launch.splits)](
-            *arguments, **constants, num_warps=tile.num_warps
-        )
+        few_rows_kernel[(divide_up(n, tile.block_n), launch.splits)](*arguments, **options)
     else:
-        grid = (triton.cdiv(n, tile.block_n), triton.cdiv(rows, tile.block_m), launch.splits)
-        many_rows_kernel[grid](*arguments, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        grid = (divide_up(n, tile.block_n), divide_up(rows, tile.block_m), launch.splits)
+        options["num_stages"] = tile.num_stages
+        many_rows_kernel[grid](*arguments, **options)
 
 
 def count_multiprocessors(device: torch.device) -> int:

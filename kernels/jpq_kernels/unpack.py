@@ -6,6 +6,9 @@ one word holds 8 of 4 bits). A lane loads whole units, so no byte is read twice 
 of which element hold a code is known when the kernel is compiled.
 """
 
+# Constants are annotated as what Triton wraps them in, which knows fewer operators than the integers they are.
+# pyright: reportOperatorIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import triton

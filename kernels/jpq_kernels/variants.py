@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jpq_export.numerics.scheme import BIT_WIDTHS
-from jpq_kernels.low_bit_gather import gather_kernel, gather_units
+from jpq_kernels.low_bit_gather import GATHER_WARPS, gather_kernel, gather_units
 from jpq_kernels.low_bit_matmul import (
     ADD_SPLITS_BLOCK,
     FEW_ROWS_TILES,
@@ -141,7 +141,7 @@ def gather(layout: Layout, out_type: str) -> Variant:
         arguments=arguments(gather_kernel, layout, {"indices": "*i64", "out": f"*{out_type}"}, constants),
         constants=constants,
         aligned=aligned(layout) | {"packed"},
-        num_warps=4,
+        num_warps=GATHER_WARPS,
         num_stages=3,
         grid=("count", f"ceil(K / {units * layout.unit.codes})", "1"),
         meaning={"op": "LowBitGather", "out": out_type},

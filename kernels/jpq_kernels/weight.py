@@ -118,6 +118,11 @@ class DeviceWeight:
         return 0 if self.zeros is None else self.zeros.shape[1]
 
 
+def divide_up(count: int, size: int) -> int:
+    """How many parts of `size` hold `count`."""
+    return -(-count // size)
+
+
 def expect(
     name: str,
     tensor: torch.Tensor,
