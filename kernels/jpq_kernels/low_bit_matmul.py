@@ -60,13 +60,13 @@ def few_rows_kernel(
     BLOCK_UNITS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One program: `rows` (<= ROWS) of X by BLOCK_N rows of W, over the units of one split.
+    """One program: ROWS rows of X by BLOCK_N rows of W, over the units of one split.
 
     A lane keeps one unit of each of the BLOCK_N rows; the codes are multiplied in fp32 as they are unpacked.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    m = tl.arange(0, ROWS)
+    m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     n_inside = n < N
     row = n[:, None].to(tl.int64)  # [BLOCK_N, 1]
     units = K // UNIT_CODES
@@ -201,7 +201,6 @@ FEW_ROWS_TILES = (
     FewRowsTile(rows=2, block_n=8, vector_bytes=16),
     FewRowsTile(rows=4, block_n=8, vector_bytes=16),
     FewRowsTile(rows=8, block_n=4, vector_bytes=8),
-    FewRowsTile(rows=16, block_n=2, vector_bytes=8),
 )
 # 16 rows is the smallest product of the tensor cores. 64 x 64 keeps 8 warps' worth of tiles on the small boards' 8
 # multiprocessors for the narrow layers of small models; 128 rows halve the unpacking where there are rows enough.
@@ -286,9 +285,9 @@ def plan(rows: int, weight: DeviceWeight, dtype: torch.dtype, multiprocessors: i
     n, k = weight.shape
     few = rows <= MOST_FEW_ROWS and not (dtype == torch.float16 and rows >= FP16_DOT_FROM)
     if few:
-        tile = next(tile for tile in FEW_ROWS_TILES if rows <= tile.rows)
+        tile = next((tile for tile in FEW_ROWS_TILES if rows <= tile.rows), FEW_ROWS_TILES[-1])
         steps, least = k // weight.layout.unit.codes, 2 * tile.block_units
-        programs = divide_up(n, tile.block_n)
+        programs = divide_up(n, tile.block_n) * divide_up(rows, tile.rows)
         wanted = WARPS_PER_MULTIPROCESSOR * multiprocessors
     else:
         tile = next((tile for tile in MANY_ROWS_TILES if rows <= tile.block_m), MANY_ROWS_TILES[-1])
@@ -340,7 +339,8 @@ def run(
     tile = launch.tile
     options: dict[str, Any] = constants_of(weight.layout, tile, x.element_size()) | {"num_warps": tile.num_warps}
     if isinstance(tile, FewRowsTile):
-        few_rows_kernel[(divide_up(n, tile.block_n), launch.splits)](*arguments, **options)
+        grid = (divide_up(n, tile.block_n), launch.splits, divide_up(rows, tile.rows))
+        few_rows_kernel[grid](*arguments, **options)
     else:
         grid = (divide_up(n, tile.block_n), divide_up(rows, tile.block_m), launch.splits)
         options["num_stages"] = tile.num_stages

@@ -106,8 +106,8 @@ def few_rows(layout: Layout, x_type: str, tile: FewRowsTile) -> Variant:
         aligned=aligned(layout),
         num_warps=tile.num_warps,
         num_stages=3,
-        grid=(f"ceil(N / {tile.block_n})", "splits", "1"),
-        meaning={"op": "LowBitMatMul", "x": x_type, "most_rows": tile.rows}
+        grid=(f"ceil(N / {tile.block_n})", "splits", f"ceil(rows / {tile.rows})"),
+        meaning={"op": "LowBitMatMul", "x": x_type, "block_rows": tile.rows}
         | {"split_units": f"ceil(K / {layout.unit.codes} / splits)"},
     )
 
