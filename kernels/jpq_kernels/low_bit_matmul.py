@@ -195,12 +195,13 @@ class ManyRowsTile:
 
 
 # BLOCK_N rows of W share one load of X (the more, the fewer loads a weight), but each row of X keeps two sums for each
-# of them in registers: rows * block_n stays at 32 or below, and X's vector shrinks with more rows.
+# of them in registers: rows * block_n stays at 32 or below. More than 8 rows go in blocks of 8: 16 spilled at 3 and 5
+# bits on sm_87, where the compiler loads all of X's 32 codes first.
 FEW_ROWS_TILES = (
     FewRowsTile(rows=1, block_n=8, vector_bytes=16),
     FewRowsTile(rows=2, block_n=8, vector_bytes=16),
     FewRowsTile(rows=4, block_n=8, vector_bytes=16),
-    FewRowsTile(rows=8, block_n=4, vector_bytes=8),
+    FewRowsTile(rows=8, block_n=4, vector_bytes=16),
 )
 # 16 rows is the smallest product of the tensor cores. 64 x 64 keeps 8 warps' worth of tiles on the small boards' 8
 # multiprocessors for the narrow layers of small models; 128 rows halve the unpacking where there are rows enough.
