@@ -195,13 +195,13 @@ class ManyRowsTile:
 
 
 # BLOCK_N rows of W share one load of X (the more, the fewer loads a weight), but each row of X keeps two sums for each
-# of them in registers: rows * block_n stays at 32 or below. More than 8 rows go in blocks of 8: 16 spilled at 3 and 5
-# bits on sm_87, where the compiler loads all of X's 32 codes first.
+# of them in registers, beside X's codes of a whole unit, which the compiler loads first. At 3 and 5 bits (32 codes a
+# unit) fp32 X of 8 rows spilled with 4 rows of W on sm_87 or sm_90, and 16 rows always: so more go in blocks of 8.
 FEW_ROWS_TILES = (
     FewRowsTile(rows=1, block_n=8, vector_bytes=16),
     FewRowsTile(rows=2, block_n=8, vector_bytes=16),
     FewRowsTile(rows=4, block_n=8, vector_bytes=16),
-    FewRowsTile(rows=8, block_n=4, vector_bytes=16),
+    FewRowsTile(rows=8, block_n=2, vector_bytes=8),
 )
 # 16 rows is the smallest product of the tensor cores. 64 x 64 keeps 8 warps' worth of tiles on the small boards' 8
 # multiprocessors for the narrow layers of small models; 128 rows halve the unpacking where there are rows enough.
