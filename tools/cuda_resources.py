@@ -44,7 +44,9 @@ def find_nvcc() -> str | None:
 def sources_sha256() -> str:
     """Digest of everything the kernels are made of."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in CORE.iterdir() if p.suffix in (".cu", ".cuh") or p.name in ("low_bit_cuda.h", "low_bit.h")):
+    for path in sorted(
+        p for p in CORE.iterdir() if p.suffix in (".cu", ".cuh") or p.name in ("low_bit_cuda.h", "low_bit.h")
+    ):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -95,7 +97,9 @@ def table(record: dict) -> str:
         "",
         f"Made by `tools/cuda_resources.py` with {record['nvcc']}. Compiled only: no kernel here has been timed.",
         "",
-        "| kernel | shared bytes | " + " | ".join(f"{name} registers" for name in gpus) + " | spilled bytes, all GPUs |",
+        "| kernel | shared bytes | "
+        + " | ".join(f"{name} registers" for name in gpus)
+        + " | spilled bytes, all GPUs |",
         "|---|---|" + "---|" * (len(gpus) + 1),
     ]
     for rows in zip(*(gpus[name] for name in gpus), strict=True):

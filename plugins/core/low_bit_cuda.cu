@@ -9,8 +9,8 @@ namespace {
 
 using namespace jpq;
 
-/* Blocks wanted before K is split no further: two for each multiprocessor of the smaller GPUs. A constant, not the GPU's
- * size, so that results do not depend on the machine. */
+/* Blocks wanted before K is split no further: a guess, not yet measured on a GPU. A constant and not the GPU's size, so
+ * that results do not depend on the machine. */
 constexpr int64_t WANTED_BLOCKS = 128;
 constexpr int64_t MOST_GRID_Y = 65535;
 

@@ -50,6 +50,17 @@ __device__ __forceinline__ uint16_t float_to_half(float f) {
 #endif
 }
 
+/* Two halves in a word, `low` first in memory. */
+__device__ __forceinline__ uint32_t pack_halves(float low, float high) {
+#ifdef __CUDACC__
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+#else
+  return float_to_half(low) | (uint32_t)float_to_half(high) << 16;
+#endif
+}
+
 __device__ __forceinline__ float load_float(const void *p, int type, int64_t i) {
   return type == JPQ_F16 ? half_to_float(((const uint16_t *)p)[i]) : ((const float *)p)[i];
 }
@@ -106,18 +117,19 @@ __device__ __forceinline__ uint32_t code(const uint32_t (&words)[BITS], int j) {
 
 constexpr uint32_t TWO_22 = 0x4a800000u; /* 2^22 as fp32; a step of its last bit is 1/2 */
 
-/* code - zero, exactly: `offset` is 2^22 + zero, and half-integer zeros still fit its last bit. No slow int-to-float. */
+/* code - zero, exactly: `offset` is 2^22 + zero, and half-integer zeros fit its last bit. No slow int-to-float. */
 __device__ __forceinline__ float centred(uint32_t code, float offset) {
   return __uint_as_float(TWO_22 | code << 1) - offset;
 }
 __device__ __forceinline__ float offset_of(float zero) { return 4194304.0f + zero; }
 
-/* One tensor-core step of a warp: D[16, 8] += A[16, 16] . B[16, 8], fp16 in, fp32 sums. Lane l with g = l / 4, t = l % 4
+/* One tensor-core step of a warp: D[16, 8] += A[16, 16] . B[16, 8], fp16 in, fp32 sums. Lane l, g = l / 4, t = l % 4,
  * holds A[g | g+8, 2t..2t+1 | +8], B[2t..2t+1 | +8, g] and D[g | g+8, 2t..2t+1], as PTX lays out m16n8k16. */
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif defined(__CUDA_ARCH__)

@@ -34,7 +34,7 @@ constexpr int few_shared() {
   return M * CHUNK * 4 + (DIRECT<BITS> ? 0 : FEW_WARPS * 32 * BITS * 4);
 }
 
-/* Place of four numbers of X: unit `lane`, numbers 4q ... The exclusive or keeps writers and readers free of conflicts. */
+/* Place of four numbers of X: unit `lane`, numbers 4q ... The exclusive or spares writer and reader bank conflicts. */
 __device__ __forceinline__ int x_slot(int m, int q, int lane) { return (m * 8 + q) * 32 + (lane ^ q); }
 
 template <int M>
@@ -117,14 +117,16 @@ __device__ __forceinline__ void load_rows(const Weight &w, int64_t first, int ch
       const int64_t row = first + r < w.n ? first + r : w.n - 1;
 #pragma unroll
       for (int i = 0; i < BITS; i++) words[r][i] = 0;
-      if (lane < units) load_direct<BITS>(w.packed + row * w.row_bytes + ((int64_t)chunk * 32 + lane) * 4 * BITS, words[r]);
+      const uint8_t *unit = w.packed + row * w.row_bytes + ((int64_t)chunk * 32 + lane) * 4 * BITS;
+      if (lane < units) load_direct<BITS>(unit, words[r]);
     }
   } else {
     Passing<BITS> passing[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) { /* all on their way before the first is used */
       const int64_t row = first + r < w.n ? first + r : w.n - 1;
-      passing[r].load(w.packed + row * w.row_bytes + (int64_t)chunk * 128 * BITS, (units < 32 ? units : 32) * BITS, lane);
+      const uint8_t *piece = w.packed + row * w.row_bytes + (int64_t)chunk * 128 * BITS;
+      passing[r].load(piece, (units < 32 ? units : 32) * BITS, lane);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++) passing[r].hand_over(stage, lane, words[r]);
@@ -133,8 +135,9 @@ __device__ __forceinline__ void load_rows(const Weight &w, int64_t first, int ch
 
 /* Add the lane's 32 codes of each row times X. */
 template <int BITS, int M, int ROWS>
-__device__ __forceinline__ void multiply(const float4 *xs, const uint32_t (&words)[ROWS][BITS], const float (&scale)[ROWS],
-                                         const float (&offset)[ROWS], int lane, float (&sum)[ROWS][M]) {
+__device__ __forceinline__ void multiply(const float4 *xs, const uint32_t (&words)[ROWS][BITS],
+                                         const float (&scale)[ROWS], const float (&offset)[ROWS], int lane,
+                                         float (&sum)[ROWS][M]) {
 #pragma unroll
   for (int q = 0; q < 8; q++) {
     float wide[ROWS][4];

@@ -1,8 +1,8 @@
 /* Y = X . dequant(W)^T for many rows of X (prefill): weights are unpacked into shared memory, tensor cores multiply.
  *
- * A block makes 64 x 64 of Y, 64 of K at a time. Shared memory holds code - zero, which fp16 holds exactly; the scale is
- * applied to fp32 sums at the end of each group. So the weight is never rounded. fp32 X is cut into two fp16 numbers and
- * multiplied twice.
+ * A block makes 64 x 64 of Y, 64 of K at a time. Shared memory holds code - zero, which fp16 holds exactly; the scale
+ * is applied to fp32 sums at the end of each group. So the weight is never rounded. fp32 X is cut into two fp16 numbers
+ * and multiplied twice.
  */
 #ifndef JPQ_LOW_BIT_MATMUL_MANY_CUH
 #define JPQ_LOW_BIT_MATMUL_MANY_CUH
@@ -23,26 +23,28 @@ struct Many {
   int x_type, bias_type, y_type;
 };
 
+__device__ __forceinline__ float low_half(uint32_t word) { return half_to_float((uint16_t)word); }
+__device__ __forceinline__ float high_half(uint32_t word) { return half_to_float((uint16_t)(word >> 16)); }
+
 /* X[64, 64] as fp16, and what fp16 loses of it (zero for fp16 X); beyond the edges zero. */
 template <bool SPLIT>
-__device__ void stage_many_x(const Many &a, int64_t first, int k0, uint16_t *high, uint16_t *low) {
+__device__ __forceinline__ void stage_many_x(const Many &a, int64_t first, int k0, uint16_t *high, uint16_t *low) {
   for (int i = threadIdx.x; i < TILE * TILE / 4; i += MANY_THREADS) {
     const int m = i / (TILE / 4), at = i % (TILE / 4) * 4;
     float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
     if (first + m < a.m && k0 + at < a.w.k) v = load_four(a.x, a.x_type, (first + m) * a.w.k + k0 + at);
-    const float values[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const uint16_t h = float_to_half(values[j]);
-      high[m * STRIDE + at + j] = h;
-      if (SPLIT) low[m * STRIDE + at + j] = float_to_half(values[j] - half_to_float(h));
-    }
+    const uint2 rounded = make_uint2(pack_halves(v.x, v.y), pack_halves(v.z, v.w));
+    *(uint2 *)(high + m * STRIDE + at) = rounded;
+    if (!SPLIT) continue;
+    const uint32_t first_two = pack_halves(v.x - low_half(rounded.x), v.y - high_half(rounded.x));
+    *(uint2 *)(low + m * STRIDE + at) =
+        make_uint2(first_two, pack_halves(v.z - low_half(rounded.y), v.w - high_half(rounded.y)));
   }
 }
 
-/* One unit of 32 codes a thread: row threadIdx / 2, half threadIdx % 2. */
+/* One unit of 32 codes a thread: row threadIdx / 2, half threadIdx % 2; codes - zero as fp16, exactly. */
 template <int BITS>
-__device__ void stage_codes(const Many &a, int64_t first, int k0, uint16_t *out, float *scales) {
+__device__ __forceinline__ void stage_codes(const Many &a, int64_t first, int k0, uint16_t *out, float *scales) {
   const int n = threadIdx.x / 2, half = threadIdx.x % 2, k = k0 + half * UNIT;
   const int64_t row = first + n;
   uint16_t *to = out + n * STRIDE + half * UNIT;
@@ -55,7 +57,14 @@ __device__ void stage_codes(const Many &a, int64_t first, int k0, uint16_t *out,
   const float offset = offset_of(here ? load_zero(a.w, row, group) : 0.f);
   scales[half * TILE + n] = here ? load_scale(a.w, row, group) : 0.f;
 #pragma unroll
-  for (int j = 0; j < UNIT; j++) to[j] = float_to_half(centred(code<BITS>(words, j), offset));
+  for (int j = 0; j < UNIT; j += 8) { /* 16 bytes a store: eight lanes hit all banks once */
+    uint32_t pair[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      pair[i] = pack_halves(centred(code<BITS>(words, j + 2 * i), offset),
+                            centred(code<BITS>(words, j + 2 * i + 1), offset));
+    *(uint4 *)(to + j) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+  }
 }
 
 /* Fragment of X: rows `m` .. m+15, columns k .. k+15. */
@@ -69,8 +78,8 @@ __device__ __forceinline__ void load_a(const uint16_t *x, int m, int k, int lane
 
 /* 16 of K for the warp's 32 x 32. */
 template <bool SPLIT>
-__device__ __forceinline__ void step(const uint16_t *high, const uint16_t *low, const uint16_t *codes, int m0, int n0, int k,
-                                     int lane, float (&part)[2][4][4]) {
+__device__ __forceinline__ void step(const uint16_t *high, const uint16_t *low, const uint16_t *codes, int m0, int n0,
+                                     int k, int lane, float (&part)[2][4][4]) {
   uint32_t b[4][2];
 #pragma unroll
   for (int j = 0; j < 4; j++) {

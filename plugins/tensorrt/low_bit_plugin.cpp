@@ -148,7 +148,8 @@ int32_t LowBit::enqueue(PluginTensorDesc const *in, PluginTensorDesc const *out,
   w.zeros = settings_.symmetric ? nullptr : static_cast<uint8_t const *>(inputs[3]);
   if (kind_ == Kind::gather) {
     const int32_t bytes = in[0].type == DataType::kINT64 ? 8 : 4;
-    const jpq_cuda_lookup look_up = {&w, inputs[0], outputs[0], stream, count(in[0].dims, 0), bytes, float_code(out[0].type)};
+    const int64_t indices = count(in[0].dims, 0);
+    const jpq_cuda_lookup look_up = {&w, inputs[0], outputs[0], stream, indices, bytes, float_code(out[0].type)};
     return jpq_cuda_gather(&look_up);
   }
   const bool biased = inputs_ > first_bias();

@@ -64,8 +64,9 @@ class LowBit final : public nvinfer1::IPluginV3,
   // IPluginV3OneRuntime
   int32_t onShapeChange(nvinfer1::PluginTensorDesc const *in, int32_t inputs, nvinfer1::PluginTensorDesc const *out,
                         int32_t outputs) noexcept override;
-  int32_t enqueue(nvinfer1::PluginTensorDesc const *in, nvinfer1::PluginTensorDesc const *out, void const *const *inputs,
-                  void *const *outputs, void *workspace, cudaStream_t stream) noexcept override;
+  int32_t enqueue(nvinfer1::PluginTensorDesc const *in, nvinfer1::PluginTensorDesc const *out,
+                  void const *const *inputs, void *const *outputs, void *workspace,
+                  cudaStream_t stream) noexcept override;
   nvinfer1::IPluginV3 *attachToContext(nvinfer1::IPluginResourceContext *context) noexcept override;
   nvinfer1::PluginFieldCollection const *getFieldsToSerialize() noexcept override;
 

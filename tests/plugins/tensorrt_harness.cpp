@@ -153,12 +153,12 @@ int harness_run(Call *call) {
   if (build->configurePlugin(all.data(), n, all.data() + n, 1)) return 6;
   call->workspace_bytes = (int64_t)build->getWorkspaceSize(all.data(), n, all.data() + n, 1);
 
-  auto *before = static_cast<IPluginV3OneRuntime *>(built->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
   std::unique_ptr<IPluginV3> copy(built->clone());
   built.swap(copy);
   copy.reset();  // a clone outlives what it was cloned from
-  before = static_cast<IPluginV3OneRuntime *>(built->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-  std::unique_ptr<IPluginV3> restored(creator->createPlugin("node", before->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
+  auto *before = static_cast<IPluginV3OneRuntime *>(built->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+  auto const *saved = before->getFieldsToSerialize();
+  std::unique_ptr<IPluginV3> restored(creator->createPlugin("node", saved, TensorRTPhase::kRUNTIME));
   if (!restored) return 7;
   built.reset();
   auto *runtime = static_cast<IPluginV3OneRuntime *>(restored->getCapabilityInterface(PluginCapabilityType::kRUNTIME));

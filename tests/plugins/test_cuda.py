@@ -223,7 +223,9 @@ def test_a_weight_it_cannot_do_is_refused(cuda, random, change, expected):
     assert np.isnan(y).all()
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -2.5, 65504.0, 65519.9, 65520.0, 6e-8, 2.9e-8, 3e-8, 1e-5, 0.33325, np.inf])
+@pytest.mark.parametrize(
+    "value", [0.0, 1.0, -2.5, 65504.0, 65519.9, 65520.0, 6e-8, 2.9e-8, 3e-8, 1e-5, 0.33325, np.inf]
+)
 def test_the_shims_fp16_is_numpys(cuda, random, value):
     # Gather stores scale * (code - zero) as fp16: one code of 1, a zero of 0, scales of every size.
     rng = np.random.default_rng(8)

@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for every GPU we name, and none spills a register: the record, and one width compiled now."""
+"""The CUDA kernels compile for every GPU we name, and none spills: the record, and one width compiled now."""
 
 import importlib.util
 import json

@@ -20,7 +20,9 @@ from jpq_export.runtime import native
 
 HERE = Path(__file__).parent
 FLOAT, HALF, INT8, INT32, UINT8, INT64 = 0, 1, 2, 3, 5, 8  # nvinfer1::DataType
-TYPES = {np.dtype(k): v for k, v in (("f4", FLOAT), ("f2", HALF), ("i1", INT8), ("i4", INT32), ("u1", UINT8), ("i8", INT64))}
+TYPES = {
+    np.dtype(k): v for k, v in (("f4", FLOAT), ("f2", HALF), ("i1", INT8), ("i4", INT32), ("u1", UINT8), ("i8", INT64))
+}
 TOLERANCE = {np.float32: 2e-6, np.float16: 4e-4}  # as in test_cuda.py
 DISPATCH = "tensorrt_dispatch_bindings"
 
@@ -50,7 +52,11 @@ class Call(ctypes.Structure):
 
 def tensorrt_headers():
     """TensorRT's headers: JPQ_TENSORRT_INCLUDE, the package kernel-lens, or the system's."""
-    folders = [os.environ.get("JPQ_TENSORRT_INCLUDE", ""), "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu"]
+    folders = [
+        os.environ.get("JPQ_TENSORRT_INCLUDE", ""),
+        "/usr/include/x86_64-linux-gnu",
+        "/usr/include/aarch64-linux-gnu",
+    ]
     if spec := importlib.util.find_spec("kernel_lens"):
         folders.insert(1, str(Path(spec.submodule_search_locations[0]) / "include" / "tensorrt"))
     for folder in folders:
@@ -62,7 +68,10 @@ def tensorrt_headers():
 def cuda_headers():
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     toolkits = {Path(nvcc).parents[1], Path(nvcc).resolve().parents[1], Path("/usr/local/cuda")} if nvcc else set()
-    for folder in (*(toolkit / "include" for toolkit in sorted(toolkits)), Path(sysconfig.get_paths()["purelib"]) / "nvidia"):
+    for folder in (
+        *(toolkit / "include" for toolkit in sorted(toolkits)),
+        Path(sysconfig.get_paths()["purelib"]) / "nvidia",
+    ):
         for found in (folder / "cuda_runtime_api.h", *sorted(folder.glob("*/include/cuda_runtime_api.h"))):
             if found.is_file():
                 return str(found.parent)
@@ -72,7 +81,9 @@ def cuda_headers():
 def compile_with(compiler, out, *arguments):
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler}")
-    done = subprocess.run([compiler, "-std=c++17", "-o", str(out), *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run(
+        [compiler, "-std=c++17", "-o", str(out), *map(str, arguments)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[:4000]
     return out
 

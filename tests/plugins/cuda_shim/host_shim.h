@@ -4,7 +4,8 @@
  * or the warp; blocks run one after the other. Shared memory is of exactly the size asked for and starts as NaN.
  * Right for: indexing, packing, edges, reductions, the fragment layout of mma as PTX documents it.
  * BLIND to: races (fibers only switch at rendezvous), barriers that a GPU needs but this order does not, the mma
- * instruction itself and the order of its sums, inline PTX, alignment faults, occupancy, speed. Never a substitute for a GPU run.
+ * instruction itself and the order of its sums, inline PTX, occupancy, speed. Misaligned vectors are seen only in the
+ * build with -fsanitize=alignment. Never a substitute for a run on a GPU.
  */
 #ifndef JPQ_HOST_SHIM_H
 #define JPQ_HOST_SHIM_H
@@ -35,6 +36,8 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
 static dim3 threadIdx, blockIdx, gridDim, blockDim;
 
