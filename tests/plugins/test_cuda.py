@@ -227,7 +227,7 @@ def test_a_weight_it_cannot_do_is_refused(cuda, random, change, expected):
     "value", [0.0, 1.0, -2.5, 65504.0, 65519.9, 65520.0, 6e-8, 2.9e-8, 3e-8, 1e-5, 0.33325, np.inf]
 )
 def test_the_shims_fp16_is_numpys(cuda, random, value):
-    # Gather stores scale * (code - zero) as fp16: one code of 1, a zero of 0, scales of every size.
+    # The same sums stored as fp16 and as fp32, which numpy then rounds.
     rng = np.random.default_rng(8)
     stored = random(1, 32, 8, 32, False, rng)
     x = np.full((1, 32), np.float32(value))
