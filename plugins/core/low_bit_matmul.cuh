@@ -14,6 +14,7 @@
 namespace jpq {
 
 constexpr int FEW_WARPS = 4, FEW_THREADS = FEW_WARPS * 32, CHUNK = 32 * UNIT;
+constexpr int FEW_BLOCKS = 3; /* on a multiprocessor: left to itself ptxas aims at more, and spills on sm_120 */
 
 struct Few {
   Weight w;
@@ -169,7 +170,7 @@ __device__ __forceinline__ void store_few(const Few &a, int64_t m, int64_t row, 
 }
 
 template <int BITS, int M, int ROWS>
-__global__ void __launch_bounds__(FEW_THREADS) few_rows(Few a) {
+__global__ void __launch_bounds__(FEW_THREADS, FEW_BLOCKS) few_rows(Few a) {
   JPQ_SHARED_BYTES(shared);
   float4 *xs = (float4 *)shared;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

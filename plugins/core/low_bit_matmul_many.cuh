@@ -12,6 +12,7 @@
 namespace jpq {
 
 constexpr int TILE = 64, MANY_THREADS = 128;
+constexpr int MANY_BLOCKS = 3; /* on a multiprocessor: left to itself ptxas aims at more, and spills on sm_90 */
 constexpr int STRIDE = TILE + 8; /* halves: 36 words, so that the 8 x 4 lanes of a fragment hit 32 banks */
 constexpr int MANY_SHARED = 3 * TILE * STRIDE * 2 + TILE * 2 * 4;
 
@@ -132,7 +133,7 @@ __device__ __forceinline__ void store_many(const Many &a, int64_t first_m, int64
 }
 
 template <int BITS, bool SPLIT>
-__global__ void __launch_bounds__(MANY_THREADS) many_rows(Many a) {
+__global__ void __launch_bounds__(MANY_THREADS, MANY_BLOCKS) many_rows(Many a) {
   JPQ_SHARED_BYTES(shared);
   uint16_t *high = (uint16_t *)shared, *low = high + TILE * STRIDE, *codes = low + TILE * STRIDE;
   float *scales = (float *)(codes + TILE * STRIDE); /* [2 units, 64 rows] */
