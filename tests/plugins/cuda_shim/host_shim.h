@@ -22,7 +22,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(THREADS)
+#define __launch_bounds__(...)
 #define JPQ_SHARED_BYTES(NAME) unsigned char *NAME = shim::shared.data()
 #define JPQ_LAUNCH(KERNEL, GRID, THREADS, SHARED, STREAM, ...) \
   ((void)(STREAM), shim::launch(GRID, THREADS, SHARED, [&] { KERNEL(__VA_ARGS__); }))
