@@ -1,11 +1,13 @@
 """The functions of the compiled library, on numpy arrays."""
 
 import ctypes
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from jpq_export.numerics.affine import QuantizedWeight, store
+from jpq_export.numerics.packing import pack_codes
 from jpq_export.numerics.scheme import Scheme
 
 FP32, INT8, INT16 = 0, 1, 2
@@ -39,6 +41,23 @@ def address(array):
     return None if array is None else array.ctypes.data
 
 
+def make_weight(stored: QuantizedWeight, **changes):
+    """The C struct of a stored weight, with some fields changed."""
+    fields = {
+        **{name: address(getattr(stored, name)) for name in ("packed", "scales", "zeros")},
+        **dict(zip(("n", "k"), stored.shape, strict=True)),
+        **{name: getattr(stored.scheme, name) for name in ("bits", "group_size")},
+    }
+    return Weight(**(fields | changes))
+
+
+def flipped(stored, row, column):
+    """The weight with the lowest bit of one code changed."""
+    codes = stored.codes()
+    codes[row, column] ^= 1
+    return replace(stored, packed=pack_codes(codes, stored.scheme.bits))
+
+
 class Core:
     """The C functions on numpy arrays. Outputs start as NaN, with a guard behind them."""
 
@@ -55,12 +74,7 @@ class Core:
         ]
 
     def weight(self, stored: QuantizedWeight, **changes):
-        fields = {
-            **{name: address(getattr(stored, name)) for name in ("packed", "scales", "zeros")},
-            **dict(zip(("n", "k"), stored.shape, strict=True)),
-            **{name: getattr(stored.scheme, name) for name in ("bits", "group_size")},
-        }
-        return Weight(**(fields | changes))
+        return make_weight(stored, **changes)
 
     def matmul(self, x, stored, name=None, *, activations=FP32, bias=None, ranges=None, weight=None):
         """Status and y [m, n]; `ranges` of rows of the weight, each a call of its own."""
@@ -88,6 +102,16 @@ class Core:
         )
         assert np.isnan(out[-GUARD:]).all(), "written past the end"
         return status, out[:-GUARD].reshape(len(indices), -1)
+
+
+@pytest.fixture(scope="session")
+def weight_of():
+    return make_weight
+
+
+@pytest.fixture(scope="session")
+def flip():
+    return flipped
 
 
 @pytest.fixture(scope="session")
