@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,3 +198,11 @@ def prebuilt(bundle: Path) -> Callable[..., Path]:
         return path
 
     return do
+
+
+@pytest.fixture
+def kit() -> SimpleNamespace:
+    """What a test file cannot import from here."""
+    return SimpleNamespace(
+        SPEC=SPEC, StandIn=StandIn, record=record, save_record=save_record, bounds={"logits": BOUND, "peak": PEAK}
+    )
