@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jpq_export.errors import BundleError, UsageError
-from jpq_export.format.bundle import Manifest
+from jpq_export.format.bundle import Manifest, safe_name
 from jpq_export.format.spec import ModelSpec
 
 FOLDER = "device"  # inside the bundle: everything this board made
@@ -50,8 +51,29 @@ def spec_of(manifest: Manifest, bundle: Path) -> ModelSpec:
 
 
 def device_section(manifest: Manifest) -> dict[str, Any]:
-    """What the exporter said about the device side; empty when the bundle has none."""
-    return manifest.device or {}
+    """What the exporter said about the device side; empty when the bundle has none. BundleError when malformed."""
+    section = manifest.device or {}
+    try:
+        if section:
+            _check_section(section)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"manifest.json: device: malformed ({error!r}); export the bundle again") from error
+    return section
+
+
+def _check_section(section: dict[str, Any]) -> None:
+    """A bundle may come from anywhere: every value that is used later, once."""
+    if not re.match(r"\d+\.\d+", section["tensorrt"]):
+        raise ValueError(f"tensorrt {section['tensorrt']!r}")
+    names = [section["graph"], *(raw["file"] for raw in section["binaries"])]
+    for name in names:
+        safe_name(name, Path("manifest.json"))
+    for raw in section["binaries"]:
+        int(raw["abi"]), tuple(map(int, raw["sms"])), raw["sha256"].lower(), raw["machine"].lower()
+    for value in (section["bounds"]["logits"], section["bounds"]["peak"]):
+        if not 0 < float(value) < 1e6:
+            raise ValueError(f"bound {value!r}")
+    int(section["vectors_prompt"]), int(section["vectors_tokens"]), list(section["parts"]), list(section["missing"])
 
 
 def memory_terms(manifest: Manifest, spec: ModelSpec, settings: Settings) -> dict[str, int]:

@@ -204,5 +204,10 @@ def prebuilt(bundle: Path) -> Callable[..., Path]:
 def kit() -> SimpleNamespace:
     """What a test file cannot import from here."""
     return SimpleNamespace(
-        SPEC=SPEC, StandIn=StandIn, record=record, save_record=save_record, bounds={"logits": BOUND, "peak": PEAK}
+        SPEC=SPEC,
+        StandIn=StandIn,
+        logits_of=logits_of,
+        record=record,
+        save_record=save_record,
+        bounds={"logits": BOUND, "peak": PEAK},
     )
