@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click_default_group import DefaultGroup
 
 from jpq_export import __version__
-from jpq_export.cli_options import EFFORTS, make_request, search_options
+from jpq_export.cli_options import EFFORTS, make_request, search_options, size_bytes
 from jpq_export.errors import JpqError, StorageError, UsageError
 
 # Threads that wait without spinning: beside two busy processes on two cores a tuning step took 4.5 s instead of 29 s.
@@ -25,6 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some microseconds: a recover
 
 COMPARED = ("gptq-uniform", "prune-then-quantize", "bits-only", "joint")
 COMPARABLE = (*COMPARED, "rtn-uniform", "hqq", "auto-round-rtn", "auto-round")
+DEFAULT = "export"
 STOPS = ("plan", "compress", "onnx")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # how torch says it, in a RuntimeError
@@ -37,6 +37,7 @@ Examples:
   jpq-export --target orin-nano-8gb --latency 2ms    chosen for decode latency instead of bytes
   jpq-export run bundle "The capital of France is"
   jpq-export verify bundle
+  jpq-export build bundle                            on the board: plugin, TensorRT engine, recorded vectors
 """
 
 
@@ -48,8 +49,18 @@ class Sentinel(click.ClickException):
         self.exit_code = error.exit_code  # pyright: ignore[reportAttributeAccessIssue] click reads the instance
 
 
-class Commands(DefaultGroup):
+class Commands(click.Group):
     """The command group: export is the default command; errors a user can cause become one line."""
+
+    ignore_unknown_options = True  # `jpq-export --target jetson`: an option of the default command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The named command, or export with all arguments."""
+        if self.get_command(ctx, args[0]) is None:
+            args = [DEFAULT, *args]
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run, translating errors."""
@@ -84,7 +95,7 @@ class Commands(DefaultGroup):
 
 
 @click.group(
-    cls=Commands, default="export", default_if_no_args=False, epilog=EXAMPLES,
+    cls=Commands, epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )  # fmt: skip
 @click.version_option(__version__)
@@ -168,6 +179,25 @@ def verify(bundle: Path) -> None:
             click.echo(f"{problem.place}: {problem.message}", err=True)
         raise
     click.echo(f"{bundle}: {result.files} files and the recorded vectors are as exported")
+
+
+@main.command("build")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Engine file. Default: BUNDLE/device/model.engine")
+@click.option("--plugin", type=click.Path(path_type=Path), help="Library built from this bundle's plugins/.")
+@click.option("--workspace", default="512MB", show_default=True, help="Scratch memory of TensorRT.")
+@click.option("--max-prompt", type=int, default=512, show_default=True, help="Longest prompt at once, in tokens.")
+@click.option("--max-tokens", type=int, default=2048, show_default=True, help="Prompt and answer together.")
+@click.option("--dry-run", is_flag=True, help="Check, and say what would be done.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable on stdout.")
+def build_command(bundle: Path, *, dry_run: bool, as_json: bool, workspace: str, **options: Any) -> None:
+    """On the board: check BUNDLE and board, build plugin and TensorRT engine, run the recorded vectors."""
+    from jpq_export.engine.command import build_bundle
+    from jpq_export.engine.settings import FOLDER, Settings
+
+    options["out"] = options["out"] or bundle / FOLDER / "model.engine"
+    settings = Settings(bundle, workspace_bytes=int(size_bytes(workspace, "--workspace")), **options)
+    build_bundle(settings, dry_run=dry_run, as_json=as_json)
 
 
 @main.command()

@@ -16,11 +16,11 @@ LARGEST_SEED = 2**63 - 1  # torch takes no larger one
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def size_bytes(text: str) -> float:
+def size_bytes(text: str, option: str = "--size") -> float:
     """'60MB', '1.5 GiB', '42000000' -> bytes; UsageError otherwise."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in UNITS or not 0 < float(match[1]) < 1e18:
-        raise UsageError(f"--size {text!r}: expected a positive number of bytes such as 60MB, 1.5GB or 64MiB")
+        raise UsageError(f"{option} {text!r}: expected a positive number of bytes such as 60MB, 1.5GB or 64MiB")
     return float(match[1]) * UNITS[match[2].upper()]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jpq_export import __version__
+from jpq_export.engine.contents import add_device_files, bundle_names
 from jpq_export.format.bundle import MANIFEST, Manifest, read_manifest, write_manifest
 from jpq_export.format.plan import Plan
 
@@ -60,12 +62,38 @@ def finish_bundle(
         *("plan.json", "parity.json", "vectors.safetensors", "tokenizer.json", "tokenizer_config.json"),
         *(path.name for path in work.folder.glob("model*.onnx*")),
     }
-    manifest = _manifest(export, loaded, plan, compressed, quality).with_contents(work.folder, names=keep)
-    write_manifest(work.folder, manifest)
+    manifest = _manifest(export, loaded, plan, compressed, quality)
+    if tensorrt := export.request.target.tensorrt:
+        manifest = replace(manifest, device=_device_files(work.folder, tensorrt))
+        keep |= bundle_names(work.folder)
+    write_manifest(work.folder, manifest.with_contents(work.folder, names=keep))
     write_report(work.folder)
     manifest = read_manifest(work.folder)
-    work.finish(keep={*manifest.files, MANIFEST})  # only now goes what a killed run would need
+    # Only now goes what a killed run would need; `finish` knows the top level alone.
+    work.finish(keep={MANIFEST, *(name.split("/")[0] for name in manifest.files)})
     return {"out": str(work.out), "plan": plan, "manifest": manifest, "parity": parity}
+
+
+def _device_files(folder: Path, tensorrt: str) -> dict[str, Any]:
+    """Put into the bundle what the board needs to build an engine; the manifest's device section."""
+    from jpq_export.parity import tolerance
+    from jpq_export.parity.vectors import Vectors
+    from jpq_export.runtime import native
+
+    try:
+        sources = native.sources_folder()
+    except native.NativeError:
+        sources = None  # the manifest lists what is missing, and `build` says it
+    recorded = Vectors.load(folder / "vectors.safetensors").tensors
+    prompt = recorded["ids.prefill"].shape[1]
+    return add_device_files(
+        folder,
+        sources,
+        tensorrt=tensorrt,
+        bounds={"logits": tolerance.LOGITS_REL_RMS, "peak": tolerance.PEAK},
+        prompt=max(prompt, recorded["ids.padded"].shape[1]),
+        tokens=max(prompt + len(recorded["greedy"]), recorded["ids.padded"].shape[1]),
+    )
 
 
 def _quality(loaded: LoadedModel, texts: Texts, compressed: CompressedModel, report: Any) -> dict[str, Any]:

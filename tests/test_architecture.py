@@ -23,16 +23,23 @@ ROWS = (
     ("peers",),
     ("pipeline", "prove", "evaluation", "summary"),
     ("request", "bench"),
-    ("compress", "lower", "runtime", "parity", "evaluate", "workspace"),
+    ("compress", "lower", "runtime", "engine", "parity", "evaluate", "workspace"),
     ("format",),
     ("numerics",),
     ("cache", "errors", "progress", "revision", "__init__"),
 )
 ROW = {part: i for i, row in enumerate(ROWS) for part in row}
-# The last stages of a run are a file of their own; parity runs the PyTorch reference and our kernels.
-BESIDE = {("pipeline", "prove"), ("prove", "pipeline"), ("parity", "compress"), ("parity", "runtime")}
+# The last stages of a run are a file of their own; parity runs the PyTorch reference and our kernels; the device side
+# uses parity's error measures, pure numpy (test_build.py blocks everything else).
+BESIDE = {
+    ("pipeline", "prove"),
+    ("prove", "pipeline"),
+    ("parity", "compress"),
+    ("parity", "runtime"),
+    ("engine", "parity"),
+}
 FREE = ("__init__", "cache", "errors", "progress", "revision")
-LIGHT = ("runtime", "format", "numerics", "cache", "errors", "progress", "revision")
+LIGHT = ("runtime", "engine", "format", "numerics", "cache", "errors", "progress", "revision")
 HEAVY = ("torch", "transformers")
 LONGEST = 400
 
@@ -118,8 +125,9 @@ def loaded_by(code: str) -> set[str]:
         "from jpq_export.cli import main\nmain(['targets'], standalone_mode=False)",
         "import jpq_export.runtime.bundle",
         "import jpq_export.parity.verify",
+        "import jpq_export.engine.build",
     ],
-    ids=["cli", "help", "export help", "targets", "bundle", "verify"],
+    ids=["cli", "help", "export help", "targets", "bundle", "verify", "build"],
 )
 def test_light_parts_load_no_torch(code: str) -> None:
     assert loaded_by(code) == set()

@@ -143,7 +143,8 @@ def export(out: str, rest: str = "--bits 3") -> str:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in TIMED}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in TIMED]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
