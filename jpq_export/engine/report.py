@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from html import escape
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,7 +59,17 @@ class DeviceReport:
 
     def to_json(self) -> str:
         """The text of device.json."""
-        return json.dumps({"format": FORMAT, "passed": self.passed, **asdict(self)}, indent=1) + "\n"
+        raw = {"format": FORMAT, "passed": self.passed, **asdict(self)}
+        return json.dumps(_without_infinities(raw), indent=1, allow_nan=False) + "\n"
+
+
+def _without_infinities(value: Any) -> Any:
+    """The same with None for what JSON cannot say: an error that is infinite or no number."""
+    if isinstance(value, Mapping):
+        return {key: _without_infinities(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def measure_speed(session: Session, prompt: np.ndarray) -> Speed:

@@ -69,11 +69,15 @@ def _check_section(section: dict[str, Any]) -> None:
     for name in names:
         safe_name(name, Path("manifest.json"))
     for raw in section["binaries"]:
-        int(raw["abi"]), tuple(map(int, raw["sms"])), raw["sha256"].lower(), raw["machine"].lower()
+        kinds = {"abi": int, "sms": list, "sha256": str, "machine": str}
+        if wrong := [key for key, kind in kinds.items() if not isinstance(raw[key], kind)]:
+            raise TypeError(f"binaries: {wrong[0]}")
     for value in (section["bounds"]["logits"], section["bounds"]["peak"]):
         if not 0 < float(value) < 1e6:
             raise ValueError(f"bound {value!r}")
-    int(section["vectors_prompt"]), int(section["vectors_tokens"]), list(section["parts"]), list(section["missing"])
+    kinds = {"vectors_prompt": int, "vectors_tokens": int, "parts": list, "missing": list}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(section[key], kind)]:
+        raise TypeError(wrong[0])
 
 
 def memory_terms(manifest: Manifest, spec: ModelSpec, settings: Settings) -> dict[str, int]:

@@ -105,6 +105,8 @@ def test_twin_an_engine_that_computes_something_else_never_gets_its_name(stand_i
     assert not settings.out.exists()
     assert settings.out.with_name("model.engine.failed").exists()
     assert "do not use this engine" in (settings.home / "device.html").read_text()
+    written = json.loads((settings.home / "device.json").read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert written["passed"] is False
 
 
 def test_the_command_says_checks_and_speed(stand_ins, bundle, settings):
