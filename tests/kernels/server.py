@@ -33,7 +33,7 @@ def matmul(x, stored, bias=None, *, multiprocessors=1, offset=0):
     (n, k), bias = on_device.shape, None if bias is None else torch.from_numpy(bias)
     low_bit_matmul.check_operands(x, on_device, bias)
     rows = x.numel() // k
-    plan = low_bit_matmul.plan(rows, on_device, x.dtype, multiprocessors)
+    plan = low_bit_matmul.plan(max(rows, 1), on_device, x.dtype, multiprocessors)
     size = plan.workspace_size(rows, n)
     out, workspace = poisoned(rows * n, x.dtype), poisoned(size, torch.float32)
     y = low_bit_matmul.low_bit_matmul(

@@ -129,7 +129,7 @@ def test_full_page(full: Path):
         "layers.1.attn",
         "too dear",
         "Bytes or time",
-        "time of one token",
+        "mean bits left",
         "chosen: 4.00 kB",
         "1.3, not kept",
         "1.5 s",
