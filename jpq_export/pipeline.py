@@ -180,7 +180,10 @@ class Export:
                 trials=self.effort.trials,
                 progress=report,
             )
-        listed = [{"knobs": _finite(asdict(t.knobs)), "kl": t.kl, "predicted": t.solution.price} for t in trials]
+        listed = [
+            {"knobs": _finite(asdict(t.knobs)), "kl": t.kl, "score": t.score, "predicted": t.solution.price}
+            for t in trials
+        ]
         plans = []
         for trial in finalists(trials, prepared.prices, self.effort.finalists):
             measured: dict[str, Any] = {

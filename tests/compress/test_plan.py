@@ -14,7 +14,7 @@ from jpq_export.compress.effort import EFFORTS
 from jpq_export.compress.finals import champion
 from jpq_export.compress.plan import BudgetRequest, Problem, contrast, make_plan, uniform_bytes, uniform_plan
 from jpq_export.compress.prices import PriceList, StructurePrice
-from jpq_export.compress.refine import Trial, finalists
+from jpq_export.compress.refine import REMOVAL_LASTS, Trial, finalists
 from jpq_export.compress.search import Knobs
 from jpq_export.errors import BudgetError, PlanError
 from jpq_export.format.plan import Plan, load_plan
@@ -149,6 +149,20 @@ def test_finalists_are_the_best_of_every_kind_that_is_near(prices: PriceList) ->
     assert [each.kind(prices) for each in trials] == [(True, True), (True, True), (False, True), (True, False)]
     assert finalists(trials, prices, 3) == [trials[0], trials[2]]  # the second is of the same kind, the last too far
     assert finalists(trials, prices, 1) == [trials[0]]
+
+
+def test_what_removal_costs_weighs_more_than_what_bits_cost(prices: PriceList) -> None:
+    cost = CostModel(SMOLLM, load_target("jetson"), 2048)
+    problem = Problem(prices, cost, BudgetRequest("bits", 2.5).resolve(SMOLLM))
+    free, half = Knobs(removal=0.1, two_bit=0.1), Knobs(removal=0.05, two_bit=0.1)
+    whole = Trial(Knobs(removal=INF), problem.solve(Knobs(removal=INF)), 1.0)
+    assert whole.score == whole.kl  # nothing removed
+    solution = problem.solve(free)
+    removal = sum(option.removal_price for option in solution.picks.values()) / 0.1
+    share = removal / (solution.price - 0.1 * removal + removal)
+    assert 0 < share < 1
+    assert Trial(free, solution, 1.0).score == pytest.approx(1 + (REMOVAL_LASTS - 1) * share)
+    assert Trial(half, problem.solve(half), 1.0).score > Trial(free, solution, 1.0).score  # more of it is removal
 
 
 @pytest.mark.parametrize(("gain", "winner"), [(0.05, 0), (0.001, 1), (-0.05, 1)])
