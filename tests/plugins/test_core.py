@@ -11,6 +11,7 @@ from jpq_export.numerics.scheme import BIT_WIDTHS
 
 IMPLEMENTATIONS = ("avx512-vnni", "avx512", "avx2", "neon", "scalar")
 FP32, INT8, INT16 = 0, 1, 2
+TERNARY = 16  # as the kernels count bits
 OK, BAD_WEIGHT, BAD_INDEX, NOT_HERE = 0, 1, 3, 4
 # Implementations that round X when allowed: groups and rows for which they do, and the largest integer they round to.
 FIFTEEN_BITS = {INT8: 127 * 128, INT16: 127 * 128}
@@ -44,6 +45,10 @@ def fixed_point(x, group_size, largest):
     step = (most / np.float32(largest)).astype(np.float64)
     rounded = np.rint(grouped * (np.float32(largest) / most)) * step  # ties and near ties as fp32 sees them
     return rounded.reshape(x.shape), np.broadcast_to(step, grouped.shape).reshape(x.shape)
+
+
+def address(array):
+    return None if array is None else array.ctypes.data
 
 
 def need(core, name, group_size=16):
@@ -112,17 +117,38 @@ def test_rounding_is_a_permission_other_implementations_do_not_use(core, random,
     assert np.array_equal(core.matmul(x, stored, name, activations=INT8)[1], core.matmul(x, stored, name)[1])
 
 
-@pytest.mark.parametrize("bits", [1, 7])
+def pack_plainly(codes, bits):
+    """The layout once more, in words of its own: a bit stream, or five ternary digits as a fraction of 256."""
+    n, k = codes.shape
+    if bits != TERNARY:
+        stream = np.unpackbits(codes[:, :, None], axis=2, bitorder="little")[:, :, :bits].reshape(n, k * bits)
+        return np.packbits(stream, axis=1, bitorder="little")
+    digits = np.zeros((n, -(-k // 5) * 5), np.int64)
+    digits[:, :k] = codes
+    value = digits.reshape(n, -1, 5) @ [81, 27, 9, 3, 1]
+    return ((256 * value + 242) // 243).astype(np.uint8)
+
+
+@pytest.mark.parametrize("bits", [1, 7, TERNARY])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_widths_no_scheme_has_yet(core, random, name, bits):
-    need(core, name)
-    rng = np.random.default_rng(bits)
-    stored, x = random(5, 96, 8, 16, True, rng), rng.normal(size=(3, 96)).astype(np.float32)
-    codes = rng.integers(0, 1 << bits, (5, 96)).astype(np.uint8)
-    packed = pack_codes(codes, bits)
-    weight = (codes - ((1 << bits) - 1) / 2) * np.repeat(stored.scales.astype(np.float64), 16, axis=1)
-    narrow = core.weight(stored, packed=packed.ctypes.data, bits=bits)
-    assert distance(core.matmul(x, stored, name, weight=narrow)[1], x @ weight.T) < TOLERANCE
+def test_a_layout_stated_twice(core, random, name, bits):
+    rng, levels = np.random.default_rng(bits), 3 if bits == TERNARY else 1 << bits
+    for group_size, k in SHAPES.items():
+        if name not in core.names or group_size % VECTOR_GROUPS[name]:
+            continue
+        host = random(7, k, 8, group_size, True, rng)
+        codes = rng.integers(0, levels, (7, k)).astype(np.uint8)
+        zeros = rng.integers(0, levels, host.scales.shape).astype(np.uint8)
+        packed, packed_zeros = pack_plainly(codes, bits), pack_plainly(zeros, bits)
+        scales = np.repeat(host.scales.astype(np.float64), group_size, axis=1)
+        for m in ROWS:
+            x = rng.normal(size=(m, k)).astype(np.float32)
+            for zero, stored in (((levels - 1) / 2, None), (np.repeat(zeros, group_size, axis=1), packed_zeros)):
+                weight = core.weight(host, packed=address(packed), bits=bits, zeros=address(stored))
+                expected = x @ ((codes - 1.0 * zero) * scales).T
+                assert distance(core.matmul(x, host, name, weight=weight)[1], expected) < TOLERANCE, (group_size, m)
+                turned = core.weight(host, packed=address(packed[::-1].copy()), bits=bits, zeros=address(stored))
+                assert distance(core.matmul(x, host, name, weight=turned)[1], expected) > 4 * TOLERANCE
 
 
 @pytest.mark.parametrize("activations", [FP32, INT8])
@@ -188,7 +214,17 @@ def test_an_index_out_of_range_is_refused(core, random):
 
 
 @pytest.mark.parametrize(
-    "change", [{"bits": 0}, {"bits": 9}, {"group_size": 0}, {"group_size": 17}, {"k": 0}, {"packed": None}]
+    "change",
+    [
+        {"bits": 0},
+        {"bits": 9},
+        {"bits": 15},
+        {"bits": 17},
+        {"group_size": 0},
+        {"group_size": 17},
+        {"k": 0},
+        {"packed": None},
+    ],
 )
 def test_a_weight_of_the_wrong_shape_is_refused(core, random, change):
     stored = random(5, 32, 4, 16, True, np.random.default_rng(6))
