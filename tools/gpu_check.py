@@ -36,6 +36,7 @@ STEPS = {
     "sanitizer": ("gpu_steps.sanitizer:run", 1500),
     "bandwidth": ("gpu_steps.speed:run_decode", 1200),
     "gemm": ("gpu_steps.speed:run_prefill", 1200),
+    "decode": ("gpu_steps.decode:run", 900),
 }
 FORMAT = "jpq-gpu-check/1"
 Record = dict[str, Any]

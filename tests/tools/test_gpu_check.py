@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,10 @@ def part(on_path):
     return lambda name: importlib.import_module(f"gpu_steps.{name}")
 
 
-def run(folder, *arguments, code=None):
+def run(folder, *arguments, code=None, environment=None):
     """Exit code, output and report of the command; `code`: Python to run before it."""
     start = [str(TOOL)] if code is None else ["-c", f"{code}\nimport sys\nsys.exit(gpu_check.main())"]
-    environment = os.environ | {"PYTHONPATH": str(TOOL.parent)}
+    environment = os.environ | {"PYTHONPATH": str(TOOL.parent)} | (environment or {})
     done = subprocess.run(
         [sys.executable, *start, "--out", str(folder), *arguments],
         capture_output=True,
@@ -243,3 +244,47 @@ def test_the_triton_launches_run(tmp_path):
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=250, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "launched the Triton kernels" in done.stdout
+
+
+def test_decode_of_a_bundle_rehearsed(tmp_path, conftest_of, library):
+    tiny = conftest_of("runtime")
+    bundle = tiny.write_bundle(tmp_path / "bundle", spec=replace(tiny.SPEC, max_positions=128))
+    arguments = ("--rehearse", "--quick", "--only", "decode")
+    before = run(tmp_path / "none", *arguments)
+    assert before[2]["steps"]["decode"]["status"] == "not run"
+    assert "give --bundle" in before[2]["steps"]["decode"]["reason"]
+    cache = {"JPQ_CACHE": str(library.path.parents[2])}
+    code, said, record = run(tmp_path / "out", *arguments, "--bundle", str(bundle), environment=cache)
+    assert code == 0, said
+    facts = record["steps"]["decode"]["facts"]
+    assert facts["greedy tokens equal, of 64"] == 64
+    error = facts["largest relative RMS error of the logits"]
+    assert error < facts["bound"] < facts["twin: the same of another prompt"]
+    assert record["steps"]["decode"]["rows"][0]["decode tokens/s"] > 0
+
+
+def test_twin_a_decoder_that_is_wrong_fails(part, tmp_path, monkeypatch):
+    decode, outcome, np = part("decode"), part("outcome"), pytest.importorskip("numpy")
+    weights = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+
+    class Decoder:
+        path, spec = "fake", type("Spec", (), {"vocab": 16, "max_positions": 256})
+
+        def __init__(self, error):
+            self.error = error
+
+        def forward(self, ids):
+            return type("Output", (), {"logits": weights[ids] * (1 + self.error)})
+
+        def start(self):
+            return self
+
+        def step(self, ids):
+            y = weights[list(ids)[-1]]
+            return y + self.error * np.abs(y).max() * np.eye(16, dtype=np.float32)[int(y.argmin())]
+
+    for error, status in ((0.0, "passed"), (1e-2, "failed"), (5.0, "failed"), (np.nan, "failed")):
+        monkeypatch.setattr(decode, "loaded", lambda *_, e=error: (Decoder(e), Decoder(0.0)))
+        got = decode.run(outcome.Settings(bundle=str(tmp_path)))
+        assert got.status == status, error
+    assert "greedy" in decode.run(outcome.Settings(bundle=str(tmp_path))).reason
