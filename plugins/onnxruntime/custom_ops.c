@@ -260,6 +260,11 @@ static OrtStatus *read_mode(const OrtApi *api, const OrtSessionOptions *options,
   return fail(api, CONFIG_KEY " must be fp32, int16 or int8", text);
 }
 
+/* Operator i of activations mode `mode`, NULL past the last: cuda_ops.cu registers them in its domain beside its own. */
+JPQ_EXPORT const OrtCustomOp *jpq_cpu_operator(int mode, int i) {
+  return i == 0 ? &matmuls[mode].base : i == 1 ? &gather.base : NULL;
+}
+
 JPQ_EXPORT OrtStatus *ORT_CALL RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
   const OrtApi *api = base->GetApi(JPQ_ORT_API);
   if (!api) { /* older than 1.18: a status can still be made, its slot is the first */
