@@ -86,7 +86,7 @@ def test_uniform_baseline_keeps_its_budget(bits: float) -> None:
     assert 0.97 * (budget.bytes or 0) <= plan.predicted.bytes <= (budget.bytes or 0)
     linear = {c.bits for c in plan.choices if c.name != "embed"}
     assert len(linear) == 1
-    assert uniform_bytes(SMOLLM, {c.name: c.scheme for c in plan.choices}) == plan.predicted.bytes
+    assert uniform_bytes(SMOLLM, {c.name: c.scheme for c in plan.choices}, target=cost.target) == plan.predicted.bytes
 
 
 def test_latency_prunes_where_the_same_bytes_do_not(prices: PriceList) -> None:
