@@ -89,3 +89,11 @@ def test_without_the_package_the_bundle_is_whole(export: Callable, monkeypatch: 
     assert not (folder / "model.rtx.engine").exists()
     assert "pip install 'jpq-export[rtx]'" in engine["reason"]
     assert "No engine:" in (folder / "parity.html").read_text()
+    again = CliRunner().invoke(main, ["build", str(folder)])
+    assert again.exit_code == 1
+    assert "pip install 'jpq-export[rtx]'" in again.output
+    monkeypatch.undo()
+    if installed():
+        assert CliRunner().invoke(main, ["build", str(folder)], catch_exceptions=False).exit_code == 0
+        assert check_bundle(folder)["file"] == "model.rtx.engine"
+        assert "<b>built, not run</b>" in (folder / "parity.html").read_text()

@@ -233,8 +233,9 @@ def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: st
     for linear, table, *groups in product(BIT_WIDTHS, BIT_WIDTHS, GROUP_SIZES, GROUP_SIZES):
         schemes = _uniform_schemes(spec, cost.target, (linear, groups[0]), (table, groups[1]))
         size = uniform_bytes(spec, schemes, target=cost.target)
-        if size <= budget.bytes and table >= linear and (best is None or (linear, size) > best[0]):
-            best = (linear, size), schemes
+        rank = linear, size, table  # equal bytes: a target may store several widths alike
+        if size <= budget.bytes and table >= linear and (best is None or rank > best[0]):
+            best = rank, schemes
     if best is None:
         smallest = uniform_bytes(spec, _uniform_schemes(spec, cost.target, (2, 128), (2, 128)), target=cost.target)
         raise BudgetError(

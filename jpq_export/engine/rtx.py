@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jpq_export.errors import JpqError
+from jpq_export.engine.settings import spec_of
+from jpq_export.errors import BundleError, JpqError
+from jpq_export.format.bundle import check_hashes, hash_file, read_manifest, write_manifest
 from jpq_export.format.spec import ModelSpec
 
 PACKAGE = "tensorrt_rtx"
@@ -84,6 +86,28 @@ def try_build(folder: Path, spec: ModelSpec, *, sm: int, context: int, weight_by
     except RtxError as error:
         return RtxEngine(**{**plain.to_dict(), "reason": str(error), "version": installed()})
     return RtxEngine(**{**plain.to_dict(), **result, "file": ENGINE})
+
+
+def rebuild(bundle: Path, *, context: int) -> RtxEngine:
+    """Build the engine of an exported bundle, again or for the first time, and write it into its manifest.
+
+    Raises:
+        BundleError: the bundle is damaged, or for no desktop GPU.
+        RtxError: the package is missing, or builds no engine.
+    """
+    manifest = read_manifest(bundle)
+    if not manifest.engine:
+        raise BundleError(f"{bundle}: made for {manifest.target.get('name')}, not for TensorRT-RTX; export it again")
+    if problems := [p for p in check_hashes(bundle, manifest) if p.place.startswith(GRAPH)]:
+        raise BundleError(f"{bundle}: {problems[0].place}: {problems[0].message}; export it again")
+    spec, sm = spec_of(manifest, bundle), int(manifest.engine["sm"])
+    prompt, tokens = lengths(spec, context)
+    result = build(bundle / GRAPH, bundle / ENGINE, spec, sm=sm, max_prompt=prompt, max_tokens=tokens)
+    size = int(manifest.engine["weight_bytes"])
+    engine = RtxEngine(sm, prompt, tokens, size, file=ENGINE, **result)
+    files = dict(sorted({**manifest.files, ENGINE: hash_file(bundle / ENGINE)}.items()))
+    write_manifest(bundle, replace(manifest, engine=engine.to_dict(), files=files))
+    return engine
 
 
 def build(graph: Path, out: Path, spec: ModelSpec, *, sm: int, max_prompt: int, max_tokens: int) -> dict[str, Any]:
