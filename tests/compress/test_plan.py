@@ -59,8 +59,8 @@ def prices() -> PriceList:
     return PriceList(SMOLLM, 64, matrices, structures)
 
 
-def planned(prices: PriceList, request: BudgetRequest, *, knobs: Knobs | None = None) -> Plan:
-    cost = CostModel(SMOLLM, load_target("jetson"), 2048)
+def planned(prices: PriceList, request: BudgetRequest, *, knobs: Knobs | None = None, target: str = "jetson") -> Plan:
+    cost = CostModel(SMOLLM, load_target(target), 2048)
     problem, knobs = Problem(prices, cost, request.resolve(SMOLLM)), knobs or Knobs()
     return make_plan(problem, problem.solve(knobs), knobs, sha256="00", method="jpq", measured={})
 
@@ -86,7 +86,27 @@ def test_uniform_baseline_keeps_its_budget(bits: float) -> None:
     assert 0.97 * (budget.bytes or 0) <= plan.predicted.bytes <= (budget.bytes or 0)
     linear = {c.bits for c in plan.choices if c.name != "embed"}
     assert len(linear) == 1
-    assert uniform_bytes(SMOLLM, {c.name: c.scheme for c in plan.choices}) == plan.predicted.bytes
+    assert uniform_bytes(SMOLLM, {c.name: c.scheme for c in plan.choices}, target=cost.target) == plan.predicted.bytes
+
+
+@pytest.mark.parametrize("bits", [4.5, 6.0])
+def test_widths_a_target_stores_wider_are_never_worth_it_there(prices: PriceList, bits: float) -> None:
+    plan = planned(prices, BudgetRequest("bits", bits), target="rtx-4090")
+    assert {choice.bits for choice in plan.choices} == {4, 8}
+    assert all(choice.integer_zero for choice in plan.choices)
+    vectors = 4 * sum(plan.spec(SMOLLM).vectors().values())
+    assert sum(choice.bytes for choice in plan.choices) + vectors == plan.predicted.bytes
+    elsewhere = planned(prices, BudgetRequest("bits", bits))
+    assert {choice.bits for choice in elsewhere.choices} - {4, 8}
+    assert not any(choice.integer_zero for choice in elsewhere.choices)
+    uniform = uniform_plan(
+        SMOLLM,
+        CostModel(SMOLLM, load_target("rtx-4090"), 2048),
+        BudgetRequest("bits", bits).resolve(SMOLLM),
+        sha256="00",
+        method="gptq",
+    )
+    assert {(c.bits, c.integer_zero) for c in uniform.choices} <= {(4, True), (8, True)}
 
 
 def test_latency_prunes_where_the_same_bytes_do_not(prices: PriceList) -> None:
