@@ -105,12 +105,11 @@ def test_narrow_widths_are_used_when_asked_for_and_never_else(all_priced: PriceL
     assert load_plan(path) == plan
     with pytest.raises(BudgetError, match="smallest possible plan"):
         planned(all_priced, request, knobs=whole)
-    wider = planned(
-        all_priced, BudgetRequest("bits", 2.6), knobs=replace(whole, two_bit=INF), widths=(1, TERNARY, 2, 3)
-    )
+    forbidden = replace(whole, two_bit=INF)
+    wider = planned(all_priced, BudgetRequest("bits", 3.4), knobs=forbidden, widths=(1, TERNARY, 2, 3))
     assert {choice.bits for choice in wider.choices} == {3}
     with pytest.raises(BudgetError, match="--widths"):
-        planned(all_priced, request, knobs=replace(whole, two_bit=INF), widths=(1, TERNARY, 2))
+        planned(all_priced, request, knobs=forbidden, widths=(1, TERNARY, 2))
 
 
 @pytest.mark.parametrize("bits", [1.5, 1.58, 1.0, 16, 0, "3", True])
