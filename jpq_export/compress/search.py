@@ -260,7 +260,8 @@ def front(classes: list[Class], *, by: str, fixed_bytes: int, fixed_microseconds
     slopes = np.concatenate([-np.diff(p) / np.maximum(np.diff(c), 1e-9) for c, p in zip(costs, prices, strict=True)])
     slopes = slopes[slopes > 0]
     solutions: dict[tuple[int, ...], Solution] = {}
-    for multiplier in np.quantile(slopes, np.linspace(1, 0, FRONT_POINTS)):
+    # No slope at all: one width and no pruning leave a single plan.
+    for multiplier in np.quantile(slopes, np.linspace(1, 0, FRONT_POINTS)) if len(slopes) else [0.0]:
         picks = tuple(int(np.argmin(p + multiplier * c)) for c, p in zip(costs, prices, strict=True))
         chosen = {c.name: c.options[k] for c, k in zip(classes, picks, strict=True)}
         solutions[picks] = Solution(
