@@ -54,7 +54,7 @@ def show_bench(result: BenchResult) -> None:
         console.print(f"{bits} bits: {count} products at {rate:.1f} GB/s{share}", highlight=False)
 
 
-def by_bits(result: BenchResult) -> dict[int, tuple[int, float]]:
+def by_bits(result: BenchResult) -> dict[float, tuple[int, float]]:
     """Bits -> (number of products, median GB/s)."""
     rates = defaultdict(list)
     for layer in result.layers:
