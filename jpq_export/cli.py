@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from jpq_export import __version__
-from jpq_export.cli_options import EFFORTS, make_request, search_options, size_bytes
+from jpq_export.cli_options import EFFORTS, make_request, search_options, search_widths, size_bytes
 from jpq_export.errors import JpqError, StorageError, UsageError
 
 # Threads that wait without spinning: beside two busy processes on two cores a tuning step took 4.5 s instead of 29 s.
@@ -301,25 +301,42 @@ def compare_command(
 
 @main.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=(1,),
+    show_default=True,
+    multiple=True,
+    help="May be given again: one measurement for each.",
+)
+@click.option("--widths", help="Measure our kernels at one width for all matrices too, e.g. 4,3,2,1.6,1.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of every runtime.")
 @click.option("--prefill", type=click.IntRange(1), default=128, show_default=True, help="Tokens of the prompt.")
 @click.option("--decode", type=click.IntRange(1), default=32, show_default=True, help="New tokens a turn.")
-@click.option("--gguf", type=click.Path(path_type=Path), help="Compare with llama.cpp's llama-bench on this file.")
+@click.option(
+    "--gguf",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Compare with llama.cpp's llama-bench on this file; may be given again.",
+)
 @click.option("--baselines/--no-baselines", default=True, help="Compare with onnxruntime in fp32 and 4 bits.")
 @click.option("--json", "json_out", type=click.Path(path_type=Path), help="Write the result here.")
 @click.option("--html", "html_out", type=click.Path(path_type=Path), help="Write a page with bars here.")
-def bench_command(bundle: Path, *, json_out: Path | None, html_out: Path | None, **options: Any) -> None:
+def bench_command(
+    bundle: Path, *, threads: tuple[int, ...], json_out: Path | None, html_out: Path | None, **options: Any
+) -> None:
     """Tokens per second and memory of BUNDLE on this machine, beside the original in other runtimes."""
     from jpq_export.bench.report import page, show_bench
-    from jpq_export.bench.rounds import Settings, bench
+    from jpq_export.bench.rounds import Settings, bench, to_json
     from jpq_export.progress import Stages
 
     for option, path in (("--json", json_out), ("--html", html_out)):
         check_result_file(option, path)
-    result = bench(bundle, Settings(**options), Stages())
+    widths = search_widths(options.pop("widths")) or ()
+    results = [bench(bundle, Settings(threads=count, widths=widths, **options), Stages()) for count in threads]
     if json_out:
-        json_out.write_text(result.to_json(), encoding="utf-8")
+        json_out.write_text(to_json(results), encoding="utf-8")
     if html_out:
-        html_out.write_text(page(result, bundle.name), encoding="utf-8")
-    show_bench(result)
+        html_out.write_text(page(results, bundle.name), encoding="utf-8")
+    for result in results:
+        show_bench(result)
