@@ -232,21 +232,29 @@ def report(bundle: Path) -> None:
 
 @main.command("eval")
 @click.argument("model", required=False)
-@click.option(
-    "--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text, .raw, or .jsonl with key text."
-)
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text, .raw, or .jsonl with key text.")
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--context", type=click.IntRange(2), default=2048, show_default=True)
 @click.option("--teacher", help="Model to compare with; default: the one in the bundle's manifest.")
 @click.option("--no-teacher", is_flag=True, help="Perplexity only.")
+@click.option("--tasks", help="Zero-shot tasks by commas, such as arc_easy,piqa; the extra `tasks` (lm-eval).")
+@click.option("--limit", type=click.IntRange(1), help="Questions a task. Default: all.")
+@click.option("--tasks-data", type=click.Path(path_type=Path), help="Folder with arc_easy.jsonl, ... Default: the hub.")
 @click.option("--json", "json_out", type=click.Path(path_type=Path), help="Write the result here.")
-def evaluate(**options: Any) -> None:
-    """Perplexity of MODEL or BUNDLE on a text, and its KL and top-1 agreement against a teacher."""
+def evaluate(*, tasks: str | None, limit: int | None, tasks_data: Path | None, **options: Any) -> None:
+    """Perplexity of MODEL or BUNDLE on a text, its KL and top-1 agreement against a teacher, and zero-shot tasks.
+
+    MODEL may also be the folder of an export that stopped early (--until compress): the compressed model in PyTorch.
+    """
+    from jpq_export.evaluate.task_data import task_options
     from jpq_export.evaluation import evaluate_model
 
     json_out = options.pop("json_out")
     check_result_file("--json", json_out)
-    text = json.dumps(evaluate_model(**options), indent=1)
+    choice = task_options(tasks, limit=limit, folder=tasks_data)
+    if options["text"] is None and choice is None:
+        raise UsageError("neither --text nor --tasks; see `jpq-export eval --help`")
+    text = json.dumps(evaluate_model(**options, tasks=choice), indent=1)
     if json_out:
         json_out.write_text(text + "\n", encoding="utf-8")
     click.echo(text)
