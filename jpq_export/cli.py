@@ -239,9 +239,9 @@ def report(bundle: Path) -> None:
 @click.option("--no-teacher", is_flag=True, help="Perplexity only.")
 @click.option("--tasks", help="Zero-shot tasks by commas, such as arc_easy,piqa; the extra `tasks` (lm-eval).")
 @click.option("--limit", type=click.IntRange(1), help="Questions a task. Default: all.")
-@click.option("--tasks-data", type=click.Path(path_type=Path), help="Folder with arc_easy.jsonl, ... Default: the hub.")
+@click.option("--task-data", type=click.Path(path_type=Path), help="Folder with arc_easy.jsonl, ... Default: the hub.")
 @click.option("--json", "json_out", type=click.Path(path_type=Path), help="Write the result here.")
-def evaluate(*, tasks: str | None, limit: int | None, tasks_data: Path | None, **options: Any) -> None:
+def evaluate(*, tasks: str | None, limit: int | None, task_data: Path | None, **options: Any) -> None:
     """Perplexity of MODEL or BUNDLE on a text, its KL and top-1 agreement against a teacher, and zero-shot tasks.
 
     MODEL may also be the folder of an export that stopped early (--until compress): the compressed model in PyTorch.
@@ -251,7 +251,7 @@ def evaluate(*, tasks: str | None, limit: int | None, tasks_data: Path | None, *
 
     json_out = options.pop("json_out")
     check_result_file("--json", json_out)
-    choice = task_options(tasks, limit=limit, folder=tasks_data)
+    choice = task_options(tasks, limit=limit, folder=task_data)
     if options["text"] is None and choice is None:
         raise UsageError("neither --text nor --tasks; see `jpq-export eval --help`")
     text = json.dumps(evaluate_model(**options, tasks=choice), indent=1)

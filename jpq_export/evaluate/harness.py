@@ -6,10 +6,12 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import datasets  # pyright: ignore[reportMissingImports] comes with lm-eval
 import lm_eval.api.task as building  # pyright: ignore[reportMissingImports] an extra
+from jinja2 import UndefinedError
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports] an extra
 from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
@@ -114,11 +116,17 @@ def load_tasks(choice: TaskChoice) -> list[Any]:
     Raises:
         UsageError: no such task, one that generates text, or data that cannot be had or do not fit.
     """
-    manager = TaskManager()
-    return [_task(manager, name, choice.data.get(name)) for name in choice.names]
+    return [_task(name, choice.data.get(name)) for name in choice.names]
 
 
-def _task(manager: Any, name: str, data: TaskData | None) -> Any:
+@cache
+def _manager() -> Any:
+    """lm-eval's index of its own tasks: seconds."""
+    return TaskManager()
+
+
+def _task(name: str, data: TaskData | None) -> Any:
+    manager = _manager()
     if name not in manager.all_subtasks:
         raise UsageError(f"--tasks {name}: lm-eval knows no such task; one is arc_easy, see its list for others")
     # A group's members may differ from the registered task: everything but the source of its rows stays lm-eval's.
@@ -128,12 +136,12 @@ def _task(manager: Any, name: str, data: TaskData | None) -> Any:
         with _quiet():
             task = manager.load([spec])["tasks"][name]
     except OSError as error:  # of the hub's client: no network, no such data set
-        raise UsageError(f"--tasks {name}: no data ({_first_line(error)}); give a folder by --tasks-data") from error
-    except (KeyError, ValueError, TypeError) as error:
+        raise UsageError(f"--tasks {name}: no data ({_first_line(error)}); give a folder by --task-data") from error
+    except (KeyError, ValueError, TypeError, UndefinedError) as error:
         if data is None:
             raise
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise UsageError(f"--tasks-data {data.name}: not rows of {name} ({reason})") from error
+        raise UsageError(f"--task-data {data.name}: not rows of {name} ({reason})") from error
     if task.OUTPUT_TYPE not in SCORED:
         raise UsageError(f"--tasks {name}: it generates text ({task.OUTPUT_TYPE}); only tasks with given answers run")
     return task

@@ -55,9 +55,9 @@ class TaskChoice:
 
 
 def task_options(names: str | None, *, limit: int | None, folder: Path | None) -> TaskChoice | None:
-    """From `--tasks`, `--limit` and `--tasks-data`; UsageError for a wrong one, JpqError when lm-eval is missing."""
+    """From `--tasks`, `--limit` and `--task-data`; UsageError for a wrong one, JpqError when lm-eval is missing."""
     if names is None:
-        for option, value in (("--limit", limit), ("--tasks-data", folder)):
+        for option, value in (("--limit", limit), ("--task-data", folder)):
             if value is not None:
                 raise UsageError(f"{option}: goes with --tasks; name some, such as --tasks arc_easy,piqa")
         return None
@@ -82,22 +82,22 @@ def read_task(task: str, folder: Path) -> TaskData:
         rows = [undo(task, row) for row in _rows(path, data)]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise UsageError(f"--tasks-data {path}: not rows of {task} ({reason}); give the dataset's own rows") from error
+        raise UsageError(f"--task-data {path}: not rows of {task} ({reason}); give the dataset's own rows") from error
     if not rows:
-        raise UsageError(f"--tasks-data {path}: empty; give the dataset's own rows")
+        raise UsageError(f"--task-data {path}: empty; give the dataset's own rows")
     return TaskData(path.name, sha256(data).hexdigest(), rows)
 
 
 def _find(task: str, folder: Path) -> Path:
     if not folder.is_dir():
-        raise UsageError(f"--tasks-data {folder}: not a folder; give one that holds {task}.jsonl")
+        raise UsageError(f"--task-data {folder}: not a folder; give one that holds {task}.jsonl")
     exact = [folder / f"{task}{ending}" for ending in ENDINGS if (folder / f"{task}{ending}").is_file()]
     loose = [path for path in sorted(folder.glob(f"{task}_*")) if path.name.endswith(ENDINGS)]
     found = exact or loose
     if not found:
-        raise UsageError(f"--tasks-data {folder}: no file for {task}; expected {task}.jsonl or {task}.parquet")
+        raise UsageError(f"--task-data {folder}: no file for {task}; expected {task}.jsonl or {task}.parquet")
     if len(found) > 1:
-        raise UsageError(f"--tasks-data {folder}: {found[0].name} and {found[1].name} for {task}; keep one")
+        raise UsageError(f"--task-data {folder}: {found[0].name} and {found[1].name} for {task}; keep one")
     return found[0]
 
 

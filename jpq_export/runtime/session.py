@@ -1,9 +1,11 @@
-"""A decoder in onnxruntime on the CPU: one forward pass, and steps that feed the cache back without copying it."""
+"""A decoder in onnxruntime: one forward pass, and steps that feed the cache back without copying it."""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import logging
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +16,9 @@ import numpy as np
 
 from jpq_export.errors import BundleError, UsageError
 from jpq_export.format.spec import ModelSpec
-from jpq_export.runtime import native
+from jpq_export.runtime import native, native_cuda
+
+logger = logging.getLogger(__name__)
 
 SPEC_KEY, UNFUSED_KEY = "jpq.spec", "jpq.unfused"
 
@@ -38,13 +42,26 @@ class OrtModel:
     `exact` keeps activations in fp32. Otherwise our kernels round them to 16 bits when there are few rows, and
     onnxruntime's to 8, which is what makes those fast (error of a product 1e-2 instead of 1e-6).
     `threads`: cores to use, by default onnxruntime's choice. `profile`: where `session.end_profiling()` writes.
+    `device`: "cpu", "cuda", or "auto": the GPU where onnxruntime has its CUDA provider and the driver shows one, unless
+    JPQ_KERNELS is "off" or "cpu". On a GPU everything is fp32.
     """
 
     def __init__(
-        self, path: Path, *, threads: int | None = None, exact: bool = True, profile: Path | None = None
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        exact: bool = True,
+        profile: Path | None = None,
+        device: str = "auto",
     ) -> None:
-        """Load the graph; BundleError when onnxruntime cannot, or when it is none of ours."""
-        self.session, kernels = _session(Path(path), threads, exact, profile)
+        """Load the graph; BundleError when onnxruntime cannot, or when it is none of ours.
+
+        Raises:
+            UsageError: `device` is "cuda" and the GPU cannot be used; says why.
+        """
+        self.session, kernels = _session(Path(path), threads, exact, profile, device)
+        self.device = "cuda" if isinstance(kernels, native_cuda.CudaLibrary) else "cpu"
         metadata = self.session.get_modelmeta().custom_metadata_map
         try:
             self.spec = ModelSpec.from_json(metadata[SPEC_KEY])
@@ -129,13 +146,49 @@ class Decoding:
         values = {name: self._wrap(value) for name, value in feeds.items() if name in self._model._inputs}
         values |= {f"past.{name}": value for name, value in self._past.items()}
         names = ["logits", *(f"present.{name}" for name in self._past)]
-        logits, *present = self._model.session.run_with_ort_values(names, values)
+        run = _run_bound if self._model.device == "cuda" else _run_values
+        logits, *present = run(self._model.session, names, values, self._model.device)
         self._past = dict(zip(self._past, present, strict=True))
         self.length += row.shape[1]
         return logits.numpy()[0, -1]
 
 
-def _session(path: Path, threads: int | None, exact: bool, profile: Path | None) -> tuple[Any, native.Library | None]:
+def _run_values(session: Any, names: list[str], values: dict[str, Any], _device: str) -> list[Any]:
+    """One pass on the CPU, outputs as onnxruntime's values."""
+    return session.run_with_ort_values(names, values)
+
+
+def _run_bound(session: Any, names: list[str], values: dict[str, Any], device: str) -> list[Any]:
+    """One pass whose outputs stay on `device`, but for the first; `run_with_ort_values` would bring the cache back."""
+    binding = session.io_binding()
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    for i, name in enumerate(names):
+        binding.bind_output(name, device if i else "cpu")
+    session.run_with_iobinding(binding)
+    return binding.get_outputs()
+
+
+def _session(
+    path: Path, threads: int | None, exact: bool, profile: Path | None, device: str
+) -> tuple[Any, native.Library | native_cuda.CudaLibrary | None]:
+    import onnxruntime
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}")
+    wanted = device == "cuda" or (device == "auto" and os.environ.get("JPQ_KERNELS") not in ("off", "cpu"))
+    if wanted and (found := _on_gpu(path, _options(threads, exact, profile), required=device == "cuda")):
+        return found
+    options = _options(threads, exact, profile)
+    kernels = native.register(options, exact=exact)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), kernels
+    except Exception as error:  # onnxruntime has its own classes, all of them outside any public base
+        first_line = str(error).strip().splitlines()[0]
+        raise BundleError(f"{path}: onnxruntime cannot load it ({first_line}); export the bundle again") from error
+
+
+def _options(threads: int | None, exact: bool, profile: Path | None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -147,15 +200,37 @@ def _session(path: Path, threads: int | None, exact: bool, profile: Path | None)
     # Waiting threads would otherwise burn whole cores between the tokens of a stream.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
-    kernels = native.register(options, exact=exact)
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), kernels
-    except Exception as error:  # onnxruntime has its own classes, all of them outside any public base
-        first_line = str(error).strip().splitlines()[0]
-        raise BundleError(f"{path}: onnxruntime cannot load it ({first_line}); export the bundle again") from error
+    return options
 
 
-def _describe(unfused: list[str], exact: bool, kernels: native.Library | None) -> str:
+def _on_gpu(path: Path, options: Any, *, required: bool) -> tuple[Any, native_cuda.CudaLibrary] | None:
+    """A session on the GPU; None where there is none, and with a warning where it fails (an error when `required`)."""
+    import onnxruntime
+
+    reason = native_cuda.reason_against()
+    if reason is None:
+        # TensorFloat-32 would round what attention multiplies to 11 bits.
+        providers = [(native_cuda.PROVIDER, {"use_tf32": "0"}), "CPUExecutionProvider"]
+        try:
+            library = native_cuda.register(options)
+            session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            if native_cuda.PROVIDER in session.get_providers():
+                return session, library
+            reason = "onnxruntime's CUDA provider does not start; it needs CUDA's libraries and cuDNN"
+        except native.NativeError as error:
+            reason = str(error)
+        except Exception as error:  # onnxruntime's own classes, as below
+            reason = str(error).strip().splitlines()[0]
+        if not required:
+            logger.warning("%s; the CPU computes instead", reason)
+    if required:
+        raise UsageError(f"{path}: cannot run on a GPU: {reason}")
+    return None
+
+
+def _describe(unfused: list[str], exact: bool, kernels: native.Library | native_cuda.CudaLibrary | None) -> str:
+    if isinstance(kernels, native_cuda.CudaLibrary):
+        return f"onnxruntime CUDA, jpq kernels (sm_{kernels.sm}), activations in fp32"
     if kernels is not None:
         return f"onnxruntime CPU, jpq kernels ({kernels.implementations[0]}), activations in " + (
             "fp32" if exact else "16 bits for few rows"

@@ -49,7 +49,7 @@ def task_rows() -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture
 def task_folder(tmp_path: Path, task_rows: dict[str, list[dict[str, Any]]]) -> Path:
-    """A folder for --tasks-data with all of them."""
+    """A folder for --task-data with all of them."""
     folder = tmp_path / "questions"
     folder.mkdir()
     for task, rows in task_rows.items():

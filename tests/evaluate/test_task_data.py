@@ -97,7 +97,7 @@ def test_files_that_are_not_there_or_not_clear(task_folder: Path, tmp_path: Path
 )
 def test_damaged_rows_are_refused_with_the_file(body: str, tmp_path: Path) -> None:
     (tmp_path / "piqa.jsonl").write_text(body)
-    with pytest.raises(UsageError, match=r"--tasks-data .*piqa\.jsonl: (not rows of piqa|empty)"):
+    with pytest.raises(UsageError, match=r"--task-data .*piqa\.jsonl: (not rows of piqa|empty)"):
         read_task("piqa", tmp_path)
 
 
