@@ -105,7 +105,13 @@ def run_tasks(model: ScoredModel, choice: TaskChoice) -> dict[str, Any]:
     tasks = load_tasks(choice)
     with _quiet():
         found = simple_evaluate(
-            model=model, tasks=tasks, limit=choice.limit, num_fewshot=0, bootstrap_iters=BOOTSTRAP, log_samples=False
+            model=model,
+            tasks=tasks,
+            task_manager=_manager(),
+            limit=choice.limit,
+            num_fewshot=0,
+            bootstrap_iters=BOOTSTRAP,
+            log_samples=False,
         )
     return {name: _summary(found, name) for name in choice.names}
 

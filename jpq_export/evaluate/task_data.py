@@ -106,7 +106,7 @@ def _rows(path: Path, data: bytes) -> Iterator[Row]:
         from pandas import read_parquet  # pyright: ignore[reportMissingImports] comes with lm-eval
 
         # through JSON: numpy's own types have no truth value
-        yield from json.loads(read_parquet(path).to_json(orient="records"))
+        yield from json.loads(str(read_parquet(path).to_json(orient="records")))
         return
     text = (bz2.decompress(data) if path.suffix == ".bz2" else data).decode("utf-8")
     if path.suffix == ".json":

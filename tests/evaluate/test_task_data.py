@@ -38,6 +38,14 @@ def test_exact_rows_stay_what_they_are(task_folder: Path, task_rows: dict[str, l
         assert read_task(task, task_folder).rows == rows
 
 
+def test_parquet_rows_have_plain_values(task_folder: Path, task_rows: dict[str, list[dict[str, Any]]]) -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed; it comes with lm-eval")
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed; it comes with lm-eval")
+    (task_folder / "arc_easy.jsonl").unlink()
+    pandas.DataFrame(task_rows["arc_easy"]).to_parquet(task_folder / "arc_easy.parquet")
+    assert read_task("arc_easy", task_folder).rows == task_rows["arc_easy"]
+
+
 @pytest.mark.parametrize("task", REPACKED)
 def test_repacked_rows_give_the_datasets_own_back(
     task: str, tmp_path: Path, task_rows: dict[str, list[dict[str, Any]]]
