@@ -54,7 +54,7 @@ class TaskChoice:
         return {"lm_eval": self.lm_eval, "limit": self.limit, "names": list(self.names), "data": files}
 
 
-def task_options(names: str | None, *, limit: int | None, folder: Path | None) -> TaskChoice | None:
+def task_choice(names: str | None, *, limit: int | None, folder: Path | None) -> TaskChoice | None:
     """From `--tasks`, `--limit` and `--task-data`; UsageError for a wrong one, JpqError when lm-eval is missing."""
     if names is None:
         for option, value in (("--limit", limit), ("--task-data", folder)):

@@ -20,7 +20,7 @@ from jpq_export.compress.decoder import named_weights
 from jpq_export.compress.load import LoadedModel, load_model
 from jpq_export.errors import UsageError
 from jpq_export.evaluate.predictors import TorchPredictor
-from jpq_export.evaluate.task_data import TaskChoice, task_options
+from jpq_export.evaluate.task_data import TaskChoice, task_choice
 from jpq_export.format.bundle import Manifest, write_manifest
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.lower.export import export_onnx
@@ -109,7 +109,7 @@ def test_text_is_not_generated(tiny_folder: Callable[..., Path]) -> None:
 def test_a_task_that_generates_is_refused_by_name(task_folder: Path) -> None:
     row = {"question": "How many?", "answer": "#### 3"}
     (task_folder / "gsm8k.jsonl").write_text(json.dumps(row))
-    choice = task_options("gsm8k", limit=None, folder=task_folder)
+    choice = task_choice("gsm8k", limit=None, folder=task_folder)
     with pytest.raises(UsageError, match="--tasks gsm8k: it generates text"):
         harness.load_tasks(choice)
 
@@ -125,14 +125,14 @@ def test_without_a_network_the_remedy_is_a_folder(monkeypatch: pytest.MonkeyPatc
 
 def test_rows_of_another_task_are_refused(task_folder: Path) -> None:
     (task_folder / "piqa.jsonl").write_bytes((task_folder / "boolq.jsonl").read_bytes())
-    choice = task_options("piqa", limit=None, folder=task_folder)
+    choice = task_choice("piqa", limit=None, folder=task_folder)
     with pytest.raises(UsageError, match=r"--task-data piqa\.jsonl: not rows of piqa"):
         harness.load_tasks(choice)
 
 
 def test_every_task_gives_its_metrics_with_intervals(tiny_folder: Callable[..., Path], task_folder: Path) -> None:
     loaded = load_model(str(tiny_folder("llama")))
-    found = harness.run_tasks(scored(loaded), task_options(",".join(TASKS), limit=None, folder=task_folder))
+    found = harness.run_tasks(scored(loaded), task_choice(",".join(TASKS), limit=None, folder=task_folder))
     assert list(found) == list(TASKS)
     for task, result in found.items():
         assert result["samples"] == 3
@@ -156,7 +156,7 @@ def test_accuracy_counts_right_answers(tiny_folder: Callable[..., Path], task_fo
     for gold, expected in (([*won], 1.0), ([1 - won[0], *won[1:]], 2 / 3)):
         body = [json.dumps(row | {"label": label}) for row, label in zip(rows, gold, strict=True)]
         (task_folder / "piqa.jsonl").write_text("\n".join(body))
-        found = harness.run_tasks(scored(loaded), task_options("piqa", limit=None, folder=task_folder))
+        found = harness.run_tasks(scored(loaded), task_choice("piqa", limit=None, folder=task_folder))
         assert found["piqa"]["acc"] == pytest.approx(expected)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from jpq_export.errors import JpqError, UsageError
 from jpq_export.evaluate import task_data
-from jpq_export.evaluate.task_data import read_task, task_options, undo
+from jpq_export.evaluate.task_data import read_task, task_choice, undo
 
 REPACKED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "arc_easy": lambda row: {
@@ -110,18 +110,18 @@ def test_damaged_rows_are_refused_with_the_file(body: str, tmp_path: Path) -> No
 
 
 def test_options_belong_together(task_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert task_options(None, limit=None, folder=None) is None
+    assert task_choice(None, limit=None, folder=None) is None
     with pytest.raises(UsageError, match="--limit: goes with --tasks"):
-        task_options(None, limit=3, folder=None)
+        task_choice(None, limit=3, folder=None)
     monkeypatch.setattr(task_data.metadata, "version", lambda name: {"lm_eval": "9.9"}[name])
     for names in ("piqa,", "piqa,piqa"):
         with pytest.raises(UsageError, match="different names by commas"):
-            task_options(names, limit=None, folder=task_folder)
-    choice = task_options("piqa,boolq", limit=2, folder=task_folder)
+            task_choice(names, limit=None, folder=task_folder)
+    choice = task_choice("piqa,boolq", limit=2, folder=task_folder)
     assert choice is not None
     assert [len(data.rows) for data in choice.data.values()] == [2, 2]
     assert choice.about()["lm_eval"] == "9.9"
-    other = task_options("piqa,boolq", limit=3, folder=task_folder)
+    other = task_choice("piqa,boolq", limit=3, folder=task_folder)
     assert other is not None
     assert other.about() != choice.about()
 
@@ -132,4 +132,4 @@ def test_a_missing_lm_eval_is_said(task_folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(task_data.metadata, "version", missing)
     with pytest.raises(JpqError, match=r"lm-eval is not installed; pip install 'jpq-export\[tasks\]'"):
-        task_options("piqa", limit=None, folder=task_folder)
+        task_choice("piqa", limit=None, folder=task_folder)
