@@ -1,6 +1,7 @@
 /* The runtime library driven from a test, as one program so that the sanitizers see everything.
  *
  *     harness ids LIBRARY KERNELS FOLDER COUNT ID...     COUNT greedy tokens by prefill and decode
+ *     harness text LIBRARY KERNELS FOLDER                ids of every text on standard input and the text of those ids
  *     harness load LIBRARY KERNELS FOLDER TIMES          load, run and free; prints the resident kB after each
  */
 #include <inttypes.h>
@@ -82,9 +83,36 @@ static int run_load(char **arguments) {
   return 0;
 }
 
+/* Texts come as 4 bytes of length and the bytes; out goes a line of ids, then length and bytes of what they decode to. */
+static int run_text(char **arguments) {
+  static char back[1 << 23];
+  static int64_t ids[1 << 22];
+  jpq_error error;
+  jpq_model *model;
+  uint32_t length;
+  if (open_model(arguments, &model, &error)) return refuse(&error);
+  jpq_result result = JPQ_SUCCESS;
+  while (!result && fread(&length, sizeof length, 1, stdin) == 1) {
+    size_t count = 0, bytes = 0;
+    char *exact = malloc(length ? length : 1); /* so that reading one byte too far is seen */
+    if (!exact || fread(exact, 1, length, stdin) != length) return 4;
+    result = jpq_tokenize(model, exact, length, ids, sizeof ids / sizeof *ids, &count, &error);
+    free(exact);
+    for (size_t i = 0; i < count; i++) printf("%" PRId64 " ", ids[i]);
+    printf("\n");
+    if (!result && !getenv("NO_DECODE")) result = jpq_detokenize(model, ids, count, back, sizeof back, &bytes, &error);
+    length = (uint32_t)bytes;
+    fwrite(&length, sizeof length, 1, stdout);
+    fwrite(back, 1, bytes, stdout);
+  }
+  jpq_model_free(model);
+  return result ? refuse(&error) : 0;
+}
+
 int main(int count, char **arguments) {
   const char *what = count > 1 ? arguments[1] : "";
   if (!strcmp(what, "ids") && count > 6) return run_ids(arguments + 2, count - 2);
+  if (!strcmp(what, "text") && count == 5) return run_text(arguments + 2);
   if (!strcmp(what, "load") && count == 6) return run_load(arguments + 2);
   return 2;
 }
