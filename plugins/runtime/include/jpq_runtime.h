@@ -117,8 +117,8 @@ JPQ_API jpq_result jpq_sequence_new(const jpq_model *model, int64_t capacity, jp
 JPQ_API void jpq_sequence_free(jpq_sequence *sequence);
 JPQ_API void jpq_sequence_reset(jpq_sequence *sequence);
 JPQ_API int64_t jpq_sequence_length(const jpq_sequence *sequence);
-/* Append `count` tokens; *logits (may be NULL): [vocab] of the last one, valid until the sequence is used again. After
- * an error the sequence is as before the call. */
+/* Append `count` tokens; *logits (may be NULL): [vocab] of the last one, valid until the sequence is used again. What is
+ * refused changes nothing; after JPQ_BACKEND jpq_sequence_length says how many tokens went in (they go in parts). */
 JPQ_API jpq_result jpq_prefill(jpq_sequence *sequence, const int64_t *ids, size_t count, const float **logits,
                                jpq_error *error);
 /* The same for one token. */
@@ -141,7 +141,8 @@ JPQ_API jpq_result jpq_generate(const jpq_model *model, const char *prompt, cons
 JPQ_API jpq_result jpq_generate_ids(const jpq_model *model, const int64_t *ids, size_t count,
                                     const jpq_generate_options *options, jpq_on_token on_token, void *user,
                                     jpq_error *error);
-/* out: float [count, info.embedding], one row a text; all texts go through the model as one padded batch. */
+/* out: float [count, info.embedding], one row a text; all texts go through the model as one padded batch, each cut to
+ * the model's positions. */
 JPQ_API jpq_result jpq_embed(const jpq_model *model, const char *const *texts, size_t count, float *out, jpq_error *error);
 
 #ifdef __cplusplus

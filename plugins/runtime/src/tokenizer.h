@@ -42,8 +42,9 @@ typedef struct tokenizer {
   int decodes;      /* the decoder is ByteLevel */
 } tokenizer;
 
-/* JPQ_UNSUPPORTED, naming the part, when it is of a kind we do not interpret. */
-jpq_result tokenizer_load(const char *folder, const model_spec *spec, tokenizer **out, jpq_error *error);
+/* JPQ_UNSUPPORTED, naming the part, when it is of a kind we do not interpret. `cut`: texts beyond the model's positions
+ * lose their end, as encoders are used. */
+jpq_result tokenizer_load(const char *folder, const model_spec *spec, int cut, tokenizer **out, jpq_error *error);
 void tokenizer_free(tokenizer *t);
 
 /* Ids with special tokens. */

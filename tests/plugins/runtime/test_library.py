@@ -1,7 +1,6 @@
 """plugins/runtime, the C library, under the sanitizers: the same tokens as Python; hostile files are refused."""
 
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,61 +8,8 @@ from pathlib import Path
 import pytest
 
 from jpq_export.format.bundle import hash_file
-from jpq_export.runtime import native
 from jpq_export.runtime.generate import generate
 from jpq_export.runtime.session import OrtModel
-
-HERE = Path(__file__).parent
-FLAGS = ("-std=c99", "-D_POSIX_C_SOURCE=200809L", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread")
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-
-
-def onnxruntime_library():
-    capi = Path(pytest.importorskip("onnxruntime").__file__).parent / "capi"
-    found = sorted(capi.glob("libonnxruntime.so*"))
-    if not found:
-        pytest.skip(f"no libonnxruntime.so in {capi}")
-    return found[0]
-
-
-def compile_harness(folder, *flags):
-    if not shutil.which("gcc"):
-        pytest.skip("no gcc")
-    source, out = native.sources_folder() / "runtime", folder / "harness"
-    files = [HERE / "runtime_harness.c", *sorted((source / "src").glob("*.c"))]
-    command = ["gcc", *FLAGS, *flags, f"-I{source / 'include'}", *files, "-o", out, "-ldl", "-lm"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
-
-
-@pytest.fixture(scope="module")
-def harness(tmp_path_factory):
-    """`harness("ids", kernels, folder, ...)`: the finished process."""
-    out, library = compile_harness(tmp_path_factory.mktemp("harness"), *SANITIZE), onnxruntime_library()
-
-    def run(what, kernels, folder, *arguments, input=None, **environment):
-        # The kernels' library leaves its operator domain to the process: leaks are looked for without it.
-        sanitizer = {"ASAN_OPTIONS": f"detect_leaks={int(kernels == 'none')}"}
-        return subprocess.run(
-            [out, what, library, kernels, folder, *map(str, arguments)],
-            capture_output=True,
-            input=input,
-            timeout=200,
-            env={**os.environ, **sanitizer, **environment},
-        )
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def bundle_folder(tmp_path_factory, conftest_of):
-    return conftest_of("runtime").write_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
-
-
-@pytest.fixture
-def own_bundle(bundle_folder, tmp_path):
-    return Path(shutil.copytree(bundle_folder, tmp_path / "own"))
 
 
 def refused(done):
@@ -104,11 +50,9 @@ def test_wrong_tokens_are_refused(harness, bundle_folder, ids, count, said):
     assert said in text
 
 
-def test_loading_a_hundred_times_does_not_grow(bundle_folder, library, tmp_path):
-    # Without the sanitizers, which keep a record of every stack.
-    out = compile_harness(tmp_path)
+def test_loading_a_hundred_times_does_not_grow(bundle_folder, library, plain_harness, onnxruntime_library):
     for kernels in ("none", library.path):
-        command = [out, "load", onnxruntime_library(), kernels, bundle_folder, "100"]
+        command = [plain_harness, "load", onnxruntime_library, kernels, bundle_folder, "100"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         resident = [int(line) for line in done.stdout.split()]
         assert len(resident) == 100, done.stderr[-3000:]
