@@ -106,10 +106,11 @@ __device__ __forceinline__ uint32_t load_word(const uint8_t *p) {
   return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
-/* The zero of a group, in codes: packed as codes are, or the centre (half-integer but for ternary codes). */
-__device__ __forceinline__ float load_zero(const Weight &w, int64_t row, int group) {
-  if (!w.zeros) return w.bits == JPQ_TERNARY ? 1.f : 0.5f * (float)((1 << w.bits) - 1);
-  return (float)code_at(w.zeros + row * w.zero_bytes, w.bits, group);
+/* The zero of a group, in codes: packed as codes are, or the centre (half-integer but for ternary codes). `bits` is
+ * the weight's, a constant wherever the kernel knows it: registers are few. */
+__device__ __forceinline__ float load_zero(const Weight &w, int bits, int64_t row, int group) {
+  if (!w.zeros) return bits == JPQ_TERNARY ? 1.f : 0.5f * (float)((1 << bits) - 1);
+  return (float)code_at(w.zeros + row * w.zero_bytes, bits, group);
 }
 
 __device__ __forceinline__ float load_scale(const Weight &w, int64_t row, int group) {

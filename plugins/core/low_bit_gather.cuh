@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(GATHER_THREADS) gather_rows(Gather a) {
     float value = __uint_as_float(0x7fc00000u); /* NaN: an index out of range must be seen */
     if (here) {
       const int group = k / a.w.group_size;
-      const float offset = offset_of(load_zero(a.w, row, group));
+      const float offset = offset_of(load_zero(a.w, a.w.bits, row, group));
       value = centred(code_at(a.w.packed + row * a.w.row_bytes, a.w.bits, k), offset) * load_scale(a.w, row, group);
     }
     store_float(a.out, a.out_type, i * a.w.k + k, value);

@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(FEW_THREADS, FEW_BLOCKS) few_rows(Few a) {
     for (int r = 0; r < ROWS; r++) {
       const int64_t row = first + r < a.w.n ? first + r : a.w.n - 1;
       scale[r] = k < a.w.k ? load_scale(a.w, row, group) : 0.f;
-      offset[r] = offset_of(k < a.w.k ? load_zero(a.w, row, group) : 0.f);
+      offset[r] = offset_of(k < a.w.k ? load_zero(a.w, BITS, row, group) : 0.f);
     }
     __syncthreads(); /* everybody is done with the chunk before */
     stage_x<M>(a, xs, chunk);
