@@ -122,7 +122,7 @@ def register(trt: Any, trtp: Any, kernels: Kernels, sm: int) -> None:
     """Tell TensorRT of both operators; `trtp` is its module `tensorrt.plugin`. Once a process."""
     for op, names in INPUTS.items():
         name = f"jpq::{op}"
-        given: dict[str, Any] = dict.fromkeys(names, trtp.TensorDesc) | dict.fromkeys(ATTRIBUTES, int)
+        given: dict[str, Any] = {key: int if key in ATTRIBUTES else trtp.TensorDesc for key in (*names, *ATTRIBUTES)}
         trtp.register(name)(_signed(describer(trt, trtp, op), given, trtp.TensorDesc))
         tuned = given | {"outputs": tuple[trtp.TensorDesc]}
         trtp.autotune(name)(_signed(tuner(trtp, op, kernels, sm), tuned, list[trtp.AutoTuneCombination]))
