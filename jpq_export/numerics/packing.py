@@ -37,7 +37,7 @@ def pack_codes(codes: np.ndarray, bits: float) -> np.ndarray:
     width = int(bits)
     stream = np.unpackbits(codes[:, :, None], axis=2, bitorder="little")[:, :, :width]  # [N, K, b]
     packed = np.packbits(stream.reshape(n, k * width), axis=1, bitorder="little")
-    return np.ascontiguousarray(packed)  # one bit wide, numpy makes them the other way round
+    return np.ascontiguousarray(packed)  # numpy keeps the order of a stream of single bits, which is by column
 
 
 def unpack_codes(packed: np.ndarray, bits: float, count: int) -> np.ndarray:

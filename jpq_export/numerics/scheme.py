@@ -85,6 +85,14 @@ def from_kernel_bits(stated: int) -> float:
     return TERNARY if stated == KERNEL_TERNARY else stated
 
 
+def read_width(text: str) -> float:
+    """'3' -> 3, '1.6' -> TERNARY; ValueError for what is no width."""
+    known = {f"{bits:g}": bits for bits in ALL_WIDTHS}
+    if text not in known:
+        raise ValueError(f"{text!r} is not one of {', '.join(known)}")
+    return known[text]
+
+
 def row_bytes(count: int, bits: float) -> int:
     """Bytes of `count` codes of `bits` bits in one packed row."""
     return -(-count // 5) if bits == TERNARY else -(-count * int(bits) // 8)

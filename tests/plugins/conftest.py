@@ -59,9 +59,9 @@ def make_weight(stored: QuantizedWeight, **changes):
 
 
 def flipped(stored, row, column):
-    """The weight with one code changed by the smallest step there is."""
+    """The weight with one code changed by one."""
     codes = stored.codes()
-    codes[row, column] = abs(int(codes[row, column]) - 1)  # 0 becomes 1, all others one less
+    codes[row, column] = codes[row, column] - 1 if codes[row, column] else 1
     return replace(stored, packed=pack_codes(codes, stored.scheme.bits))
 
 
