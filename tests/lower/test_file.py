@@ -102,7 +102,8 @@ def test_operators_are_stamped(write):
         n, k = weight.shape
         scheme = weight.scheme
         assert got == {
-            "bits": kernel_bits(scheme.bits), "K": k, "N": n, "group_size": scheme.group_size, "symmetric": int(scheme.symmetric),
+            "bits": kernel_bits(scheme.bits), "K": k, "N": n,
+            "group_size": scheme.group_size, "symmetric": int(scheme.symmetric),
             "plugin_namespace": b"jpq", "plugin_version": b"1",
         }  # fmt: skip
         assert len(node.input) == 3 + (not scheme.symmetric) + (node.input[-1].endswith(".bias"))
