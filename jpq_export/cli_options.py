@@ -116,6 +116,19 @@ def search_options(command: Any) -> Any:
     return command
 
 
+def task_options(command: Any) -> Any:
+    """Options shared by eval and compare."""
+    for option in (
+        click.option(
+            "--task-data", type=click.Path(path_type=Path), help="Folder with arc_easy.jsonl, ... Default: the hub."
+        ),
+        click.option("--limit", type=click.IntRange(1), help="Questions a task. Default: all."),
+        click.option("--tasks", help="Zero-shot tasks by commas, such as arc_easy,piqa; the extra `tasks` (lm-eval)."),
+    ):
+        command = option(command)
+    return command
+
+
 def make_request(options: dict[str, Any], **extra: Any) -> Any:
     """A Request from click's values, or a UsageError."""
     from jpq_export.format.target import load_target

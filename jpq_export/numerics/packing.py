@@ -36,7 +36,8 @@ def pack_codes(codes: np.ndarray, bits: float) -> np.ndarray:
         return _pack_ternary(codes)
     width = int(bits)
     stream = np.unpackbits(codes[:, :, None], axis=2, bitorder="little")[:, :, :width]  # [N, K, b]
-    return np.packbits(stream.reshape(n, k * width), axis=1, bitorder="little")
+    packed = np.packbits(stream.reshape(n, k * width), axis=1, bitorder="little")
+    return np.ascontiguousarray(packed)  # numpy keeps the order of a stream of single bits, which is by column
 
 
 def unpack_codes(packed: np.ndarray, bits: float, count: int) -> np.ndarray:

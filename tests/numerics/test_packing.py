@@ -39,6 +39,7 @@ def test_golden_bytes_as_one_big_integer(bits):
 def test_round_trip(bits, count):
     codes = np.random.default_rng(count).integers(0, levels(bits), (3, count)).astype(np.uint8)
     packed = pack_codes(codes, bits)
+    assert packed.flags.c_contiguous  # as files and C functions take it
     assert packed.shape == (3, row_bytes(count, bits))
     np.testing.assert_array_equal(unpack_codes(packed, bits, count), codes)
 
