@@ -14,8 +14,17 @@ from typing import Any
 import click
 
 from jpq_export import __version__
-from jpq_export.cli_options import EFFORTS, make_request, search_options, search_widths, size_bytes, task_options
+from jpq_export.cli_options import (
+    EFFORTS,
+    WIDTHS_HELP,
+    make_request,
+    search_options,
+    search_widths,
+    size_bytes,
+    task_options,
+)
 from jpq_export.errors import JpqError, StorageError, UsageError
+from jpq_export.numerics.scheme import BIT_WIDTHS
 
 # Threads that wait without spinning: beside two busy processes on two cores a tuning step took 4.5 s instead of 29 s.
 # Read when torch loads, so it is set before.
@@ -279,6 +288,7 @@ def check_result_file(option: str, path: Path | None) -> None:
 @click.option(
     "--methods", default=",".join(COMPARED), show_default=True, help=f"Rows, by commas: {', '.join(COMPARABLE)}."
 )
+@click.option("--widths", help=f"{WIDTHS_HELP} Peers keep their own.")
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="May be repeated.")
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--window-context", type=click.IntRange(2), default=2048, show_default=True)
@@ -314,8 +324,9 @@ def compare_command(
         bits = tuple(float(part) for part in budgets.split(","))
     except ValueError:
         raise UsageError(f"--budgets {budgets!r}: expected numbers by commas, such as 2.5,3,4") from None
-    if not all(2 < value <= 8 for value in bits):
-        raise UsageError(f"--budgets {budgets!r}: expected bits per weight above 2, up to 8, such as 2.5,3,4")
+    least = min(search_widths(options["widths"]) or BIT_WIDTHS)
+    if not all(least < value <= 8 for value in bits):
+        raise UsageError(f"--budgets {budgets!r}: expected bits per weight above {least:g}, up to 8, such as 2.5,3,4")
     rows = tuple(methods.split(","))
     if unknown := [row for row in rows if row not in COMPARABLE]:
         raise UsageError(f"--methods {methods!r}: {unknown[0]!r} is not one of {', '.join(COMPARABLE)}")
