@@ -14,8 +14,17 @@ from typing import Any
 import click
 
 from jpq_export import __version__
-from jpq_export.cli_options import EFFORTS, make_request, search_options, search_widths, size_bytes, task_options
+from jpq_export.cli_options import (
+    EFFORTS,
+    WIDTHS_HELP,
+    make_request,
+    search_options,
+    search_widths,
+    size_bytes,
+    task_options,
+)
 from jpq_export.errors import JpqError, StorageError, UsageError
+from jpq_export.numerics.scheme import BIT_WIDTHS
 
 # Threads that wait without spinning: beside two busy processes on two cores a tuning step took 4.5 s instead of 29 s.
 # Read when torch loads, so it is set before.
@@ -184,19 +193,27 @@ def verify(bundle: Path) -> None:
 @main.command("build")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Engine file. Default: BUNDLE/device/model.engine")
-@click.option("--plugin", type=click.Path(path_type=Path), help="Library built from this bundle's plugins/.")
+@click.option(
+    "--plugin",
+    metavar="library|aot|FILE",
+    default="library",
+    show_default=True,
+    help="The bundle's library, compiled here if need be; its compiled-ahead kernels without one; or a library file.",
+)
 @click.option("--workspace", default="512MB", show_default=True, help="Scratch memory of TensorRT.")
 @click.option("--max-prompt", type=int, default=512, show_default=True, help="Longest prompt at once, in tokens.")
 @click.option("--max-tokens", type=int, default=2048, show_default=True, help="Prompt and answer together.")
 @click.option("--dry-run", is_flag=True, help="Check, and say what would be done.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable on stdout.")
-def build_command(bundle: Path, *, dry_run: bool, as_json: bool, workspace: str, **options: Any) -> None:
+def build_command(bundle: Path, *, dry_run: bool, as_json: bool, workspace: str, plugin: str, **options: Any) -> None:
     """On the board: check BUNDLE and board, build plugin and TensorRT engine, run the recorded vectors."""
     from jpq_export.engine.command import build_bundle
     from jpq_export.engine.settings import FOLDER, Settings
 
     options["out"] = options["out"] or bundle / FOLDER / "model.engine"
-    settings = Settings(bundle, workspace_bytes=int(size_bytes(workspace, "--workspace")), **options)
+    file = None if plugin in ("library", "aot") else Path(plugin)
+    scratch = int(size_bytes(workspace, "--workspace"))
+    settings = Settings(bundle, plugin=file, aot=plugin == "aot", workspace_bytes=scratch, **options)
     build_bundle(settings, dry_run=dry_run, as_json=as_json)
 
 
@@ -271,6 +288,7 @@ def check_result_file(option: str, path: Path | None) -> None:
 @click.option(
     "--methods", default=",".join(COMPARED), show_default=True, help=f"Rows, by commas: {', '.join(COMPARABLE)}."
 )
+@click.option("--widths", help=f"{WIDTHS_HELP} Peers keep their own.")
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="May be repeated.")
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--window-context", type=click.IntRange(2), default=2048, show_default=True)
@@ -306,8 +324,9 @@ def compare_command(
         bits = tuple(float(part) for part in budgets.split(","))
     except ValueError:
         raise UsageError(f"--budgets {budgets!r}: expected numbers by commas, such as 2.5,3,4") from None
-    if not all(2 < value <= 8 for value in bits):
-        raise UsageError(f"--budgets {budgets!r}: expected bits per weight above 2, up to 8, such as 2.5,3,4")
+    least = min(search_widths(options["widths"]) or BIT_WIDTHS)
+    if not all(least < value <= 8 for value in bits):
+        raise UsageError(f"--budgets {budgets!r}: expected bits per weight above {least:g}, up to 8, such as 2.5,3,4")
     rows = tuple(methods.split(","))
     if unknown := [row for row in rows if row not in COMPARABLE]:
         raise UsageError(f"--methods {methods!r}: {unknown[0]!r} is not one of {', '.join(COMPARABLE)}")

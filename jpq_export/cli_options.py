@@ -11,6 +11,7 @@ import click
 from jpq_export.errors import UsageError
 from jpq_export.numerics.scheme import read_width
 
+WIDTHS_HELP = "Bits a matrix may have, by commas; default 2,3,4,5,6,8. Also 1 and 1.6 (ternary)."
 EFFORTS = ("quick", "standard", "max")
 METHODS = ("jpq", "gptq", "rtn")
 LARGEST_SEED = 2**63 - 1  # torch takes no larger one
@@ -90,9 +91,7 @@ def search_options(command: Any) -> Any:
             click.option(
                 "--latency", help="Budget: decode latency of one token on the target, e.g. 8ms; a bare number is ms."
             ),
-            click.option(
-                "--widths", help="Bits a matrix may have, by commas; default 2,3,4,5,6,8. Also 1 and 1.6 (ternary)."
-            ),
+            click.option("--widths", help=WIDTHS_HELP),
             click.option("--method", type=click.Choice(METHODS), default="jpq", show_default=True),
             click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True),
             click.option(
