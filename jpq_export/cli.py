@@ -193,19 +193,27 @@ def verify(bundle: Path) -> None:
 @main.command("build")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Engine file. Default: BUNDLE/device/model.engine")
-@click.option("--plugin", type=click.Path(path_type=Path), help="Library built from this bundle's plugins/.")
+@click.option(
+    "--plugin",
+    metavar="library|aot|FILE",
+    default="library",
+    show_default=True,
+    help="The bundle's library, compiled here if need be; its compiled-ahead kernels without one; or a library file.",
+)
 @click.option("--workspace", default="512MB", show_default=True, help="Scratch memory of TensorRT.")
 @click.option("--max-prompt", type=int, default=512, show_default=True, help="Longest prompt at once, in tokens.")
 @click.option("--max-tokens", type=int, default=2048, show_default=True, help="Prompt and answer together.")
 @click.option("--dry-run", is_flag=True, help="Check, and say what would be done.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable on stdout.")
-def build_command(bundle: Path, *, dry_run: bool, as_json: bool, workspace: str, **options: Any) -> None:
+def build_command(bundle: Path, *, dry_run: bool, as_json: bool, workspace: str, plugin: str, **options: Any) -> None:
     """On the board: check BUNDLE and board, build plugin and TensorRT engine, run the recorded vectors."""
     from jpq_export.engine.command import build_bundle
     from jpq_export.engine.settings import FOLDER, Settings
 
     options["out"] = options["out"] or bundle / FOLDER / "model.engine"
-    settings = Settings(bundle, workspace_bytes=int(size_bytes(workspace, "--workspace")), **options)
+    file = None if plugin in ("library", "aot") else Path(plugin)
+    scratch = int(size_bytes(workspace, "--workspace"))
+    settings = Settings(bundle, plugin=file, aot=plugin == "aot", workspace_bytes=scratch, **options)
     build_bundle(settings, dry_run=dry_run, as_json=as_json)
 
 

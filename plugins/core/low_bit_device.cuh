@@ -31,20 +31,6 @@ struct Weight {
   int k, group_size, groups, bits;
 };
 
-/* Code j of a packed row, any width; reads no byte past the one its last bit is in. */
-__device__ __forceinline__ uint32_t code_at(const uint8_t *row, int bits, int j) {
-  if (bits == JPQ_TERNARY) {
-    uint32_t rest = row[j / 5]; /* digit by digit, as low_bit_ternary.cuh says */
-    for (int d = j % 5; d; d--) rest = rest * 3 & 255;
-    return rest * 3 >> 8;
-  }
-  const int64_t bit = (int64_t)j * bits;
-  const int shift = (int)(bit & 7);
-  uint32_t v = row[bit >> 3];
-  if (shift + bits > 8) v |= (uint32_t)row[(bit >> 3) + 1] << 8;
-  return (v >> shift) & ((1u << bits) - 1);
-}
-
 __device__ __forceinline__ float half_to_float(uint16_t h) {
 #ifdef __CUDACC__
   float f;
@@ -106,11 +92,15 @@ __device__ __forceinline__ uint32_t load_word(const uint8_t *p) {
   return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
-/* The zero of a group, in codes: packed as codes are, or the centre (half-integer but for ternary codes). `bits` is
- * the weight's, a constant wherever the kernel knows it: registers are few. */
-__device__ __forceinline__ float load_zero(const Weight &w, int bits, int64_t row, int group) {
-  if (!w.zeros) return bits == JPQ_TERNARY ? 1.f : 0.5f * (float)((1 << bits) - 1);
-  return (float)code_at(w.zeros + row * w.zero_bytes, bits, group);
+/* The zero of a group, in codes: packed at `bits` bits each, or the half-integer centre. Not for ternary codes. */
+__device__ __forceinline__ float load_zero(const Weight &w, int64_t row, int group) {
+  const int top = (1 << w.bits) - 1;
+  if (!w.zeros) return 0.5f * (float)top;
+  const int bit = group * w.bits, shift = bit & 7;
+  const uint8_t *p = w.zeros + row * w.zero_bytes + (bit >> 3);
+  unsigned v = p[0];
+  if (shift + w.bits > 8) v |= (unsigned)p[1] << 8; /* only when the code goes on there: no byte past the row */
+  return (float)((v >> shift) & top);
 }
 
 __device__ __forceinline__ float load_scale(const Weight &w, int64_t row, int group) {

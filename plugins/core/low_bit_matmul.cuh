@@ -118,11 +118,12 @@ __device__ __forceinline__ void load_rows(const Weight &w, int64_t first, int ch
       const int64_t row = first + r < w.n ? first + r : w.n - 1;
 #pragma unroll
       for (int i = 0; i < HELD<BITS>; i++) words[r][i] = 0;
-      if (lane >= units) continue;
-      if constexpr (BITS == JPQ_TERNARY)
-        load_ternary(w, row, chunk * 32 + lane, words[r]);
-      else
-        load_direct<BITS>(w.packed + row * w.row_bytes + ((int64_t)chunk * 32 + lane) * 4 * BITS, words[r]);
+      if constexpr (BITS == JPQ_TERNARY) {
+        if (lane < units) load_ternary(w, row, chunk * 32 + lane, words[r]);
+      } else {
+        const uint8_t *unit = w.packed + row * w.row_bytes + ((int64_t)chunk * 32 + lane) * 4 * BITS;
+        if (lane < units) load_direct<BITS>(unit, words[r]);
+      }
     }
   } else {
     Passing<BITS> passing[ROWS];
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(FEW_THREADS, FEW_BLOCKS) few_rows(Few a) {
     for (int r = 0; r < ROWS; r++) {
       const int64_t row = first + r < a.w.n ? first + r : a.w.n - 1;
       scale[r] = k < a.w.k ? load_scale(a.w, row, group) : 0.f;
-      offset[r] = offset_of(k < a.w.k ? load_zero(a.w, BITS, row, group) : 0.f);
+      offset[r] = offset_of(k < a.w.k ? zero_of<BITS>(a.w, row, group) : 0.f);
     }
     __syncthreads(); /* everybody is done with the chunk before */
     stage_x<M>(a, xs, chunk);

@@ -59,7 +59,7 @@ __device__ __forceinline__ void stage_codes(const Many &a, int64_t first, int k0
       if (here) words[i] = load_word(a.w.packed + row * a.w.row_bytes + (int64_t)(k / UNIT) * 4 * BITS + 4 * i);
   }
   const int group = k / a.w.group_size;
-  const float offset = offset_of(here ? load_zero(a.w, BITS, row, group) : 0.f);
+  const float offset = offset_of(here ? zero_of<BITS>(a.w, row, group) : 0.f);
   scales[half * TILE + n] = here ? load_scale(a.w, row, group) : 0.f;
 #pragma unroll
   for (int j = 0; j < UNIT; j += 8) { /* 16 bytes a store: eight lanes hit all banks once */

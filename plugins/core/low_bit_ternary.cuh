@@ -15,6 +15,22 @@ namespace jpq {
 template <int BITS>
 constexpr int HELD = BITS == JPQ_TERNARY ? 2 : BITS;
 
+/* Code j of a packed row. */
+__device__ __forceinline__ uint32_t ternary_at(const uint8_t *row, int j) {
+  uint32_t rest = row[j / 5];
+  for (int d = j % 5; d; d--) rest = rest * 3 & 255;
+  return rest * 3 >> 8;
+}
+
+/* The zero of a group at a width known when compiling, so that others pay nothing for ternary codes. */
+template <int BITS>
+__device__ __forceinline__ float zero_of(const Weight &w, int64_t row, int group) {
+  if constexpr (BITS == JPQ_TERNARY)
+    return w.zeros ? (float)ternary_at(w.zeros + row * w.zero_bytes, group) : 1.f;
+  else
+    return load_zero(w, row, group);
+}
+
 /* The word at `p`, a multiple of 4, as far as it lies in [begin, end); zeros elsewhere. */
 __device__ __forceinline__ uint32_t word_within(const uint8_t *p, const uint8_t *begin, const uint8_t *end) {
   if (p >= begin && p + 4 <= end) return *(const uint32_t *)p;
