@@ -202,23 +202,38 @@ def build_command(bundle: Path, *, dry_run: bool, as_json: bool, workspace: str,
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("prompt")
+@click.argument("prompt", nargs=-1, required=True)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--stop", multiple=True, help="Text that ends the continuation and is not shown. May be repeated.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1, 256), help="Default: all cores.")
 @click.option("--fast", is_flag=True, help="Round activations: to 16 bits in our kernels, to 8 in onnxruntime's own.")
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
-def run(bundle: Path, prompt: str, **options: Any) -> None:
-    """Continue PROMPT with a bundle on onnxruntime, streaming; neither torch nor transformers is loaded."""
-    from jpq_export.runtime.bundle import load
+def run(bundle: Path, prompt: tuple[str, ...], *, chat: bool, **options: Any) -> None:
+    """Continue PROMPT with a bundle on onnxruntime, streaming; neither torch nor transformers is loaded.
+
+    A sentence encoder prints the embedding of PROMPT as JSON, or of two the cosine of their angle.
+    """
+    from jpq_export.runtime import load
 
     loaded = load(bundle, threads=options.pop("threads"), exact=not options.pop("fast"))
-    for piece in loaded.generate_text(prompt, **options):
+    if len(prompt) > (1 if loaded.encoder is None else 2):
+        raise UsageError(f"got {len(prompt)} prompts; put one into quotes (two only for a sentence encoder)")
+    if loaded.encoder is not None:
+        vectors = loaded.embed(list(prompt))
+        click.echo(json.dumps(vectors[0].tolist()) if len(prompt) == 1 else f"{cosine(*vectors):.6f}")
+        return
+    for piece in (loaded.chat if chat else loaded.generate)(prompt[0], stream=True, **options):
         click.echo(piece, nl=False)  # flushes
     click.echo()
+
+
+def cosine(a: Any, b: Any) -> float:
+    """Of the angle between two vectors."""
+    return float(a @ b / ((a @ a) * (b @ b)) ** 0.5)
 
 
 @main.command()

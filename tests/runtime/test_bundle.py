@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from jpq_export.errors import BundleError, UsageError
-from jpq_export.runtime.bundle import load, stream_text
+from jpq_export.runtime.bundle import load
 from jpq_export.runtime.generate import generate
+from jpq_export.runtime.text import stream_text
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +25,14 @@ def own(bundle_folder, tmp_path):
 
 
 def test_text_is_the_tokens_of_generate(bundle):
-    text = "".join(bundle.generate_text("w3 w4 w5", max_new_tokens=8, stop_ids=[]))
+    text = bundle.generate("w3 w4 w5", max_new_tokens=8, stop_ids=[])
     ids = list(generate(bundle.model, bundle.encode("w3 w4 w5"), max_new_tokens=8, stop_ids=[]))
-    assert text == bundle.tokenizer.decode(ids)
-    assert text
+    assert "w3 w4 w5" + text == bundle.tokenizer.decode(bundle.encode("w3 w4 w5") + ids)
+    assert len(text.split()) > 1
 
 
 def test_chat_template(bundle):
-    ids = bundle.encode("w3 w4", chat=True)
+    ids = bundle.encode_chat("w3 w4")
     assert bundle.tokenizer.decode(ids, skip_special_tokens=False) == "<s> w3 w4 </s> w7"
     assert bundle.encode("w3 w4") == [5, 6]
 
@@ -46,26 +47,26 @@ def test_bos_is_added_once(make_bundle):
     bundle = load(make_bundle(spec=replace(spec, add_bos=True)))
     assert bundle.encode("w3") == [0, 5]
     assert bundle.encode("<s> w3") == [0, 5]
-    assert bundle.encode("w3", chat=True) == [0, 5, 1, 9]
+    assert bundle.encode_chat("w3") == [0, 5, 1, 9]
 
 
 def test_a_template_may_refuse(own):
     (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ raise_exception('only pairs') }}"}))
-    with pytest.raises(BundleError, match="chat template fails \\(only pairs\\)"):
-        load(own).encode("w3", chat=True)
+    with pytest.raises(UsageError, match="chat template fails \\(only pairs\\)"):
+        load(own).encode_chat("w3")
 
 
 def test_a_template_cannot_reach_python(own):
     config = {"chat_template": "{{ messages.__class__.__mro__[-1].__subclasses__() }}"}
     (own / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(BundleError, match="chat template fails"):
-        load(own).encode("w3", chat=True)
+    with pytest.raises(UsageError, match="chat template fails"):
+        load(own).encode_chat("w3")
 
 
 def test_no_template(own):
     (own / "tokenizer_config.json").unlink()
     with pytest.raises(UsageError, match="no chat template"):
-        load(own).encode("w3", chat=True)
+        load(own).encode_chat("w3")
 
 
 def test_a_damaged_file_is_found_when_asked(own):
@@ -119,7 +120,7 @@ def test_spaces_between_words_survive(bundle):
 def test_running_a_bundle_loads_neither_torch_nor_transformers(bundle_folder):
     code = (
         "import sys; from pathlib import Path; from jpq_export.runtime.bundle import load\n"
-        "print(''.join(load(Path(sys.argv[1])).generate_text('w3', max_new_tokens=4, chat=True)))\n"
+        "print(load(Path(sys.argv[1])).chat('w3', max_new_tokens=4))\n"
         "heavy = {'torch', 'transformers', 'onnx', 'onnx_ir', 'onnxscript', 'pandas'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "import jpq_export.compress.decoder\n"
