@@ -106,6 +106,7 @@ class Export:
                 )
             given.check(loaded.spec)
             self.check_options(given)
+            self.check_schemes(given)
             self.check_board(given, loaded.spec)
             write_atomic(self.work.path("plan.json"), given.to_json())
             return given
@@ -134,6 +135,17 @@ class Export:
                 f"{target.name}: weights of {plan.predicted.bytes / 1e6:.2f} MB and a KV cache of {cache / 1e6:.2f} MB "
                 f"for {context} tokens do not fit its {target.memory_bytes / 1e6:.2f} MB; lower the budget or --context"
             )
+
+    def check_schemes(self, given: Plan) -> None:
+        """The target's engine must be able to store every weight; PlanError names the first it cannot."""
+        target = self.request.target
+        for choice in given.choices:
+            if not target.holds(choice.scheme):
+                zero = f"zero {choice.scheme.centre:g}" if choice.symmetric else "stored zero points"
+                raise PlanError(
+                    f"{self.request.plan}: {choice.name}: {choice.bits}-bit codes with {zero} do not fit the signed "
+                    f"{max(target.stored_bits)}-bit ones of {target.name}; make a plan with --target {target.name}"
+                )
 
     def check_options(self, given: Plan) -> None:
         """A plan has its own method and structure; UsageError when an option asks for another."""
@@ -180,7 +192,10 @@ class Export:
                 trials=self.effort.trials,
                 progress=report,
             )
-        listed = [{"knobs": _finite(asdict(t.knobs)), "kl": t.kl, "predicted": t.solution.price} for t in trials]
+        listed = [
+            {"knobs": _finite(asdict(t.knobs)), "kl": t.kl, "score": t.score, "predicted": t.solution.price}
+            for t in trials
+        ]
         plans = []
         for trial in finalists(trials, prepared.prices, self.effort.finalists):
             measured: dict[str, Any] = {
@@ -296,7 +311,7 @@ class Export:
         return json.loads(self.work.path(f"{name}.json").read_text(encoding="utf-8"))["heldout_kl"]
 
     def lower(self, loaded: LoadedModel, compressed: CompressedModel) -> None:
-        """model.onnx, for TensorRT targets model.trt.onnx, and the tokenizer."""
+        """model.onnx, for TensorRT and TensorRT-RTX a graph of their own, and the tokenizer."""
         from jpq_export.lower.export import export_onnx, share_data
 
         target, done = self.request.target, self.work.path("lowered.json")
@@ -309,6 +324,8 @@ class Export:
                 path = self.work.path("model.trt.onnx")
                 export_onnx(compressed, path, form="custom_op", tensorrt=target.tensorrt)
                 share_data(path, self.work.path("model.onnx"))
+            if target.engine:
+                export_onnx(compressed, self.work.path("model.rtx.onnx"), form="signed")
             self.work.path("tokenizer.json").write_bytes(loaded.tokenizer_json)
             self.work.path("tokenizer_config.json").write_bytes(loaded.tokenizer_config)
             write_atomic(done, "{}")

@@ -68,6 +68,10 @@ class Stages:
         self.records.append(StageRecord(name, round(seconds, 3), peak_memory_bytes()))
         self.console.print(f"[green]✓[/green] {escape(text)} [dim]({seconds:.1f} s)[/dim]")
 
+    def note(self, text: str) -> None:
+        """One line beside the stages."""
+        self.console.print(f"  {escape(text)}", soft_wrap=True)
+
     def resumed(self, name: str, text: str) -> None:
         """A stage whose result was already there."""
         self.records.append(StageRecord(name, 0.0, 0, resumed=True))

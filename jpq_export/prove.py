@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jpq_export import __version__
 from jpq_export.engine.contents import add_device_files, bundle_names
+from jpq_export.engine.rtx import GRAPH, RtxEngine, try_build
 from jpq_export.format.bundle import MANIFEST, Manifest, read_manifest, write_manifest
 from jpq_export.format.plan import Plan
 
@@ -29,6 +30,7 @@ VERSIONS = (
     "onnxruntime-gpu",
     "numpy",
     "safetensors",
+    "tensorrt_rtx",
 )
 
 
@@ -51,6 +53,7 @@ def finish_bundle(
             prompts=prompts,
             steps=64,
             form=export.request.target.graph,
+            half_path=work.path(GRAPH) if export.request.target.engine else None,
             progress=report,
         )
         work.path("parity.json").write_text(parity.to_json(), encoding="utf-8")
@@ -62,7 +65,10 @@ def finish_bundle(
         *("plan.json", "parity.json", "vectors.safetensors", "tokenizer.json", "tokenizer_config.json"),
         *(path.name for path in work.folder.glob("model*.onnx*")),
     }
+    engine = _engine(export, compressed) if export.request.target.engine else None
+    keep |= {engine.file} if engine and engine.file else set()
     manifest = _manifest(export, loaded, plan, compressed, quality)
+    manifest = replace(manifest, engine=engine.to_dict() if engine else None)
     if tensorrt := export.request.target.tensorrt:
         manifest = replace(manifest, device=_device_files(work.folder, tensorrt))
         keep |= bundle_names(work.folder)
@@ -72,6 +78,19 @@ def finish_bundle(
     # Only now goes what a killed run would need; `finish` knows the top level alone.
     work.finish(keep={MANIFEST, *(name.split("/")[0] for name in manifest.files)})
     return {"out": str(work.out), "plan": plan, "manifest": manifest, "parity": parity}
+
+
+def _engine(export: Export, compressed: CompressedModel) -> RtxEngine:
+    """Build the engine; what a killed run left is built again, for nothing says that it is whole."""
+    from jpq_export.lower.export import weight_bytes
+
+    request, sm = export.request, export.request.target.sm
+    assert sm is not None  # the target file was checked
+    with export.stages.stage("engine", f"building the TensorRT-RTX engine for sm_{sm}"):
+        size = weight_bytes(export.work.path(GRAPH))
+        engine = try_build(export.work.folder, compressed.spec, sm=sm, context=request.context, weight_bytes=size)
+    export.stages.note(engine.line)
+    return engine
 
 
 def _device_files(folder: Path, tensorrt: str) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def show_summary(result: dict[str, Any]) -> None:
             "8-bit activations",
             f"{price:.4f} nats, {greedy.equal} of {greedy.steps} tokens: onnxruntime by its defaults",
         )
+    if manifest.engine:
+        table.add_row("engine", escape(_engine(manifest.engine)))
     table.add_row("report", escape(str(out / "parity.html")))
     console.print(table)
     if not parity.passed and parity.first_diverging:
@@ -50,6 +52,12 @@ def show_summary(result: dict[str, Any]) -> None:
         f'next: jpq-export run {shown} "Once upon a time"   |   on the device: jpq-export verify {shown}',
         soft_wrap=True,
     )
+
+
+def _engine(engine: dict[str, Any]) -> str:
+    if engine["file"] is None:
+        return f"none: {engine['reason']}"
+    return f"{engine['file']}, {size(engine['bytes'])}, TensorRT-RTX {engine['version']}: built, not run"
 
 
 def _show_plan(console: Console, plan: Plan, out: Path) -> None:

@@ -36,7 +36,7 @@ class LayerRate:
 def layer_rates(path: Path, threads: int) -> tuple[LayerRate, ...]:
     """By onnxruntime's profiler (whole microseconds; median of the steps); empty where our kernels do not run."""
     with tempfile.TemporaryDirectory(prefix="jpq-bench-") as scratch:
-        model = OrtModel(path, threads=threads, profile=Path(scratch) / "profile")
+        model = OrtModel(path, threads=threads, profile=Path(scratch) / "profile", device="cpu")
         if "jpq kernels" not in model.path:
             return ()
         decoding = model.start()

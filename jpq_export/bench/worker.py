@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--exact", action="store_true")
     options = parser.parse_args()
-    model = OrtModel(options.model, threads=options.threads, exact=options.exact)
+    model = OrtModel(options.model, threads=options.threads, exact=options.exact, device="cpu")
     jobs: dict[str, Callable[[Any], Any]] = {
         "prefill": lambda tokens: {"seconds": prefill(model, tokens)},
         "decode": lambda tokens: {"seconds": decode(model, tokens)},

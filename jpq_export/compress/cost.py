@@ -34,7 +34,7 @@ class CostModel:
 
     def matrix(self, rows: int, columns: int, scheme: Scheme) -> tuple[int, float]:
         """(bytes, microseconds without launches) of one matrix-vector product."""
-        size = scheme.weight_bytes(rows, columns)
+        size = self.target.stored_bytes(self.target.fit(scheme), rows, columns)
         return size, self.microseconds(size, 0, rows * columns)
 
     def attention_rest(self, index: int, kv_heads: int) -> tuple[int, float]:

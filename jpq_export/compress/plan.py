@@ -14,9 +14,11 @@ from jpq_export.compress.search import Class, Knobs, Solution, build_classes, fr
 from jpq_export.errors import BudgetError
 from jpq_export.format.plan import Budget, Choice, FrontPoint, LayerPlan, Plan, Predicted, Removal
 from jpq_export.format.spec import ModelSpec
+from jpq_export.format.target import Target
 from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, choose_group_size
 
 GROUP_SIZES = (32, 64, 128)
+UNIFORM = "uniform width, no search"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +167,13 @@ def _choices(problem: Problem, solution: Solution, layers: tuple[LayerPlan, ...]
     full = prices.spec.matrices()
     out = []
     for name, (rows, columns) in fresh.matrices().items():
-        scheme = prices.scheme(columns, chosen[name])
+        scheme = problem.cost.target.fit(prices.scheme(columns, chosen[name]))
         share = rows * columns / (full[name][0] * full[name][1])
         price = prices.matrices[name][scheme.bits] * share
         reason = _reason(problem, solution, name, scheme, rows, columns, share)
         size = scheme.weight_bytes(rows, columns)
-        out.append(Choice(name, scheme.bits, scheme.group_size, True, rows, columns, size, price, reason))
+        kind = scheme.symmetric, rows, columns, size, price, reason, scheme.integer_zero
+        out.append(Choice(name, scheme.bits, scheme.group_size, *kind))
     return tuple(out)
 
 
@@ -228,12 +231,13 @@ def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: st
         )
     best: tuple | None = None
     for linear, table, *groups in product(BIT_WIDTHS, BIT_WIDTHS, GROUP_SIZES, GROUP_SIZES):
-        schemes = _uniform_schemes(spec, (linear, groups[0]), (table, groups[1]))
-        size = uniform_bytes(spec, schemes)
-        if size <= budget.bytes and table >= linear and (best is None or (linear, size) > best[0]):
-            best = (linear, size), schemes
+        schemes = _uniform_schemes(spec, cost.target, (linear, groups[0]), (table, groups[1]))
+        size = uniform_bytes(spec, schemes, target=cost.target)
+        rank = linear, size, table  # equal bytes: a target may store several widths alike
+        if size <= budget.bytes and table >= linear and (best is None or rank > best[0]):
+            best = rank, schemes
     if best is None:
-        smallest = uniform_bytes(spec, _uniform_schemes(spec, (2, 128), (2, 128)))
+        smallest = uniform_bytes(spec, _uniform_schemes(spec, cost.target, (2, 128), (2, 128)), target=cost.target)
         raise BudgetError(
             f"budget of {budget.bytes / 1e6:g} MB cannot be met: --method {method} needs at least "
             f"{rounded_up(smallest, 1e6)} MB; ask for at least that"
@@ -244,10 +248,10 @@ def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: st
         for i, layer in enumerate(spec.layers)
     )
     choices = tuple(
-        Choice(name, s.bits, s.group_size, s.symmetric, *shape, s.weight_bytes(*shape), 0.0, "uniform width, no search")
+        Choice(name, s.bits, s.group_size, s.symmetric, *shape, s.weight_bytes(*shape), 0.0, UNIFORM, s.integer_zero)
         for (name, shape), s in zip(spec.matrices().items(), schemes.values(), strict=True)
     )
-    size = uniform_bytes(spec, schemes)
+    size = uniform_bytes(spec, schemes, target=cost.target)
     time = cost.fixed()[1] + sum(cost.table(n, schemes[n])[1] for n in ("embed", "head") if n in schemes)
     for i, layer in enumerate(spec.layers):
         time += cost.attention_rest(i, layer.kv_heads)[1] + cost.mlp_rest(i, layer.ffn)[1]
@@ -256,16 +260,18 @@ def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: st
     return Plan(spec.name, sha256, cost.target.name, method, budget, layers, choices, (), predicted, (), {})
 
 
-def _uniform_schemes(spec: ModelSpec, linear: tuple[int, int], table: tuple[int, int]) -> dict[str, Scheme]:
+def _uniform_schemes(
+    spec: ModelSpec, target: Target, linear: tuple[int, int], table: tuple[int, int]
+) -> dict[str, Scheme]:
     """`linear` and `table`: bits and group size of the linears and of embedding and head."""
     out = {}
     for name, (_, columns) in spec.matrices().items():
         bits, group = table if name in ("embed", "head") else linear
-        out[name] = Scheme(bits, choose_group_size(columns, group), symmetric=False)
+        out[name] = target.fit(Scheme(bits, choose_group_size(columns, group), symmetric=False))
     return out
 
 
-def uniform_bytes(spec: ModelSpec, schemes: dict[str, Scheme]) -> int:
-    """Whole-model bytes as stored."""
-    matrices = sum(schemes[name].weight_bytes(*shape) for name, shape in spec.matrices().items())
+def uniform_bytes(spec: ModelSpec, schemes: dict[str, Scheme], *, target: Target) -> int:
+    """Whole-model bytes as the target stores them."""
+    matrices = sum(target.stored_bytes(schemes[name], *shape) for name, shape in spec.matrices().items())
     return matrices + 4 * sum(spec.vectors().values())

@@ -48,7 +48,14 @@ def damped(H: Tensor, *, damping: float = DAMPING) -> Tensor:
 
 
 def search_scales(
-    W: Tensor, weight: Tensor, max_code: Tensor, group_size: int, *, symmetric: bool, candidates: int = 29
+    W: Tensor,
+    weight: Tensor,
+    max_code: Tensor,
+    group_size: int,
+    *,
+    symmetric: bool,
+    integer_zero: bool = False,
+    candidates: int = 29,
 ) -> tuple[Tensor, Tensor]:
     """Per group, the clipping that minimises Σ weight_k (w - ŵ)².
 
@@ -60,7 +67,8 @@ def search_scales(
     top = max_code.view(n, 1)
     if symmetric:
         peak = groups.abs().amax(-1).clamp(min=1e-8)  # [N, K/g]
-        base, zero = peak / (top / 2), (top / 2).expand_as(peak)
+        centre = (top / 2).ceil() if integer_zero else top / 2
+        base, zero = peak / (top / 2), centre.expand_as(peak)
     else:
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         base = (high - low).clamp(min=1e-8) / top
@@ -193,7 +201,8 @@ def row_loss(W: Tensor, H: Tensor, rounded: Rounded) -> Tensor:
 def quantize(W: Tensor, H: Tensor, scheme: Scheme, *, method: str = "jpq", passes: int = 2) -> Rounded:
     """Quantize W [N, K] under H [K, K]: "rtn" (nearest), "gptq" (plain), "jpq" (GPTQ, then descent and refits)."""
     top = torch.full((W.shape[0],), float(scheme.max_code), device=W.device)
-    return quantize_rows(W, H, top, scheme.group_size, symmetric=scheme.symmetric, method=method, passes=passes)
+    kind = {"symmetric": scheme.symmetric, "integer_zero": scheme.integer_zero}
+    return quantize_rows(W, H, top, scheme.group_size, **kind, method=method, passes=passes)
 
 
 def quantize_rows(
@@ -203,13 +212,15 @@ def quantize_rows(
     group_size: int,
     *,
     symmetric: bool,
+    integer_zero: bool = False,
     method: str = "jpq",
     passes: int = 2,
     candidates: int = 29,
 ) -> Rounded:
     """`quantize` with a code range per row: `max_code` float [N]; `candidates` clippings are tried for every scale."""
     weight = H.diagonal().clamp(min=0) + 1e-3 * H.diagonal().mean() + 1e-30
-    scales, zeros = search_scales(W, weight, max_code, group_size, symmetric=symmetric, candidates=candidates)
+    kind = {"symmetric": symmetric, "integer_zero": integer_zero}
+    scales, zeros = search_scales(W, weight, max_code, group_size, **kind, candidates=candidates)
     if method == "rtn":
         return nearest(W, scales, zeros, max_code)
     rounded = gptq(W, H, scales, zeros, max_code)

@@ -7,15 +7,20 @@ from typing import Any
 
 import click
 
+from jpq_export.engine import rtx
 from jpq_export.engine.build import Job, describe, failed_path, prepare, run
 from jpq_export.engine.preflight import failures
 from jpq_export.engine.report import DeviceReport
 from jpq_export.engine.settings import Settings
 from jpq_export.errors import JpqError
+from jpq_export.format.bundle import read_manifest
 
 
 def build_bundle(settings: Settings, *, dry_run: bool, as_json: bool) -> None:
     """Check, build, report. JpqError (exit code 1) when a check or the recorded vectors fail."""
+    if read_manifest(settings.bundle).engine:
+        build_desktop(settings, dry_run=dry_run, as_json=as_json)
+        return
     job = prepare(settings)
     failed = failures(list(job.checks))
     if not as_json:
@@ -32,6 +37,20 @@ def build_bundle(settings: Settings, *, dry_run: bool, as_json: bool) -> None:
             click.echo(line)
         return
     conclude(settings, report, quiet=as_json)
+
+
+def build_desktop(settings: Settings, *, dry_run: bool, as_json: bool) -> None:
+    """A bundle for a desktop GPU: its TensorRT-RTX engine is built here, into the bundle, and not run."""
+    if dry_run:
+        click.echo(
+            f"engine: {rtx.GRAPH} -> {settings.bundle / rtx.ENGINE}, TensorRT-RTX {rtx.installed() or 'missing'}"
+        )
+        return
+    engine = rtx.rebuild(settings.bundle, context=settings.max_tokens)
+    from jpq_export.parity.report import write_report  # not at the top: boards have no jinja2
+
+    write_report(settings.bundle)
+    click.echo(json.dumps(engine.to_dict(), indent=1) if as_json else engine.line)
 
 
 def document(job: Job, steps: list[str], report: DeviceReport | None) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class CompressedModel:
             spec = ModelSpec.from_json(meta["spec"])
             quantized = {}
             for name, raw in meta["schemes"].items():
-                scheme = Scheme(raw["bits"], raw["group_size"], raw["symmetric"])
+                scheme = Scheme(raw["bits"], raw["group_size"], raw["symmetric"], raw.get("integer_zero", False))
                 packed, scales = tensors.pop(f"{name}.packed"), tensors.pop(f"{name}.scales")
                 zeros = tensors.pop(f"{name}.zeros", None)
                 quantized[name] = QuantizedWeight(scheme, tuple(raw["shape"]), packed, scales, zeros)

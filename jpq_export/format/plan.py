@@ -55,11 +55,12 @@ class Choice:
     bytes: int
     predicted_kl: float
     reason: str = ""
+    integer_zero: bool = False
 
     @property
     def scheme(self) -> Scheme:
         """As a Scheme."""
-        return Scheme(self.bits, self.group_size, self.symmetric)
+        return Scheme(self.bits, self.group_size, self.symmetric, self.integer_zero)
 
 
 @dataclass(frozen=True, slots=True)

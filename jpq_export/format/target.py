@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jpq_export.errors import TargetError
+from jpq_export.numerics.scheme import Scheme
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,6 +20,9 @@ else:  # JetPack boards run Python 3.10
 
 KINDS = ("jetson", "rtx", "datacenter", "cpu")
 GRAPHS = ("custom_op", "qdq")
+ENGINES = ("tensorrt-rtx",)
+SIGNED_BITS = (4, 8)  # ONNX's INT4 and INT8
+RTX_SMS = (75, 80, 86, 89, 120, 121)  # what TensorRT-RTX 1.7 builds for; it refuses 87, 90, 100 and 110
 GIB = 2**30  # memory is sold in binary gigabytes
 
 
@@ -29,8 +33,9 @@ class Target:
     fp16_tflops: dense, fp32 accumulation where the board distinguishes. op_overhead_us: fixed cost of one launched
     operator at batch 1. default_bits: bits per weight over the whole file when no budget is given. graph: which ONNX
     form is fast there, `jpq::LowBitMatMul` ("custom_op") or blocked DequantizeLinear where 2/4/8 bit ("qdq").
-    tensorrt: version the board's system image carries, None when the board fixes none. sources: where each number is
-    from, by field.
+    tensorrt: version the board's system image carries, None when the board fixes none. engine: which engine is built
+    on this machine beside the graphs. stored_bits: widths of the signed codes that engine knows, () when it takes any
+    scheme; a code is stored in the narrowest that holds it. sources: where each number is from, by field.
     """
 
     name: str
@@ -47,14 +52,38 @@ class Target:
     cuda: str | None = None
     jetpack: str | None = None
     power_mode: str | None = None
+    engine: Literal["tensorrt-rtx"] | None = None
+    stored_bits: tuple[int, ...] = ()
     sources: dict[str, str] = field(default_factory=dict)
+
+    def fit(self, scheme: Scheme) -> Scheme:
+        """The scheme of that width this target stores in fewest bits: with an integer zero where that saves a width."""
+        whole = Scheme(scheme.bits, scheme.group_size, integer_zero=True)
+        if self.stored_bits and self._container(whole) < self._container(scheme):
+            return whole
+        return scheme
+
+    def stored_bytes(self, scheme: Scheme, rows: int, columns: int) -> int:
+        """Bytes of a weight [rows, columns] as this target's engine or graph stores it."""
+        if not self.stored_bits:
+            return scheme.weight_bytes(rows, columns)
+        signed = Scheme(int(self._container(scheme)), scheme.group_size, integer_zero=True)
+        return signed.weight_bytes(rows, columns)
+
+    def holds(self, scheme: Scheme) -> bool:
+        """Whether a weight of this scheme can be stored for this target at all."""
+        return not self.stored_bits or math.isfinite(self._container(scheme))
+
+    def _container(self, scheme: Scheme) -> float:
+        """Width of the narrowest signed code that holds it, infinite when none does."""
+        return min((bits for bits in self.stored_bits if bits >= scheme.signed_bits), default=math.inf)
 
 
 @dataclass(frozen=True, slots=True)
 class _Key:
     """How one key of a target file is checked: `type`, and a range, choices or pattern."""
 
-    type: Literal["text", "number", "integer", "table"]
+    type: Literal["text", "number", "integer", "table", "widths"]
     required: bool = True
     above: float = 0.0
     most: float = math.inf
@@ -66,6 +95,8 @@ class _Key:
         """For error messages."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
+        if self.type == "widths":
+            return f"a list of widths out of {', '.join(map(str, SIGNED_BITS))}, such as [4, 8]"
         if self.type == "text":
             return 'a version in quotes such as "10.3"' if self.pattern == VERSION else "a text that is not empty"
         if self.type == "table":
@@ -77,6 +108,8 @@ class _Key:
         """True when `value` from TOML is of the type and in range."""
         if self.type == "table":
             return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+        if self.type == "widths":
+            return isinstance(value, list) and bool(value) and all(bits in SIGNED_BITS for bits in value)
         if self.type == "text":
             fits = isinstance(value, str) and re.fullmatch(self.pattern, value)
             return bool(fits) and (not self.choices or value in self.choices)
@@ -100,6 +133,8 @@ KEYS = {
     "cuda": _Key("text", required=False, pattern=VERSION),
     "jetpack": _Key("text", required=False, pattern=VERSION),
     "power_mode": _Key("text", required=False),
+    "engine": _Key("text", required=False, choices=ENGINES),
+    "stored_bits": _Key("widths", required=False),
     "sources": _Key("table", required=False),
 }
 
@@ -198,11 +233,22 @@ def _build(path: Path, values: dict[str, Any]) -> Target:
         raise TargetError(f"{path}: {', '.join(missing)}: missing; expected {rule.expected}, or inherit from a target")
     if values["kind"] != "cpu" and "sm" not in values:
         raise TargetError(f"{path}: sm: missing; expected the compute capability without a dot, such as 87, for a GPU")
+    if values.get("engine") == "tensorrt-rtx":
+        _check_rtx(path, values)
     sources = {_FIELDS.get(key, key): text for key, text in sorted(values.get("sources", {}).items())}
     fields = {key: value for key, value in values.items() if key not in ("memory_gb", "sources")}
     numbers = {key: float(fields[key]) for key, rule in KEYS.items() if rule.type == "number" and key in fields}
+    fields["stored_bits"] = tuple(sorted(values.get("stored_bits", ())))
     memory = round(values["memory_gb"] * GIB)
     return Target(**{**fields, **numbers, "name": path.stem, "memory_bytes": memory, "sources": sources})
+
+
+def _check_rtx(path: Path, values: dict[str, Any]) -> None:
+    if values["sm"] not in RTX_SMS:
+        known = ", ".join(map(str, RTX_SMS))
+        raise TargetError(f"{path}: engine: TensorRT-RTX builds for sm {known} only, got {values['sm']}; leave it out")
+    if "stored_bits" not in values:
+        raise TargetError(f"{path}: stored_bits: missing; expected {KEYS['stored_bits'].expected} beside engine")
 
 
 _FIELDS = {"memory_gb": "memory_bytes"}

@@ -9,8 +9,9 @@ import onnx_ir as ir
 
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.spec import ModelSpec
-from jpq_export.lower import basic, standard
+from jpq_export.lower import basic, half, standard
 from jpq_export.lower.nodes import Nodes
+from jpq_export.lower.signed import SignedWeights
 from jpq_export.lower.weights import Form, Weights
 
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
@@ -18,12 +19,16 @@ FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """What the reader of the file understands. `fused`: Attention, RMSNormalization and RotaryEmbedding are known."""
+    """What the reader of the file understands. `fused`: Attention, RMSNormalization and RotaryEmbedding are known.
+
+    `half`: attention and its cache are fp16.
+    """
 
     opset: int = 23
     ir_version: int = 10
     fused: bool = True
     functions: bool = True
+    half: bool = False
 
 
 class DecoderGraph:
@@ -34,8 +39,12 @@ class DecoderGraph:
         self.spec: ModelSpec = model.spec
         self.dialect = dialect
         self.nodes = Nodes()
-        self.weights = Weights(model, form, self.nodes, with_overloads=dialect.functions)
-        self.ops = standard if dialect.fused else basic
+        if form == "signed":
+            self.weights = SignedWeights(model, self.nodes)
+        else:
+            self.weights = Weights(model, form, self.nodes, with_overloads=dialect.functions)
+        self.ops = half if dialect.half else standard if dialect.fused else basic
+        self.cache_type = ir.DataType.FLOAT16 if dialect.half else FLOAT
         self.inputs: list[ir.Value] = []
         self.presents: list[ir.Value] = []
         self.taps: list[ir.Value] = []
@@ -142,7 +151,7 @@ class DecoderGraph:
             for part, value in (("q", query), ("k", key))
         )
         past = [
-            self._input(f"past.{index}.{part}", FLOAT, ["batch", layer.kv_heads, "past", spec.head_dim])
+            self._input(f"past.{index}.{part}", self.cache_type, ["batch", layer.kv_heads, "past", spec.head_dim])
             for part in ("key", "value")
         ]
         core, *present = self.ops.attention(
@@ -156,7 +165,7 @@ class DecoderGraph:
         )
         for item in present:
             item.shape = ir.Shape(["batch", layer.kv_heads, "total", spec.head_dim])
-            item.type = ir.TensorType(FLOAT)
+            item.type = ir.TensorType(self.cache_type)
         self.presents += present
         return self._residual(x, self.weights.linear(core, f"{at}.o"), at)
 

@@ -17,6 +17,7 @@ from jpq_export.lower.functions import DOMAIN
 from jpq_export.lower.weights import Form
 
 FORMAT = "jpq-onnx/1"
+RTX = Dialect(functions=False, half=True)
 SPEC_KEY, FORMAT_KEY = "jpq.spec", "jpq.format"
 UNFUSED_KEY = "jpq.unfused"  # matrices onnxruntime unpacks to fp32 at load
 
@@ -27,8 +28,9 @@ def export_onnx(
     """Write `path` and `path.name + ".data"` (all weights), then check the file.
 
     `form`: "custom_op" stores every matrix packed for `jpq::LowBitMatMul`; "qdq" stores 4 and 8 bits as standard
-    DequantizeLinear, other widths and a tied embedding as custom operators; "fp32" stores plain matrices, to measure
-    against. `tensorrt`: version the file must parse in.
+    DequantizeLinear, other widths and a tied embedding as custom operators; "signed" stores INT4 and INT8 around zero
+    and computes products and attention in fp16, for TensorRT-RTX; "fp32" stores plain matrices, to measure against.
+    `tensorrt`: version the file must parse in.
     `taps`: add graph outputs "embed", "layers.{i}.attn", "layers.{i}.mlp", "norm".
 
     Raises:
@@ -36,7 +38,7 @@ def export_onnx(
         StorageError: the files cannot be written.
         BundleError: the written graph does not pass the ONNX checker.
     """
-    dialect = dialect_for(tensorrt)
+    dialect = RTX if form == "signed" else dialect_for(tensorrt)
     graph = DecoderGraph(model, form, dialect)
     logits = graph.build()
     logits.shape, logits.type = ir.Shape(["batch", "seq", model.spec.vocab]), ir.TensorType(ir.DataType.FLOAT)

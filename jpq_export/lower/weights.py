@@ -11,9 +11,9 @@ from jpq_export.format.compressed import CompressedModel
 from jpq_export.lower import functions
 from jpq_export.lower.functions import Variant
 from jpq_export.lower.nodes import Nodes
-from jpq_export.numerics.affine import QuantizedWeight
+from jpq_export.numerics.affine import QuantizedWeight, with_stored_zeros
 
-Form = Literal["custom_op", "qdq", "fp32"]
+Form = Literal["custom_op", "qdq", "fp32", "signed"]  # the last is written by `signed.SignedWeights`
 # 2 bits have a standard type too, but only from opset 25, and its kernel is no faster than the 4-bit one the function
 # body uses (35 M weights, one token: both 0.9 ms; with fp32 activations 190 ms against 2.8 ms).
 STANDARD_BITS = (4, 8)
@@ -41,7 +41,7 @@ class Weights:
         """X [batch, seq, K] times matrix `weight` (by default the one called `name`), plus its bias: value `name`."""
         weight = weight or name
         bias = self._bias(f"{weight}.bias")
-        stored = self._model.quantized[weight]
+        stored = self._stored(weight)
         if self._form == "fp32":
             matrix = self._store(f"{weight}.transposed", ir.tensor(np.ascontiguousarray(stored.dequantize().T)))
             y = self._nodes("MatMul", x, matrix, name=None if bias else name)
@@ -57,7 +57,7 @@ class Weights:
 
     def rows(self, indices: ir.Value, weight: str, *, name: str | None) -> ir.Value:
         """Rows of matrix `weight` at `indices` [batch, seq]."""
-        stored = self._model.quantized[weight]
+        stored = self._stored(weight)
         if self._form == "fp32":
             return self._nodes(
                 "Gather", self._store(f"{weight}.rows", ir.tensor(stored.dequantize())), indices, name=name
@@ -88,9 +88,13 @@ class Weights:
         )[0]
 
     def _packed(self, name: str) -> list[ir.Value]:
-        stored = self._model.quantized[name]
+        stored = self._stored(name)
         parts = {"packed": stored.packed, "scales": stored.scales, "zeros": stored.zeros}
         return [self._store(f"{name}.{part}", ir.tensor(a)) for part, a in parts.items() if a is not None]
+
+    def _stored(self, name: str) -> QuantizedWeight:
+        """As these operators read it."""
+        return with_stored_zeros(self._model.quantized[name])
 
     def _bias(self, name: str) -> ir.Value | None:
         return self._store(name, ir.tensor(self._model.vectors[name])) if name in self._model.vectors else None
@@ -103,7 +107,7 @@ class Weights:
 
         A symmetric zero is 2^(b-1) - 1/2: signed codes take the integer part, `half_correction` adds the half.
         """
-        nodes, stored = self._nodes, self._model.quantized[weight]
+        nodes, stored = self._nodes, self._stored(weight)
         scheme = stored.scheme
         scales = self._store(f"{weight}.scales", ir.tensor(np.ascontiguousarray(stored.scales.T)))
         scales = nodes("Cast", scales, to=ir.DataType.FLOAT)  # fp16 in the file, folded at load

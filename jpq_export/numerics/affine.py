@@ -64,6 +64,16 @@ class QuantizedWeight:
         return ((codes - zeros) * scales).reshape(n, k)
 
 
+def with_stored_zeros(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same numbers with `integer_zero` written out, for operators that know half-integer or stored zeros only."""
+    scheme = weight.scheme
+    if not scheme.integer_zero:
+        return weight
+    zeros = weight.zero_points().astype(np.uint8)
+    wide = Scheme(scheme.bits, scheme.group_size, symmetric=False)
+    return QuantizedWeight(wide, weight.shape, weight.packed, weight.scales, pack_codes(zeros, scheme.bits))
+
+
 def store(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, scheme: Scheme) -> QuantizedWeight:
     """Pack codes uint8 [N, K], scales [N, K/g] and (asymmetric) integer zeros uint8 [N, K/g]."""
     packed_zeros = None if scheme.symmetric or zeros is None else pack_codes(zeros, scheme.bits)

@@ -15,11 +15,14 @@ class Scheme:
     `symmetric`: the zero is the centre of the code range, (2**bits - 1) / 2, and is not stored. Half-integer on
     purpose: at 2 bits the levels are then -1.5, -0.5, 0.5, 1.5 scales, the best 4-level grid for centred weights.
     Otherwise one integer zero point of `bits` bits a group, packed like the codes.
+    `integer_zero`: a symmetric scheme whose zero is 2**(bits - 1) instead, for formats that know signed codes only
+    (INT4 is -8 .. 7): half-integer zeros would need one bit more there.
     """
 
     bits: int
     group_size: int
     symmetric: bool = True
+    integer_zero: bool = False
 
     def __post_init__(self) -> None:
         """Check: unknown widths are a ValueError."""
@@ -27,6 +30,8 @@ class Scheme:
             raise ValueError(f"bits {self.bits} is not one of {BIT_WIDTHS}")
         if self.group_size < 1:
             raise ValueError(f"group_size {self.group_size} must be at least 1")
+        if self.integer_zero and not self.symmetric:
+            raise ValueError("integer_zero is a kind of symmetric; stored zero points are integers anyway")
 
     @property
     def max_code(self) -> int:
@@ -36,7 +41,14 @@ class Scheme:
     @property
     def centre(self) -> float:
         """Zero point of a symmetric scheme, in codes."""
-        return self.max_code / 2
+        return (self.max_code + 1) // 2 if self.integer_zero else self.max_code / 2
+
+    @property
+    def signed_bits(self) -> int:
+        """Bits of the smallest signed integers that hold every code less its zero, doubled where the zero is half."""
+        if self.integer_zero:
+            return self.bits
+        return self.bits + 1  # odd numbers up to 2**bits - 1, or codes less any zero point
 
     def groups(self, in_features: int) -> int:
         """Number of groups of a row of `in_features` weights; ValueError when it does not divide."""

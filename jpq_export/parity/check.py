@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from jpq_export.runtime import native
 
 Progress = Callable[[int, int], None]
 Pair = tuple[np.ndarray, np.ndarray]
-ROUNDING, EFFECT = "rounding", "effect"
+ROUNDING, HALF, EFFECT = "rounding", "half", "effect"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,18 @@ class _Way:
 
     @property
     def exact(self) -> bool:
+        """Whether onnxruntime must not round activations to 8 bits."""
+        return self.judge != EFFECT
+
+    @property
+    def bounded(self) -> bool:
+        """Whether every value inside has an arithmetic bound."""
         return self.judge == ROUNDING
 
 
 BODIES = _Way("onnxruntime", "function bodies, activations in fp32")
 KERNELS = _Way("onnxruntime-jpq-kernels", "our CPU kernels, activations in fp32", kernels=True)
+SIGNED = _Way("onnxruntime-fp16", "the graph of the engine: INT4 and INT8, products in fp16", judge=HALF)
 INT8 = _Way("onnxruntime-int8-activations", "function bodies, activations rounded to 8 bits", judge=EFFECT)
 
 
@@ -50,6 +57,7 @@ def check_parity(
     prompts: Sequence[Sequence[int]],
     steps: int = 64,
     form: str = "custom_op",
+    half_path: Path | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Compare logits, greedy tokens and every sub-layer; nothing raises on a difference, `report.passed` says it.
@@ -57,6 +65,7 @@ def check_parity(
     The proof are two runs with fp32 activations: the function bodies, which any onnxruntime computes, and our CPU
     kernels where they can be compiled, which is what `run` uses. onnxruntime left to itself rounds activations to 8
     bits in its own low-bit kernels; a last run says what that costs and fails only on a wrong kernel.
+    `half_path`: a graph of the same model that computes in fp16 (form "signed"), checked against bounds of its own.
     BundleError when onnxruntime cannot load the file.
     """
     proto = load_proto(onnx_path)
@@ -64,8 +73,11 @@ def check_parity(
     rounds = bool(set(model.quantized) - unfused - {"embed"})
     cases, reference = make_cases(prompts, model.spec), TorchRunner(model)
     ways = [BODIES, KERNELS] if proto.functions and native.available() else [BODIES]
-    job = _Job(model, onnx_path, reference, cases, steps, form, _ticker(progress, (len(ways) + rounds) * (steps + 3)))
+    count = len(ways) + rounds + (half_path is not None)
+    job = _Job(model, onnx_path, reference, cases, steps, form, _ticker(progress, count * (steps + 3)))
     runtimes = tuple(_check_runtime(job, way) for way in ways)
+    if half_path is not None:
+        runtimes += (_check_runtime(replace(job, onnx_path=half_path, form="signed"), SIGNED),)
     return ParityReport(f"pytorch {reference.version}", runtimes, _check_runtime(job, INT8) if rounds else None)
 
 
@@ -109,7 +121,7 @@ def _check_runtime(job: _Job, way: _Way) -> RuntimeResult:
         cases=cases,
         layers=layers,
         first_diverging=divergence,
-        passed=passed and (not way.exact or greedy.equal == greedy.steps or greedy.tie),
+        passed=passed and (not way.bounded or greedy.equal == greedy.steps or greedy.tie),
     )
 
 
@@ -137,6 +149,8 @@ def _case(name: str, tally: LogitsTally, spec: ModelSpec, *, judge: str) -> Case
 
 def within(error: LogitsError, spec: ModelSpec, *, judge: str) -> bool:
     """Whether logits are as close as they must be."""
+    if judge == HALF:
+        return error.rel_rms <= tolerance.half(spec) and error.kl_mean <= tolerance.SMALL_EFFECT
     if judge == EFFECT:
         return error.rel_rms <= tolerance.int8(spec)
     return error.rel_rms <= tolerance.LOGITS_REL_RMS and error.kl_mean <= tolerance.KL_MEAN
@@ -213,5 +227,5 @@ def _run_points(job: _Job, way: _Way) -> tuple[tuple[LayerResult, ...], Divergen
     runner = OrtRunner(job.onnx_path, exact=way.exact, kernels=way.kernels, with_points=True)
     reference = job.reference.forward(job.cases.prefill, values=True).values
     values = runner.forward(job.cases.prefill, values=True).values
-    layers = layer_errors(points(job.model.spec), value_errors(reference, values), judged=way.exact)
-    return layers, find_divergence(job.model, runner, reference, values) if way.exact else None
+    layers = layer_errors(points(job.model.spec), value_errors(reference, values), judged=way.bounded)
+    return layers, find_divergence(job.model, runner, reference, values) if way.bounded else None

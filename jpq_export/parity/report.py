@@ -29,6 +29,8 @@ TARGET_UNITS = {
     "jetpack": ("JetPack", str),
     "power_mode": ("power mode", str),
     "graph": ("graph form", str),
+    "engine": ("engine built by the export", str),
+    "stored_bits": ("widths that engine stores", lambda v: " and ".join(map(str, v)) if v else "every one"),
 }
 
 
@@ -180,5 +182,5 @@ def _target_rows(target: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [
         (title, show(target[key]), str(sources.get(key, "")))
         for key, (title, show) in TARGET_UNITS.items()
-        if target.get(key) is not None
+        if target.get(key) not in (None, [], ())
     ]

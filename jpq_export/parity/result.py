@@ -69,7 +69,7 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeResult:
-    """One runtime against the reference. `judged_by`: "rounding" (elementwise) or "effect" (only gross errors fail)."""
+    """One runtime against the reference. `judged_by`: "rounding" (elementwise), "half" (fp16) or "effect" (gross)."""
 
     name: str
     version: str

@@ -15,6 +15,7 @@ from jpq_export.format.spec import ModelSpec
 from jpq_export.parity.points import points, present_in
 from jpq_export.runtime import native
 
+PARTS = ("key", "value")
 SPEC_KEY, UNFUSED_KEY = "jpq.spec", "jpq.unfused"
 
 
@@ -110,7 +111,9 @@ class OrtRunner:
                 self.proto.graph.output.add(name=name)
         self.session = self._session(path, exact, kernels)
         self.version = onnxruntime.__version__
-        self._inputs = {value.name for value in self.session.get_inputs()}
+        self._inputs = {value.name: value.type for value in self.session.get_inputs()}
+        half = any(name.startswith("past.") and kind == "tensor(float16)" for name, kind in self._inputs.items())
+        self._cache_type = np.float16 if half else np.float32
 
     def _session(self, path: Path, exact: bool, kernels: bool) -> Any:
         import onnxruntime
@@ -133,7 +136,7 @@ class OrtRunner:
     def _empty_cache(self, batch: int) -> dict[str, np.ndarray]:
         spec = self.spec
         shapes = {i: (batch, layer.kv_heads, 0, spec.head_dim) for i, layer in enumerate(spec.layers) if layer.kv_heads}
-        return {f"{i}.{part}": np.zeros(shape, np.float32) for i, shape in shapes.items() for part in ("key", "value")}
+        return {f"{i}.{part}": np.zeros(shape, self._cache_type) for i, shape in shapes.items() for part in PARTS}
 
     def forward(
         self, ids: np.ndarray, *, mask: np.ndarray | None = None, cache: Any = None, values: bool = False

@@ -23,6 +23,10 @@ Both sides compute in fp32 with the same weights, so they differ only in the ord
                                64 is at most 8 times its RMS: 1.8% a product. Four products follow each other in a
                                layer; independent errors meet in quadrature, and layers magnify by 2. SmolLM2 (30
                                layers): bound 0.39, measured 0.06 on text, 0.29 on random tokens; a wrong kernel: 1.4.
+    half(L)                    products in fp16: X, the matrix and the result are each rounded to 11 bits, an RMS of
+                               2^-12 / sqrt(3) or less each, together 2^-12 a product; sums are in fp32. Four products
+                               follow each other in a layer, attention rounds four more values (q, k, v, its result);
+                               in quadrature, magnified by 4. SmolLM2 (30 layers): 1.5e-2; wrong scales give 0.2.
     SMALL_EFFECT = 5e-3        nats of KL, half a percent of perplexity: what such rounding may cost unremarked.
 """
 
@@ -35,6 +39,7 @@ EMBED = 4 * UNIT_ROUNDOFF
 LOGITS_REL_RMS = 1e-4
 KL_MEAN = 1e-6
 SMALL_EFFECT = 5e-3
+HALF_PRODUCT = 2.0**-12
 INT8_PRODUCT = 8 / (127 * 12**0.5)
 PEAK = 8.0
 CHAIN = 4.0
@@ -64,6 +69,11 @@ def inside(spec: ModelSpec, depth: int) -> float:
 def int8(spec: ModelSpec) -> float:
     """Bound on logits when activations are rounded to 8 bits; wide, it tells a wrong kernel from a rough one."""
     return 2 * INT8_PRODUCT * (4 * len(spec.layers)) ** 0.5
+
+
+def half(spec: ModelSpec) -> float:
+    """Bound on logits when products and attention are computed in fp16."""
+    return 4 * HALF_PRODUCT * (8 * len(spec.layers) + 1) ** 0.5
 
 
 def greedy_tie(logits_rms: float) -> float:

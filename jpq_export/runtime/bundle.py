@@ -56,7 +56,8 @@ class Bundle:
         """Token ids of the model's chat template over `messages` ({"role": ..., "content": ...}), or the user's one."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self._with_bos(self._ids(chat_text(self.tokenizer_config, messages), special=False))
+        text = chat_text(self.tokenizer_config, messages, where=str(self.folder))
+        return self._with_bos(self._ids(text, special=False))
 
     @overload
     def generate(self, prompt: str, *, stream: Literal[False] = ..., **options: Any) -> str: ...

@@ -13,17 +13,17 @@ DEFAULT = "default"  # of several named templates, the one for plain conversatio
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def chat_text(config: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> str:
+def chat_text(config: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], *, where: str) -> str:
     """The prompt for the assistant's next words after `messages` ({"role": ..., "content": ...}).
 
-    `config`: tokenizer_config.json. UsageError when it has no template, or the template refuses the messages.
+    `config`: tokenizer_config.json of the bundle at `where`. UsageError when it has no template, or the template refuses the messages.
     """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     template = chat_template(config)
     if template is None:
-        raise UsageError("the model has no chat template; give the whole prompt instead (without --chat)")
+        raise UsageError(f"{where}: the model has no chat template; give the whole prompt instead (without --chat)")
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -34,7 +34,9 @@ def chat_text(config: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) 
     try:
         return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
     except (TemplateError, TypeError, ValueError, OverflowError) as error:
-        raise UsageError(f"the model's chat template fails ({error}); send other messages or a whole prompt") from error
+        raise UsageError(
+            f"{where}: the model's chat template fails ({error}); send other messages or a whole prompt"
+        ) from error
 
 
 def chat_template(config: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def cpu_library() -> Library:
     compiler = _compiler()
     home = cache_root() / "native" / _key(folder, compiler)
     path = home / LIBRARY
-    if not _untouched(home):
+    if not untouched(home, LIBRARY):
         if path.exists():
             logger.warning("%s: not the file that was built (sha256 differs); building it again", path)
         _build(folder, compiler, home)
@@ -120,31 +121,35 @@ def _key(folder: Path, compiler: str) -> str:
     return digest.hexdigest()[:24]
 
 
-def _untouched(home: Path) -> bool:
-    """Whether the library is there, with the sha256 recorded at its build."""
+def untouched(home: Path, library: str) -> bool:
+    """Whether the library is in `home`, with the sha256 recorded at its build."""
     try:
         recorded = json.loads((home / RECORD).read_text())["sha256"]
-        return hashlib.sha256((home / LIBRARY).read_bytes()).hexdigest() == recorded
+        return hashlib.sha256((home / library).read_bytes()).hexdigest() == recorded
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _build(folder: Path, compiler: str, home: Path) -> None:
-    """Compile beside `home`, then rename: nobody sees half a file, and of two builders either wins."""
     logger.warning("compiling the CPU kernels with %s, once (about 10 s)", compiler)
+    keep(home, LIBRARY, lambda out: _compile(folder, compiler, out), {"compiler": compiler, "flags": FLAGS})
+
+
+def keep(home: Path, library: str, make: Callable[[Path], None], facts: dict[str, Any]) -> None:
+    """Let `make` write the library beside `home`, then rename: nobody sees half a file, and of two either wins."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=home) as scratch:
-            built = Path(scratch) / LIBRARY
-            _compile(folder, compiler, built)
-            record = {"sha256": hashlib.sha256(built.read_bytes()).hexdigest(), "compiler": compiler, "flags": FLAGS}
+            built = Path(scratch) / library
+            make(built)
+            record = {"sha256": hashlib.sha256(built.read_bytes()).hexdigest(), **facts}
             (Path(scratch) / RECORD).write_text(json.dumps(record, indent=1))
-            os.replace(built, home / LIBRARY)
+            os.replace(built, home / library)
             os.replace(Path(scratch) / RECORD, home / RECORD)
     except OSError as error:
         raise NativeError(
-            f"{home}: cannot store the CPU kernels ({error.strerror or error}); free some space or set JPQ_CACHE to a "
-            "writable folder"
+            f"{home}: cannot store the compiled kernels ({error.strerror or error}); free some space or set JPQ_CACHE "
+            "to a writable folder"
         ) from error
 
 

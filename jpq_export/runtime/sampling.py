@@ -52,9 +52,9 @@ def choose(
     if temperature == 0:
         return int(logits.argmax())
     order = _likeliest(logits, top_k) if top_k else np.arange(len(logits))
-    # The difference first: a tiny temperature would overflow the quotient of large logits, infinity minus infinity.
-    scaled = (logits[order].astype(np.float64) - float(logits.max())) / temperature
-    weights = np.exp(np.maximum(scaled, -1e3))
+    # Differences, bounded before they are divided: a tiny temperature would overflow the quotient.
+    below = logits[order].astype(np.float64) - float(logits.max())
+    weights = np.exp(np.maximum(below, -1e3 * temperature) / temperature)
     weights /= weights.sum()
     if top_p < 1:
         order, weights = _nucleus(order, weights, top_p)

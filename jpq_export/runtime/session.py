@@ -1,22 +1,27 @@
-"""A decoder in onnxruntime on the CPU: one forward pass, and steps that feed the cache back without copying it."""
+"""A decoder in onnxruntime: one forward pass, and steps that feed the cache back without copying it."""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import logging
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from jpq_export.errors import BundleError, CapacityError, UsageError
 from jpq_export.format.spec import ModelSpec
-from jpq_export.runtime import native
+from jpq_export.runtime import native, native_cuda
+
+logger = logging.getLogger(__name__)
 
 SPEC_KEY, UNFUSED_KEY = "jpq.spec", "jpq.unfused"
+Kernels: TypeAlias = native.Library | native_cuda.CudaLibrary | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +43,8 @@ class OrtModel:
     `exact` keeps activations in fp32. Otherwise our kernels round them to 16 bits when there are few rows, and
     onnxruntime's to 8, which is what makes those fast (error of a product 1e-2 instead of 1e-6).
     `threads`: cores to use, by default onnxruntime's choice. `profile`: where `session.end_profiling()` writes.
+    `device`: "cpu", "cuda", or "auto": the GPU where onnxruntime has its CUDA provider and the driver shows one, unless
+    JPQ_KERNELS is "off" or "cpu". On a GPU everything is fp32.
     """
 
     def __init__(
@@ -47,11 +54,17 @@ class OrtModel:
         threads: int | None = None,
         exact: bool = True,
         profile: Path | None = None,
-        opened: tuple[Any, native.Library | None] | None = None,
+        device: str = "auto",
+        opened: tuple[Any, Kernels] | None = None,
     ) -> None:
-        """Load the graph, or take what `open_session` `opened`; BundleError when that fails or it is none of ours."""
-        opened = opened or open_session(Path(path), threads=threads, exact=exact, profile=profile)
+        """Load the graph, or take what `open_session` `opened`; BundleError when that fails or it is none of ours.
+
+        Raises:
+            UsageError: `device` is "cuda" and the GPU cannot be used; says why.
+        """
+        opened = opened or open_session(Path(path), threads=threads, exact=exact, profile=profile, device=device)
         self.session, kernels = opened
+        self.device = "cuda" if isinstance(kernels, native_cuda.CudaLibrary) else "cpu"
         metadata = self.session.get_modelmeta().custom_metadata_map
         try:
             self.spec = ModelSpec.from_json(metadata[SPEC_KEY])
@@ -130,7 +143,8 @@ class OrtModel:
         values = {name: OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items() if name in self._inputs}
         values |= {f"past.{name}": value for name, value in past.items()}
         names = ["logits", *(f"present.{name}" for name in past)]
-        logits, *present = self.session.run_with_ort_values(names, values)
+        run = _run_bound if self.device == "cuda" else _run_values
+        logits, *present = run(self.session, names, values, self.device)
         return logits.numpy(), dict(zip(past, present, strict=True))
 
 
@@ -157,10 +171,43 @@ class Decoding:
         return logits[0, -1]
 
 
+def _run_values(session: Any, names: list[str], values: dict[str, Any], _device: str) -> list[Any]:
+    """One pass on the CPU, outputs as onnxruntime's values."""
+    return session.run_with_ort_values(names, values)
+
+
+def _run_bound(session: Any, names: list[str], values: dict[str, Any], device: str) -> list[Any]:
+    """One pass whose outputs stay on `device`, but for the first; `run_with_ort_values` would bring the cache back."""
+    binding = session.io_binding()
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    for i, name in enumerate(names):
+        binding.bind_output(name, device if i else "cpu")
+    session.run_with_iobinding(binding)
+    return binding.get_outputs()
+
+
 def open_session(
-    path: Path, *, threads: int | None, exact: bool, profile: Path | None = None
-) -> tuple[Any, native.Library | None]:
-    """An onnxruntime session with our kernels, and their library when there is one; BundleError for no graph."""
+    path: Path, *, threads: int | None, exact: bool, profile: Path | None = None, device: str = "auto"
+) -> tuple[Any, Kernels]:
+    """An onnxruntime session and the library of our kernels in it; BundleError when the file is no graph."""
+    import onnxruntime
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}")
+    wanted = device == "cuda" or (device == "auto" and os.environ.get("JPQ_KERNELS") not in ("off", "cpu"))
+    if wanted and (found := _on_gpu(path, _options(threads, exact, profile), required=device == "cuda")):
+        return found
+    options = _options(threads, exact, profile)
+    kernels = native.register(options, exact=exact)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), kernels
+    except Exception as error:  # onnxruntime has its own classes, all of them outside any public base
+        first_line = str(error).strip().splitlines()[0]
+        raise BundleError(f"{path}: onnxruntime cannot load it ({first_line}); export the bundle again") from error
+
+
+def _options(threads: int | None, exact: bool, profile: Path | None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -172,15 +219,37 @@ def open_session(
     # Waiting threads would otherwise burn whole cores between the tokens of a stream.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
-    kernels = native.register(options, exact=exact)
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), kernels
-    except Exception as error:  # onnxruntime has its own classes, all of them outside any public base
-        first_line = str(error).strip().splitlines()[0]
-        raise BundleError(f"{path}: onnxruntime cannot load it ({first_line}); export the bundle again") from error
+    return options
 
 
-def _describe(unfused: list[str], exact: bool, kernels: native.Library | None) -> str:
+def _on_gpu(path: Path, options: Any, *, required: bool) -> tuple[Any, native_cuda.CudaLibrary] | None:
+    """A session on the GPU; None where there is none, and with a warning where it fails (an error when `required`)."""
+    import onnxruntime
+
+    reason = native_cuda.reason_against()
+    if reason is None:
+        # TensorFloat-32 would round what attention multiplies to 11 bits.
+        providers = [(native_cuda.PROVIDER, {"use_tf32": "0"}), "CPUExecutionProvider"]
+        try:
+            library = native_cuda.register(options)
+            session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            if native_cuda.PROVIDER in session.get_providers():
+                return session, library
+            reason = "onnxruntime's CUDA provider does not start; it needs CUDA's libraries and cuDNN"
+        except native.NativeError as error:
+            reason = str(error)
+        except Exception as error:  # onnxruntime's own classes, as below
+            reason = str(error).strip().splitlines()[0]
+        if not required:
+            logger.warning("%s; the CPU computes instead", reason)
+    if required:
+        raise UsageError(f"{path}: cannot run on a GPU: {reason}")
+    return None
+
+
+def _describe(unfused: list[str], exact: bool, kernels: Kernels) -> str:
+    if isinstance(kernels, native_cuda.CudaLibrary):
+        return f"onnxruntime CUDA, jpq kernels (sm_{kernels.sm}), activations in fp32"
     if kernels is not None:
         return f"onnxruntime CPU, jpq kernels ({kernels.implementations[0]}), activations in " + (
             "fp32" if exact else "16 bits for few rows"

@@ -58,18 +58,35 @@ JPQ_INLINE void v_transpose(VF r[W]) {
   memcpy(r, t, sizeof t);
 }
 
+/* The same bytes in every 32 bits: 8 or 16 ternary codes are in four at most. */
+JPQ_INLINE __m256i ternary_bytes(const uint8_t *row, int64_t j) {
+  int32_t bytes;
+  memcpy(&bytes, jpq_at(row, JPQ_TERNARY, j), 4);
+  return _mm256_set1_epi32(bytes);
+}
+
 /* 8 codes as floats; reads 8 bytes, of which `bits` matter. */
-JPQ_INLINE VF v_codes(const uint8_t *p, int bits) {
+JPQ_INLINE VF v_codes(const uint8_t *row, int64_t j, int bits) {
+  if (bits == JPQ_TERNARY) {
+    __m256i q = _mm256_shuffle_epi8(ternary_bytes(row, j), *(const __m256i *)jpq_ternary_lanes[jpq_phase(j)]);
+    q = _mm256_mullo_epi16(q, *(const __m256i *)jpq_ternary_lane_factors[jpq_phase(j)]);
+    return _mm256_cvtepi32_ps(_mm256_mulhi_epu16(q, _mm256_set1_epi32(3)));
+  }
   int64_t bytes;
-  memcpy(&bytes, p, 8);
+  memcpy(&bytes, jpq_at(row, bits, j), 8);
   __m256i lanes = _mm256_shuffle_epi8(_mm256_set1_epi64x(bytes), *(const __m256i *)jpq_lane_bytes[bits - 1]);
   lanes = _mm256_srlv_epi32(lanes, *(const __m256i *)jpq_lane_shifts[bits - 1]);
   return _mm256_cvtepi32_ps(_mm256_and_si256(lanes, _mm256_set1_epi32((1 << bits) - 1)));
 }
 
 /* 16 codes in 16 bits each; reads 16 bytes, of which 2 * bits matter. */
-JPQ_INLINE VC c_codes(const uint8_t *p, int bits) {
-  __m128i bytes = _mm_loadu_si128((const __m128i *)p);
+JPQ_INLINE VC c_codes(const uint8_t *row, int64_t j, int bits) {
+  if (bits == JPQ_TERNARY) {
+    __m256i q = _mm256_shuffle_epi8(ternary_bytes(row, j), *(const __m256i *)jpq_ternary_words[jpq_phase(j)]);
+    q = _mm256_mullo_epi16(q, *(const __m256i *)jpq_ternary_word_factors[jpq_phase(j)]);
+    return _mm256_mulhi_epu16(q, _mm256_set1_epi16(3));
+  }
+  __m128i bytes = _mm_loadu_si128((const __m128i *)jpq_at(row, bits, j));
   __m256i words =
       _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), *(const __m256i *)jpq_word_bytes[bits - 1]);
   words = _mm256_mullo_epi16(words, *(const __m256i *)jpq_word_factors[bits - 1]);

@@ -48,8 +48,19 @@ JPQ_INLINE void v_transpose(VF r[W]) {
   memcpy(r, t, sizeof t);
 }
 
+/* 16 ternary codes in 32 bits each. */
+JPQ_INLINE __m512i ternary_lanes(const uint8_t *row, int64_t j) {
+  int32_t bytes;
+  memcpy(&bytes, jpq_at(row, JPQ_TERNARY, j), 4);
+  __m512i lanes = _mm512_shuffle_epi8(_mm512_set1_epi32(bytes), *(const __m512i *)jpq_ternary_lanes[jpq_phase(j)]);
+  lanes = _mm512_mullo_epi16(lanes, *(const __m512i *)jpq_ternary_lane_factors[jpq_phase(j)]);
+  return _mm512_mulhi_epu16(lanes, _mm512_set1_epi32(3));
+}
+
 /* 16 codes as floats; reads 16 bytes, of which 2 * bits matter. */
-JPQ_INLINE VF v_codes(const uint8_t *p, int bits) {
+JPQ_INLINE VF v_codes(const uint8_t *row, int64_t j, int bits) {
+  if (bits == JPQ_TERNARY) return _mm512_cvtepi32_ps(ternary_lanes(row, j));
+  const uint8_t *p = jpq_at(row, bits, j);
   __m512i lanes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p));
   lanes = _mm512_shuffle_epi8(lanes, *(const __m512i *)jpq_lane_bytes[bits - 1]);
   lanes = _mm512_srlv_epi32(lanes, *(const __m512i *)jpq_lane_shifts[bits - 1]);

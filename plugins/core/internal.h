@@ -27,8 +27,11 @@
 #define JPQ_TARGET_END JPQ_PRAGMA(GCC pop_options)
 #endif
 
-/* One line per width. Every width goes through the same text, so 1 and 7 bits cost nothing to keep. */
-#define JPQ_FOR_BITS(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8)
+/* One line per width. Every width goes through the same text, so 1 and 7 bits cost nothing to keep. Tables have an
+ * entry each, in this order: that of a width is at jpq_index. */
+#define JPQ_FOR_BINARY(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8)
+#define JPQ_FOR_BITS(DO) JPQ_FOR_BINARY(DO) DO(16)
+enum { JPQ_WIDTHS = 9 };
 
 typedef struct jpq_implementation {
   const char *name;
@@ -53,11 +56,11 @@ extern jpq_cpu jpq_cpu_features; /* set when the library is loaded: asking takes
 
 extern const jpq_implementation jpq_scalar, jpq_avx2, jpq_avx512, jpq_vnni, jpq_neon;
 
-JPQ_INLINE int64_t jpq_bytes(int64_t codes, int bits) { return (codes * bits + 7) / 8; }
+JPQ_INLINE int jpq_index(int bits) { return bits == JPQ_TERNARY ? 8 : bits - 1; }
 
 JPQ_INLINE int64_t jpq_groups(const jpq_weight *w) { return w->k / w->group_size; }
 
-JPQ_INLINE float jpq_centre(const jpq_weight *w) { return 0.5f * (float)((1 << w->bits) - 1); }
+JPQ_INLINE float jpq_centre(int bits) { return bits == JPQ_TERNARY ? 1 : 0.5f * (float)((1 << bits) - 1); }
 
 /* 8 codes of `bits` bits from `bits` bytes. */
 JPQ_INLINE void jpq_unpack8(const uint8_t *p, int bits, uint8_t out[8]) {
@@ -66,8 +69,18 @@ JPQ_INLINE void jpq_unpack8(const uint8_t *p, int bits, uint8_t out[8]) {
   for (int j = 0; j < 8; j++) out[j] = (uint8_t)((v >> (j * bits)) & ((1u << bits) - 1));
 }
 
+/* Where a code's bytes begin, for a multiple of 8 codes, or any of ternary ones, of which it may be in the middle. */
+JPQ_INLINE const uint8_t *jpq_at(const uint8_t *row, int bits, int64_t j) {
+  return row + (bits == JPQ_TERNARY ? (int64_t)((uint64_t)j / 5) : j / 8 * bits);
+}
+
+/* Which of its byte's five ternary code j is. */
+JPQ_INLINE unsigned jpq_phase(int64_t j) { return (unsigned)((uint64_t)j % 5); }
+
 /* Code j of a row; reads no byte past the one its last bit is in. */
 JPQ_INLINE uint8_t jpq_code(const uint8_t *row, int bits, int64_t j) {
+  static const unsigned powers[5] = {1, 3, 9, 27, 81};
+  if (bits == JPQ_TERNARY) return (uint8_t)((row[j / 5] * powers[j % 5] & 255) * 3 >> 8);
   int64_t bit = j * bits;
   int shift = (int)(bit & 7);
   unsigned v = row[bit >> 3];
@@ -95,7 +108,7 @@ JPQ_INLINE void jpq_row_scales(const jpq_weight *w, int64_t row, float *scale, f
   int64_t groups = jpq_groups(w);
   const uint16_t *s = w->scales + row * groups;
   const uint8_t *z = w->zeros ? w->zeros + row * jpq_bytes(groups, w->bits) : NULL;
-  float centre = jpq_centre(w);
+  float centre = jpq_centre(w->bits);
   for (int64_t g = 0; g < groups; g++) {
     scale[g] = jpq_half(s[g]);
     shift[g] = scale[g] * (z ? (float)jpq_code(z, w->bits, g) : centre);

@@ -1,7 +1,8 @@
 /* Low-bit matrix products and row look-ups on the CPU: the C interface, free of dependencies.
  *
  * A weight is stored as numerics/packing.py lays it out: each row one little-endian bit stream of codes, padded to a
- * byte; fp16 scales per group along K; integer zeros packed like the codes, or none (then the zero is (2^bits - 1) / 2).
+ * byte, or five ternary codes a byte; fp16 scales per group along K; integer zeros packed like the codes, or none (then
+ * the zero is half of the largest code: (2^bits - 1) / 2, or 1).
  *
  *     Y[m, n] = sum_k X[m, k] * scale[n, k / g] * (code[n, k] - zero[n, k / g])  (+ bias[n])
  *
@@ -23,14 +24,21 @@ extern "C" {
 #define JPQ_EXPORT __attribute__((visibility("default")))
 #endif
 
+#define JPQ_TERNARY 16 /* `bits` of codes 0, 1, 2, five a byte: 1.6 bits, in tenths */
+
 typedef struct jpq_weight {
-  const uint8_t *packed;  /* [n, ceil(k * bits / 8)] */
+  const uint8_t *packed;  /* [n, jpq_bytes(k, bits)] */
   const uint16_t *scales; /* fp16 [n, k / group_size] */
-  const uint8_t *zeros;   /* [n, ceil(k / group_size * bits / 8)], or NULL when symmetric */
+  const uint8_t *zeros;   /* [n, jpq_bytes(k / group_size, bits)], or NULL when symmetric */
   int64_t n, k;
-  int32_t bits; /* 1 .. 8 */
+  int32_t bits; /* 1 .. 8 or JPQ_TERNARY */
   int32_t group_size;
 } jpq_weight;
+
+/* Bytes of `codes` packed codes in a row. */
+static inline int64_t jpq_bytes(int64_t codes, int bits) {
+  return bits == JPQ_TERNARY ? (codes + 4) / 5 : (codes * bits + 7) / 8;
+}
 
 /* What may happen to X. INT8 and INT16: an implementation *may* round it, per row and group of K, to 8 or 15 bits
  * relative to the largest value there. FP32: no loss beyond that of an fp32 sum. */

@@ -46,10 +46,24 @@ JPQ_INLINE void v_transpose(VF r[W]) {
   for (int i = 0; i < W; i++) r[i] = v_load(out[i]);
 }
 
+/* 8 ternary codes in 16 bits each; they are in three bytes, or two. */
+JPQ_INLINE uint16x8_t ternary_words(const uint8_t *row, int64_t j) {
+  uint32_t bytes;
+  memcpy(&bytes, jpq_at(row, JPQ_TERNARY, j), 4);
+  uint8x16_t all = vreinterpretq_u8_u32(vdupq_n_u32(bytes));
+  uint16x8_t q = vreinterpretq_u16_u8(vqtbl1q_u8(all, vld1q_u8(jpq_ternary_words[jpq_phase(j)])));
+  q = vmulq_u16(q, vld1q_u16(jpq_ternary_word_factors[jpq_phase(j)])); /* 256 t: the code is the top of three times t */
+  return vshrq_n_u16(vmulq_n_u16(vshrq_n_u16(q, 8), 3), 8);
+}
+
 /* 8 codes as floats; reads 8 bytes, of which `bits` matter. */
-JPQ_INLINE VF v_codes(const uint8_t *p, int bits) {
+JPQ_INLINE VF v_codes(const uint8_t *row, int64_t j, int bits) {
+  if (bits == JPQ_TERNARY) {
+    uint16x8_t c = ternary_words(row, j);
+    return (VF){vcvtq_f32_u32(vmovl_u16(vget_low_u16(c))), vcvtq_f32_u32(vmovl_high_u16(c))};
+  }
   uint64_t bytes;
-  memcpy(&bytes, p, 8);
+  memcpy(&bytes, jpq_at(row, bits, j), 8);
   uint8x16_t all = vreinterpretq_u8_u64(vdupq_n_u64(bytes));
   float32x4_t out[2];
   for (int i = 0; i < 2; i++) {
@@ -66,9 +80,10 @@ JPQ_INLINE VF v_half(const uint16_t *p) {
 }
 
 /* 8 codes in 16 bits each; reads as v_codes does. */
-JPQ_INLINE VC c_codes(const uint8_t *p, int bits) {
+JPQ_INLINE VC c_codes(const uint8_t *row, int64_t j, int bits) {
+  if (bits == JPQ_TERNARY) return vreinterpretq_s16_u16(ternary_words(row, j));
   uint64_t bytes;
-  memcpy(&bytes, p, 8);
+  memcpy(&bytes, jpq_at(row, bits, j), 8);
   uint8x16_t all = vreinterpretq_u8_u64(vdupq_n_u64(bytes));
   uint16x8_t words = vreinterpretq_u16_u8(vqtbl1q_u8(all, vld1q_u8(jpq_word_bytes[bits - 1])));
   words = vmulq_u16(words, vld1q_u16(jpq_word_factors[bits - 1]));

@@ -21,7 +21,17 @@ static int takes(const jpq_weight *w) {
     }                                                                                          \
     for (; j < end; j++) *out++ = jpq_code(row, B, j);                                         \
   }
-JPQ_FOR_BITS(UNPACK)
+JPQ_FOR_BINARY(UNPACK)
+
+/* Five codes a byte: times three, what leaves the byte is the next code. */
+static void unpack_16(const uint8_t *row, int64_t begin, int64_t end, float *out) {
+  for (int64_t j = begin; j < end;) {
+    unsigned rest = row[j / 5];
+    int64_t next = (j / 5 + 1) * 5;
+    for (int64_t i = j / 5 * 5; i < j; i++) rest = rest * 3 & 255;
+    for (; j < end && j < next; j++, rest &= 255) *out++ = (float)((rest *= 3) >> 8);
+  }
+}
 
 static void unpack(const jpq_weight *w, int64_t row, int64_t begin, int64_t end, float *out) {
   const uint8_t *p = w->packed + row * jpq_bytes(w->k, w->bits);
@@ -39,7 +49,7 @@ static void dequantize(const jpq_weight *w, int64_t row, int64_t begin, int64_t 
   unpack(w, row, begin, end, out);
   for (int64_t j = begin; j < end;) {
     int64_t group = j / w->group_size, stop = (group + 1) * w->group_size;
-    float scale = jpq_half(scales[group]), zero = zeros ? (float)jpq_code(zeros, w->bits, group) : jpq_centre(w);
+    float scale = jpq_half(scales[group]), zero = zeros ? (float)jpq_code(zeros, w->bits, group) : jpq_centre(w->bits);
     for (; j < end && j < stop; j++) out[j - begin] = (out[j - begin] - zero) * scale;
   }
 }

@@ -47,8 +47,18 @@ typedef struct prepared {
 #define SPREADS(B) \
   {SPREAD(B, 0), SPREAD(B, 1), SPREAD(B, 2), SPREAD(B, 3), SPREAD(B, 4), SPREAD(B, 5), SPREAD(B, 6), SPREAD(B, 7)},
 #define STARTS(B) {0, (B), 2 * (B), 3 * (B), 4 * (B), 5 * (B), 6 * (B), 7 * (B)},
-static const _Alignas(64) uint8_t spreads[8][64] = {JPQ_FOR_BITS(SPREADS)};
-static const uint8_t starts[8][8] = {JPQ_FOR_BITS(STARTS)};
+static const _Alignas(64) uint8_t spreads[8][64] = {JPQ_FOR_BINARY(SPREADS)};
+static const uint8_t starts[8][8] = {JPQ_FOR_BINARY(STARTS)};
+
+/* Ternary: the byte of each of 64 codes whose first is in a phase, and factors for even codes (whose result is brought
+ * to the upper half of 16 bits) and odd ones (which are there). */
+#define EVEN(P, J) JPQ_POWER(((P) + 2 * (J)) % 5) << 8,
+#define ODD(P, J) JPQ_POWER(((P) + 2 * (J) + 1) % 5),
+#define Q4(P, J) ((P) + 4 * (J)) / 5, ((P) + 4 * (J) + 1) / 5, ((P) + 4 * (J) + 2) / 5, ((P) + 4 * (J) + 3) / 5,
+#define FACTORS(P, DO) {JPQ_FOR_16(DO, P) JPQ_FOR_16(DO, P + 32)} /* 32 more codes on: P + 32 of the same formula */
+static const _Alignas(64) uint8_t ternary_spreads[5][64] = {JPQ_FOR_PHASES(Q4)};
+static const _Alignas(64) uint16_t evens[5][32] = {FACTORS(0, EVEN), FACTORS(1, EVEN), FACTORS(2, EVEN), FACTORS(3, EVEN), FACTORS(4, EVEN)};
+static const _Alignas(64) uint16_t odds[5][32] = {FACTORS(0, ODD), FACTORS(1, ODD), FACTORS(2, ODD), FACTORS(3, ODD), FACTORS(4, ODD)};
 
 JPQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx2,fma,f16c")
 
@@ -117,13 +127,53 @@ static jpq_status prepare(jpq_product *p) {
 
 /* ---- the product ---- */
 
-JPQ_INLINE __m512i unpack(__m512i bytes, int bits) {
-  if (bits == 8) return bytes;
+/* Only as many bytes as 64 codes are in are loaded: wider loads cross more cache lines. */
+JPQ_INLINE __m512i load(const uint8_t *p, int bits) {
+  if (bits == JPQ_TERNARY || bits <= 2) return _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)p));
+  if (bits <= 4) return _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p));
+  return _mm512_loadu_si512(p);
+}
+
+/* In 16 bits, 256 t = q * 3^d * 256: the code is the upper half of three times that. */
+JPQ_INLINE __m512i unpack_ternary(const uint8_t *p, unsigned phase) {
+  __m512i q = _mm512_permutexvar_epi8(*(const __m512i *)ternary_spreads[phase], load(p, JPQ_TERNARY));
+  __m512i even = _mm512_mullo_epi16(q, *(const __m512i *)evens[phase]);
+  __m512i odd = _mm512_mullo_epi16(_mm512_andnot_si512(_mm512_set1_epi16(255), q), *(const __m512i *)odds[phase]);
+  even = _mm512_mulhi_epu16(even, _mm512_set1_epi16(3));
+  odd = _mm512_mulhi_epu16(odd, _mm512_set1_epi16(3 * 256)); /* the code in its upper byte, a rest in the lower */
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi16(255), even, odd, 0xca); /* lower bytes of even, upper of odd */
+}
+
+/* Codes j .. j + 63 of a row as bytes, j a multiple of 64. */
+JPQ_INLINE __m512i unpack(const uint8_t *row, int64_t j, int bits) {
+  if (bits == JPQ_TERNARY) return unpack_ternary(jpq_at(row, bits, j), jpq_phase(j));
+  const uint8_t *p = row + j / 8 * bits;
+  if (bits == 8) return load(p, bits);
+  if (bits == 1) {
+    uint64_t mask;
+    memcpy(&mask, p, 8);
+    return _mm512_maskz_set1_epi8(mask, 1);
+  }
   uint64_t control;
   memcpy(&control, starts[bits - 1], 8);
-  __m512i spread = _mm512_permutexvar_epi8(*(const __m512i *)spreads[bits - 1], bytes);
+  __m512i spread = _mm512_permutexvar_epi8(*(const __m512i *)spreads[bits - 1], load(p, bits));
   __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64((int64_t)control), spread);
   return _mm512_and_si512(codes, _mm512_set1_epi8((char)((1 << bits) - 1)));
+}
+
+/* Zeros of groups g .. g + 15 of a row, of which `bytes` in all; g a multiple of 16. */
+JPQ_INLINE __m512 load_zeros(const uint8_t *zeros, int64_t bytes, int64_t g, int bits) {
+  const uint8_t *p = jpq_at(zeros, bits, g);
+  int64_t left = zeros + bytes - p;
+  __m512i lanes = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8((__mmask16)low_bits(left < 16 ? left : 16), p));
+  if (bits == JPQ_TERNARY) {
+    lanes = _mm512_shuffle_epi8(lanes, *(const __m512i *)jpq_ternary_lanes[jpq_phase(g)]);
+    lanes = _mm512_mullo_epi16(lanes, *(const __m512i *)jpq_ternary_lane_factors[jpq_phase(g)]);
+    return _mm512_cvtepi32_ps(_mm512_mulhi_epu16(lanes, _mm512_set1_epi32(3)));
+  }
+  lanes = _mm512_shuffle_epi8(lanes, *(const __m512i *)jpq_lane_bytes[bits - 1]);
+  lanes = _mm512_srlv_epi32(lanes, *(const __m512i *)jpq_lane_shifts[bits - 1]);
+  return _mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32((1 << bits) - 1)));
 }
 
 /* Scales of a row of W times those of X into scale[r * groups ..]; total[r] starts as -scale * zero * sum of X. */
@@ -135,15 +185,7 @@ JPQ_INLINE void start_row(const jpq_product *p, const prepared *x, int64_t n, in
   _mm_prefetch((const char *)(w->scales + n * groups) + AHEAD / 4, _MM_HINT_T0);
   for (int64_t g = 0; g < groups; g += 16) {
     __m512 s = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)low_bits(groups - g), w->scales + n * groups + g));
-    __m512 z = _mm512_set1_ps(0.5f * (float)((1 << bits) - 1));
-    if (w->zeros) {
-      int64_t at = g / 8 * bits, left = zero_bytes - at < 2 * bits ? zero_bytes - at : 2 * bits;
-      __m512i lanes =
-          _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8((__mmask16)low_bits(left), w->zeros + n * zero_bytes + at));
-      lanes = _mm512_shuffle_epi8(lanes, *(const __m512i *)jpq_lane_bytes[bits - 1]);
-      lanes = _mm512_srlv_epi32(lanes, *(const __m512i *)jpq_lane_shifts[bits - 1]);
-      z = _mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32((1 << bits) - 1)));
-    }
+    __m512 z = w->zeros ? load_zeros(w->zeros + n * zero_bytes, zero_bytes, g, bits) : _mm512_set1_ps(jpq_centre(bits));
     z = _mm512_mul_ps(z, s);
     for (int r = 0; r < rows; r++) {
       int64_t at = (m0 + r) * x->groups + g;
@@ -165,7 +207,7 @@ JPQ_INLINE void block(__m512i codes, const int8_t *q, int64_t columns, int rows,
   }
 }
 
-/* Products of a row of W, whose packed bytes start at `codes` and may be overread, with `rows` rows of X. */
+/* Products of a row of W, whose packed bytes are `codes` and may be overread, with `rows` rows of X. */
 JPQ_INLINE void one_row(const jpq_product *p, const prepared *x, int64_t n, const uint8_t *codes, int64_t m0, int rows,
                         int parts, int bits, int whole, float *scale, __m512 *total) {
   const jpq_weight *w = p->weight;
@@ -173,20 +215,20 @@ JPQ_INLINE void one_row(const jpq_product *p, const prepared *x, int64_t n, cons
   __m512 here[FEW];
   start_row(p, x, n, m0, rows, bits, scale, total);
   if (whole) { /* groups are whole blocks */
-    for (int64_t g = 0; g < x->real_groups; g++) {
+    for (int64_t g = 0, j = 0; g < x->real_groups; g++) {
       for (int r = 0; r < rows; r++) here[r] = _mm512_set1_ps(scale[r * x->groups + g]);
-      for (int32_t j = 0; j < w->group_size; j += 64, codes += 8 * bits, q += 64) {
-        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
-        block(unpack(_mm512_loadu_si512(codes), bits), q, x->columns, rows, parts, here, total);
+      for (int64_t end = j + w->group_size; j < end; j += 64) {
+        _mm_prefetch((const char *)jpq_at(codes, bits, j) + AHEAD, _MM_HINT_T0);
+        block(unpack(codes, j, bits), q + j, x->columns, rows, parts, here, total);
       }
     }
   } else { /* X is zero where the last block is more than the row */
-    for (int64_t j = 0; j < w->k; j += 64, codes += 8 * bits, q += 64) {
+    for (int64_t j = 0; j < w->k; j += 64) {
       __m512i lane = _mm512_load_si512(x->lane + j / 4);
       for (int r = 0; r < rows; r++)
         here[r] = _mm512_permutexvar_ps(lane, _mm512_loadu_ps(scale + r * x->groups + j / w->group_size));
-      _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
-      block(unpack(_mm512_loadu_si512(codes), bits), q, x->columns, rows, parts, here, total);
+      _mm_prefetch((const char *)jpq_at(codes, bits, j) + AHEAD, _MM_HINT_T0);
+      block(unpack(codes, j, bits), q + j, x->columns, rows, parts, here, total);
     }
   }
 }
@@ -243,7 +285,7 @@ typedef void (*rows_function)(const jpq_product *p, int64_t m0, int64_t first, i
   {{ENTRY(B, P, 1, 0), ENTRY(B, P, 1, 1)}, {ENTRY(B, P, 2, 0), ENTRY(B, P, 2, 1)},                             \
    {ENTRY(B, P, 4, 0), ENTRY(B, P, 4, 1)}}
 #define ENTRIES(B) {ENTRIES_P(B, 1), ENTRIES_P(B, 2), ENTRIES_P(B, 3)},
-static const rows_function functions[8][3][3][2] = {JPQ_FOR_BITS(ENTRIES)}; /* bits, parts, rows 1 2 4, whole */
+static const rows_function functions[JPQ_WIDTHS][3][3][2] = {JPQ_FOR_BITS(ENTRIES)}; /* bits, parts, rows 1 2 4, whole */
 
 static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last) {
   const jpq_weight *w = p->weight;
@@ -259,7 +301,7 @@ static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last)
     int64_t stop = n + step < last ? n + step : last;
     for (int64_t m = 0; m < p->m;) {
       int log = p->m - m >= 4 ? 2 : p->m - m >= 2 ? 1 : 0;
-      functions[w->bits - 1][p->parts - 1][log][whole](p, m, n, stop, scale, copy);
+      functions[jpq_index(w->bits)][p->parts - 1][log][whole](p, m, n, stop, scale, copy);
       m += 1 << log;
     }
   }

@@ -90,7 +90,8 @@ static OrtStatus *ORT_CALL create(const OrtCustomOp *op, const OrtApi *api, cons
   int64_t values[5];
   for (int i = 0; i < 5; i++) TRY(ORT(api, KernelInfoGetAttribute_int64)(info, names[i], values + i));
   const operator_ *self = (const operator_ *)op;
-  if (values[0] < 1 || values[0] > 8) return fail(api, "bits must be 1 to 8", self->name);
+  if ((values[0] < 1 || values[0] > 8) && values[0] != JPQ_TERNARY)
+    return fail(api, "bits must be 1 to 8, or 16 for ternary codes", self->name);
   if (values[1] < 1 || values[2] < 0 || values[3] < 1 || values[3] > values[1] || values[1] % values[3])
     return fail(api, "K must be a multiple of group_size, N not negative", self->name);
   kernel *k = calloc(1, sizeof *k);
@@ -157,14 +158,15 @@ static OrtStatus *read_weight(const kernel *k, const OrtKernelContext *context, 
   int64_t groups = w->k / w->group_size;
   TRY(ORT(api, KernelContext_GetInputCount)(context, &inputs));
   TRY(input(api, context, 1, &t));
-  if (!is_matrix(&t, ORT_UINT8, w->n, (w->k * w->bits + 7) / 8)) return fail(api, "packed must be uint8 [N, K*bits/8]", "input 1");
+  if (!is_matrix(&t, ORT_UINT8, w->n, jpq_bytes(w->k, w->bits)))
+    return fail(api, "packed must be uint8 [N, K*bits/8]", "input 1");
   w->packed = t.data;
   TRY(input(api, context, 2, &t));
   if (!is_matrix(&t, ORT_FLOAT16, w->n, groups)) return fail(api, "scales must be float16 [N, K/group_size]", "input 2");
   w->scales = t.data;
   if (!k->symmetric) {
     TRY(input(api, context, at++, &t));
-    if (!is_matrix(&t, ORT_UINT8, w->n, (groups * w->bits + 7) / 8))
+    if (!is_matrix(&t, ORT_UINT8, w->n, jpq_bytes(groups, w->bits)))
       return fail(api, "zeros must be uint8 [N, K/group_size*bits/8]", "input 3");
     w->zeros = t.data;
   }
@@ -256,6 +258,11 @@ static OrtStatus *read_mode(const OrtApi *api, const OrtSessionOptions *options,
   for (*mode = 0; *mode < 3; ++*mode)
     if (!strcmp(text, names[*mode])) return NULL;
   return fail(api, CONFIG_KEY " must be fp32, int16 or int8", text);
+}
+
+/* Operator i of activations mode `mode`, NULL past the last: cuda_ops.cu registers them in its domain beside its own. */
+JPQ_EXPORT const OrtCustomOp *jpq_cpu_operator(int mode, int i) {
+  return i == 0 ? &matmuls[mode].base : i == 1 ? &gather.base : NULL;
 }
 
 JPQ_EXPORT OrtStatus *ORT_CALL RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {

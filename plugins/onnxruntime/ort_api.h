@@ -51,6 +51,7 @@ enum {
   SLOT_KernelContext_GetOutput = 91,
   SLOT_ReleaseStatus = 93,
   SLOT_ReleaseTensorTypeAndShapeInfo = 99,
+  SLOT_KernelContext_GetGPUComputeStream = 193,
   SLOT_HasSessionConfigEntry = 237,
   SLOT_GetSessionConfigEntry = 238,
   SLOT_KernelContext_ParallelFor = 274,
@@ -87,6 +88,7 @@ typedef void(ORT_CALL *ReleaseTensorTypeAndShapeInfo_t)(OrtTensorInfo *info);
 typedef OrtStatus *(ORT_CALL *HasSessionConfigEntry_t)(const OrtSessionOptions *options, const char *key, int *out);
 typedef OrtStatus *(ORT_CALL *GetSessionConfigEntry_t)(const OrtSessionOptions *options, const char *key, char *out,
                                                        size_t *size);
+typedef OrtStatus *(ORT_CALL *KernelContext_GetGPUComputeStream_t)(const OrtKernelContext *context, void **out);
 typedef OrtStatus *(ORT_CALL *KernelContext_ParallelFor_t)(const OrtKernelContext *context,
                                                            void (*task)(void *data, size_t i), size_t total,
                                                            size_t batches, void *data);

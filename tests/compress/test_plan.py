@@ -14,7 +14,7 @@ from jpq_export.compress.effort import EFFORTS
 from jpq_export.compress.finals import champion
 from jpq_export.compress.plan import BudgetRequest, Problem, contrast, make_plan, uniform_bytes, uniform_plan
 from jpq_export.compress.prices import PriceList, StructurePrice
-from jpq_export.compress.refine import Trial, finalists
+from jpq_export.compress.refine import REMOVAL_LASTS, Trial, finalists
 from jpq_export.compress.search import Knobs
 from jpq_export.errors import BudgetError, PlanError
 from jpq_export.format.plan import Plan, load_plan
@@ -59,8 +59,8 @@ def prices() -> PriceList:
     return PriceList(SMOLLM, 64, matrices, structures)
 
 
-def planned(prices: PriceList, request: BudgetRequest, *, knobs: Knobs | None = None) -> Plan:
-    cost = CostModel(SMOLLM, load_target("jetson"), 2048)
+def planned(prices: PriceList, request: BudgetRequest, *, knobs: Knobs | None = None, target: str = "jetson") -> Plan:
+    cost = CostModel(SMOLLM, load_target(target), 2048)
     problem, knobs = Problem(prices, cost, request.resolve(SMOLLM)), knobs or Knobs()
     return make_plan(problem, problem.solve(knobs), knobs, sha256="00", method="jpq", measured={})
 
@@ -86,7 +86,27 @@ def test_uniform_baseline_keeps_its_budget(bits: float) -> None:
     assert 0.97 * (budget.bytes or 0) <= plan.predicted.bytes <= (budget.bytes or 0)
     linear = {c.bits for c in plan.choices if c.name != "embed"}
     assert len(linear) == 1
-    assert uniform_bytes(SMOLLM, {c.name: c.scheme for c in plan.choices}) == plan.predicted.bytes
+    assert uniform_bytes(SMOLLM, {c.name: c.scheme for c in plan.choices}, target=cost.target) == plan.predicted.bytes
+
+
+@pytest.mark.parametrize("bits", [4.5, 6.0])
+def test_widths_a_target_stores_wider_are_never_worth_it_there(prices: PriceList, bits: float) -> None:
+    plan = planned(prices, BudgetRequest("bits", bits), target="rtx-4090")
+    assert {choice.bits for choice in plan.choices} == {4, 8}
+    assert all(choice.integer_zero for choice in plan.choices)
+    vectors = 4 * sum(plan.spec(SMOLLM).vectors().values())
+    assert sum(choice.bytes for choice in plan.choices) + vectors == plan.predicted.bytes
+    elsewhere = planned(prices, BudgetRequest("bits", bits))
+    assert {choice.bits for choice in elsewhere.choices} - {4, 8}
+    assert not any(choice.integer_zero for choice in elsewhere.choices)
+    uniform = uniform_plan(
+        SMOLLM,
+        CostModel(SMOLLM, load_target("rtx-4090"), 2048),
+        BudgetRequest("bits", bits).resolve(SMOLLM),
+        sha256="00",
+        method="gptq",
+    )
+    assert {(c.bits, c.integer_zero) for c in uniform.choices} <= {(4, True), (8, True)}
 
 
 def test_latency_prunes_where_the_same_bytes_do_not(prices: PriceList) -> None:
@@ -149,6 +169,20 @@ def test_finalists_are_the_best_of_every_kind_that_is_near(prices: PriceList) ->
     assert [each.kind(prices) for each in trials] == [(True, True), (True, True), (False, True), (True, False)]
     assert finalists(trials, prices, 3) == [trials[0], trials[2]]  # the second is of the same kind, the last too far
     assert finalists(trials, prices, 1) == [trials[0]]
+
+
+def test_what_removal_costs_weighs_more_than_what_bits_cost(prices: PriceList) -> None:
+    cost = CostModel(SMOLLM, load_target("jetson"), 2048)
+    problem = Problem(prices, cost, BudgetRequest("bits", 2.5).resolve(SMOLLM))
+    free, half = Knobs(removal=0.1, two_bit=0.1), Knobs(removal=0.05, two_bit=0.1)
+    whole = Trial(Knobs(removal=INF), problem.solve(Knobs(removal=INF)), 1.0)
+    assert whole.score == whole.kl  # nothing removed
+    solution = problem.solve(free)
+    removal = sum(option.removal_price for option in solution.picks.values()) / 0.1
+    share = removal / (solution.price - 0.1 * removal + removal)
+    assert 0 < share < 1
+    assert Trial(free, solution, 1.0).score == pytest.approx(1 + (REMOVAL_LASTS - 1) * share)
+    assert Trial(half, problem.solve(half), 1.0).score > Trial(free, solution, 1.0).score  # more of it is removal
 
 
 @pytest.mark.parametrize(("gain", "winner"), [(0.05, 0), (0.001, 1), (-0.05, 1)])

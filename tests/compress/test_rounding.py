@@ -140,3 +140,16 @@ def test_a_dead_input_and_a_zero_row_are_harmless() -> None:
     rounded = quantize(W, H, Scheme(3, 32))
     assert torch.isfinite(rounded.dequantize()).all()
     assert rounded.dequantize()[3].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "jpq"])
+def test_an_integer_zero_is_held_and_costs_little(method: str) -> None:
+    W, H = problem(n=24)
+    half, whole = (quantize(W, H, Scheme(4, 32, integer_zero=i), method=method) for i in (False, True))
+    assert (float(half.zeros.unique()), float(whole.zeros.unique())) == (7.5, 8.0)
+    assert int(whole.codes.max()) <= 15
+    # One of 16 levels stands at the edge of one side only: an RMS of up to 15/14 more, 1.15 in the loss.
+    loss = [float(row_loss(W, H, rounded).sum()) for rounded in (half, whole)]
+    assert loss[1] < 1.15 * loss[0]
+    shifted = Rounded(half.codes, half.scales, whole.zeros)  # the twin: codes made for the other zero
+    assert float(row_loss(W, H, shifted).sum()) > 2 * loss[0]

@@ -8,6 +8,7 @@ import pytest
 
 from jpq_export.errors import TargetError
 from jpq_export.format.target import KEYS, Target, list_targets, load_target, targets_folder
+from jpq_export.numerics.scheme import Scheme
 
 NAMES = (
     *("agx-orin-64gb", "agx-thor", "cpu", "cpu-x86", "h100", "jetson", "l4"),
@@ -108,6 +109,11 @@ def test_the_installed_package_finds_its_copy(tmp_path: Path, monkeypatch: pytes
         (OWN.replace("jetson", "toaster"), "kind: got 'toaster', expected one of jetson, rtx"),
         (OWN.replace("custom_op", "gguf"), "graph: got 'gguf', expected one of custom_op, qdq"),
         (OWN.replace("Mine", ""), "title: got '', expected a text that is not empty"),
+        (OWN + "engine = 'onnx'", "engine: got 'onnx', expected one of tensorrt-rtx"),
+        (OWN + "stored_bits = [3]", "stored_bits: got [3], expected a list of widths out of 4, 8, such as [4, 8]"),
+        (OWN + "stored_bits = 4", "stored_bits: got 4, expected a list of widths"),
+        (OWN + "engine = 'tensorrt-rtx'", "engine: TensorRT-RTX builds for sm 75, 80, 86, 89, 120, 121 only, got 87"),
+        (OWN.replace("87", "89") + "engine = 'tensorrt-rtx'", "stored_bits: missing"),
         (OWN + "tensorrt = 10.3", "tensorrt: got 10.3, expected a version in quotes"),
         (OWN + "tensorrt = '10.x'", "tensorrt: got '10.x'"),
         ("inherit = 3\n" + OWN, "inherit: got 3"),
@@ -157,3 +163,29 @@ def test_an_unknown_name_suggests_the_nearest_and_lists_all(name: str, said: str
         load_target(name)
     assert said in str(caught.value)
     assert all(known in str(caught.value) for known in NAMES)
+
+
+@pytest.mark.parametrize(("bits", "stored"), [(2, 4), (3, 4), (4, 4), (5, 8), (6, 8), (8, 8)])
+def test_desktop_gpus_store_the_next_wider_signed_code(bits: int, stored: int) -> None:
+    for name in ("rtx-4090", "rtx-5090", "l4"):
+        target = load_target(name)
+        for scheme in (Scheme(bits, 64), Scheme(bits, 64, symmetric=False)):
+            fitted = target.fit(scheme)
+            assert fitted.bits == bits
+            assert target.stored_bytes(fitted, 32, 128) == 32 * (128 * stored // 8 + 2 * 2)
+            assert fitted.integer_zero is (bits in (4, 8))  # only there a half needs one bit more
+
+
+def test_what_no_signed_code_holds_is_told(tmp_path: Path) -> None:
+    rtx, jetson = load_target("rtx-4090"), load_target("jetson")
+    half, whole = Scheme(8, 64), Scheme(8, 64, integer_zero=True)
+    assert (rtx.holds(half), rtx.holds(whole)) == (False, True)
+    assert jetson.holds(half)
+    assert rtx.stored_bytes(Scheme(4, 64), 32, 128) == rtx.stored_bytes(whole, 32, 128)  # 4 bits about a half: INT8
+
+
+def test_other_targets_store_schemes_as_they_are() -> None:
+    jetson = load_target("jetson")
+    for scheme in (Scheme(3, 64), Scheme(4, 32, symmetric=False)):
+        assert jetson.fit(scheme) is scheme
+        assert jetson.stored_bytes(scheme, 32, 128) == scheme.weight_bytes(32, 128)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jpq_export.numerics.affine import QuantizedWeight, store
+from jpq_export.numerics.affine import QuantizedWeight, store, with_stored_zeros
 from jpq_export.numerics.reference import low_bit_gather, low_bit_matmul
 from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme
 
@@ -95,3 +95,15 @@ def test_reference_gather_looks_rows_up():
     parts = random_weight(scheme)
     rows = low_bit_gather(np.array([[4, 0], [1, 1]]), store(*parts, scheme))
     np.testing.assert_allclose(rows, by_hand(*parts, scheme)[[[4, 0], [1, 1]]], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_stored_zeros_mean_the_same_numbers(bits):
+    scheme = Scheme(bits, 8, integer_zero=True)
+    weight = store(*random_weight(scheme), scheme)
+    again = with_stored_zeros(weight)
+    assert not again.scheme.symmetric
+    np.testing.assert_array_equal(again.dequantize(), weight.dequantize())
+    half = QuantizedWeight(Scheme(bits, 8), weight.shape, weight.packed, weight.scales)  # the twin: another zero
+    assert with_stored_zeros(half) is half
+    assert np.abs(half.dequantize() - weight.dequantize()).min() > 0

@@ -56,3 +56,26 @@ def test_choose_group_size(in_features, expected):
 @pytest.mark.parametrize("in_features", [1, 7, 13, 36, 100, 1100, 1536])
 def test_a_chosen_group_divides_the_row(in_features):
     assert in_features % choose_group_size(in_features) == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_integer_zero_makes_codes_signed_integers_of_the_same_width(bits):
+    scheme = Scheme(bits, 8, integer_zero=True)
+    assert scheme.centre == 1 << (bits - 1)
+    assert scheme.signed_bits == bits
+    assert scheme.weight_bytes(3, 16) == Scheme(bits, 8).weight_bytes(3, 16)
+    with pytest.raises(ValueError, match="integer_zero is a kind of symmetric"):
+        Scheme(bits, 8, symmetric=False, integer_zero=True)
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("kind", [{}, {"integer_zero": True}, {"symmetric": False}])
+def test_signed_bits_hold_every_code_less_its_zero_and_one_bit_less_does_not(bits, kind):
+    scheme = Scheme(bits, 8, **kind)
+    zeros = [scheme.centre] if scheme.symmetric else [0, scheme.max_code]
+    step = 2 if scheme.symmetric and scheme.centre % 1 else 1
+    values = [step * (code - zero) for code in (0, scheme.max_code) for zero in zeros]
+    assert all(value == int(value) for value in values)
+    for width, fits in ((scheme.signed_bits, True), (scheme.signed_bits - 1, False)):
+        low, high = -(1 << (width - 1)), (1 << (width - 1)) - 1
+        assert (low <= min(values) and max(values) <= high) is fits

@@ -77,6 +77,19 @@ def models() -> dict[str, CompressedModel]:
 
 
 @pytest.fixture(scope="session")
+def whole_models(models) -> dict[str, CompressedModel]:
+    """The same with zeros that INT4 and INT8 can hold."""
+    fitted = {}
+    for name, model in models.items():
+        quantized = {}
+        for key, weight in model.quantized.items():
+            scheme = Scheme(weight.scheme.bits, 16, integer_zero=weight.scheme.bits in (4, 8))
+            quantized[key] = QuantizedWeight(scheme, weight.shape, weight.packed, weight.scales)
+        fitted[name] = CompressedModel(model.spec, quantized, model.vectors)
+    return fitted
+
+
+@pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
     return PROMPTS
 

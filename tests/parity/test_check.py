@@ -184,3 +184,25 @@ def test_cases_pad_on_the_left_and_refuse_foreign_tokens(models):
     for wrong in ([], [[]], [[96]], [[-1]]):
         with pytest.raises(ValueError, match="token ids"):
             make_cases(wrong, spec)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_a_half_precision_graph_is_judged_by_bounds_of_its_own(whole_models, prompts, tmp_path: Path, name: str):
+    model = whole_models[name]
+    export_onnx(model, tmp_path / "model.onnx", form="custom_op")
+    export_onnx(model, tmp_path / "half.onnx", form="signed")
+    options = {"prompts": prompts, "steps": 12, "half_path": tmp_path / "half.onnx"}
+    exact, half = check_parity(model, tmp_path / "model.onnx", **options).runtimes
+    assert exact.passed
+    assert half.passed
+    assert half.judged_by == "half"
+    assert tolerance.LOGITS_REL_RMS < half.logits.rel_rms <= tolerance.half(model.spec)
+    assert [case.name for case in half.cases] == [case.name for case in exact.cases]
+    wrong = dict(model.quantized)
+    weight = wrong["layers.1.mlp.down"]
+    shifted = np.ascontiguousarray(np.roll(weight.scales, 1, axis=1))  # the twin: one matrix with its scales shifted
+    wrong["layers.1.mlp.down"] = QuantizedWeight(weight.scheme, weight.shape, weight.packed, shifted)
+    export_onnx(CompressedModel(model.spec, wrong, model.vectors), tmp_path / "half.onnx", form="signed")
+    report = check_parity(model, tmp_path / "model.onnx", **options)
+    assert [runtime.passed for runtime in report.runtimes] == [True, False]
+    assert not report.passed

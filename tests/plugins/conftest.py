@@ -1,7 +1,11 @@
 """The functions of the compiled library, on numpy arrays."""
 
 import ctypes
+import shutil
+import struct
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +13,10 @@ import pytest
 from jpq_export.numerics.affine import QuantizedWeight, store
 from jpq_export.numerics.packing import pack_codes
 from jpq_export.numerics.scheme import Scheme
+from jpq_export.runtime import native
 
 FP32, INT8, INT16 = 0, 1, 2
+TERNARY = 16  # as the kernels count bits
 OK, BAD_WEIGHT, NO_MEMORY, BAD_INDEX, NOT_HERE = range(5)
 GUARD = 64  # floats behind an output that nobody may write
 
@@ -104,6 +110,59 @@ class Core:
         return status, out[:-GUARD].reshape(len(indices), -1)
 
 
+class Emulated:
+    """The same functions as compiled for aarch64, run by an emulator: `emulated.c` answers over a pipe."""
+
+    def __init__(self, folder):
+        """Skips where the compiler or the emulator is missing."""
+        tools = {name: shutil.which(name) for name in ("aarch64-linux-gnu-gcc", "qemu-aarch64")}
+        if missing := [name for name, path in tools.items() if path is None]:
+            pytest.skip(f"no {', '.join(missing)}: NEON cannot be run here")
+        compiler, emulator = tools.values()
+        core, program = native.sources_folder() / "core", folder / "emulated"
+        sources = [*sorted(core.glob("*.c")), Path(__file__).with_name("emulated.c")]
+        command = [compiler, "-std=c11", "-O1", "-static", "-Werror", "-Wall", "-Wextra", f"-I{core}", *sources]
+        done = subprocess.run([*command, "-o", program, "-lm"], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        self.process = subprocess.Popen([emulator, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.names = ("neon", "scalar")
+
+    def weight(self, stored: QuantizedWeight, **changes):
+        return make_weight(stored, **changes)
+
+    def matmul(self, x, stored, name, *, activations=FP32, bias=None, ranges=(), weight=None):
+        weight = weight or make_weight(stored)
+        y = self._ask(weight, name, x, (0, activations), bias, ranges or (), len(x) * weight.n)
+        return y[0], y[1].reshape(len(x), weight.n)
+
+    def gather(self, indices, stored, name):
+        weight = make_weight(stored)
+        y = self._ask(weight, name, indices, (1, FP32), None, (), len(indices) * weight.k)
+        return y[0], y[1].reshape(len(indices), weight.k)
+
+    def _ask(self, weight, name, x, kind, bias, ranges, count):
+        gather, activations = kind
+        columns, groups = (row_bytes(codes, weight.bits) for codes in (weight.k, weight.k // weight.group_size))
+        body = ctypes.string_at(weight.packed, weight.n * columns)
+        body += ctypes.string_at(weight.scales, 2 * weight.n * (weight.k // weight.group_size))
+        body += ctypes.string_at(weight.zeros, weight.n * groups) if weight.zeros else b""
+        body += x.tobytes() + (b"" if bias is None else bias.tobytes())
+        body += struct.pack(f"{2 * len(ranges)}q", *(end for pair in ranges for end in pair))
+        shape = gather, weight.n, weight.k, weight.bits, weight.group_size, len(x), activations
+        head = struct.pack("10q16s", *shape, bool(weight.zeros), bias is not None, len(ranges), name.encode())
+        self.process.stdin.write(head + body)
+        self.process.stdin.flush()
+        status = struct.unpack("q", self.process.stdout.read(8))[0]
+        y = np.frombuffer(self.process.stdout.read(4 * (count + GUARD)), np.float32)
+        assert np.isnan(y[count:]).all(), "written past the end"
+        return status, y[:count]
+
+
+def row_bytes(codes, bits):
+    """Bytes of a row as the kernels count bits."""
+    return -(-codes // 5) if bits == TERNARY else -(-codes * bits // 8)
+
+
 @pytest.fixture(scope="session")
 def weight_of():
     return make_weight
@@ -117,6 +176,28 @@ def flip():
 @pytest.fixture(scope="session")
 def core(library):
     return Core(library)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """Ends with the session; a processor that has NEON needs none."""
+    emulated = Emulated(tmp_path_factory.mktemp("emulated"))
+    yield emulated
+    emulated.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def core_of(core, request):
+    """`core_of("neon")`: what runs that implementation here; skips where nothing does."""
+
+    def find(name):
+        if name in core.names:
+            return core
+        if name == "neon":
+            return request.getfixturevalue("emulated")
+        return pytest.skip(f"this processor does not run {name}")
+
+    return find
 
 
 def random_weight(n, k, bits, group_size, symmetric, rng):

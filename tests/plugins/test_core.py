@@ -11,6 +11,7 @@ from jpq_export.numerics.scheme import BIT_WIDTHS
 
 IMPLEMENTATIONS = ("avx512-vnni", "avx512", "avx2", "neon", "scalar")
 FP32, INT8, INT16 = 0, 1, 2
+TERNARY = 16  # as the kernels count bits
 OK, BAD_WEIGHT, BAD_INDEX, NOT_HERE = 0, 1, 3, 4
 # Implementations that round X when allowed: groups and rows for which they do, and the largest integer they round to.
 FIFTEEN_BITS = {INT8: 127 * 128, INT16: 127 * 128}
@@ -46,18 +47,22 @@ def fixed_point(x, group_size, largest):
     return rounded.reshape(x.shape), np.broadcast_to(step, grouped.shape).reshape(x.shape)
 
 
-def need(core, name, group_size=16):
-    if name not in core.names:
-        pytest.skip(f"this processor does not run {name}")
-    if group_size % VECTOR_GROUPS[name]:
-        pytest.skip(f"{name} leaves groups of {group_size} to others")
+def address(array):
+    return None if array is None else array.ctypes.data
+
+
+def groups_of(name):
+    """The group sizes an implementation takes; it leaves the others to others."""
+    return [(group_size, k) for group_size, k in SHAPES.items() if group_size % VECTOR_GROUPS[name] == 0]
 
 
 @pytest.mark.parametrize("group_size", SHAPES)
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_a_product_is_the_references(core, random, name, bits, group_size):
-    need(core, name, group_size)
+def test_a_product_is_the_references(core_of, random, name, bits, group_size):
+    core = core_of(name)
+    if group_size % VECTOR_GROUPS[name]:
+        pytest.skip(f"{name} leaves groups of {group_size} to others")
     rng, k, n = np.random.default_rng([bits, group_size]), SHAPES[group_size], 77 if group_size == 64 else 13
     for m in ROWS:
         for symmetric in (True, False):
@@ -75,8 +80,8 @@ def test_a_product_is_the_references(core, random, name, bits, group_size):
 @pytest.mark.parametrize("activations", [INT8, INT16], ids=["int8", "int16"])
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
 @pytest.mark.parametrize("name", ROUNDING)
-def test_rounded_activations_are_exactly_the_promised_fixed_point(core, random, name, bits, activations):
-    need(core, name)
+def test_rounded_activations_are_exactly_the_promised_fixed_point(core_of, random, name, bits, activations):
+    core = core_of(name)
     rng, n = np.random.default_rng(bits), 9
     groups, rows, largest = ROUNDING[name]
     for group_size in groups:
@@ -103,8 +108,8 @@ def test_many_rows_are_not_rounded(core, random, activations):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_rounding_is_a_permission_other_implementations_do_not_use(core, random, name):
-    need(core, name)
+def test_rounding_is_a_permission_other_implementations_do_not_use(core_of, random, name):
+    core = core_of(name)
     if name in ROUNDING:
         pytest.skip("it uses it")
     rng = np.random.default_rng(1)
@@ -112,24 +117,44 @@ def test_rounding_is_a_permission_other_implementations_do_not_use(core, random,
     assert np.array_equal(core.matmul(x, stored, name, activations=INT8)[1], core.matmul(x, stored, name)[1])
 
 
-@pytest.mark.parametrize("bits", [1, 7])
+def pack_plainly(codes, bits):
+    """The layout once more, in words of its own: a bit stream, or five ternary digits as a fraction of 256."""
+    n, k = codes.shape
+    if bits != TERNARY:
+        stream = np.unpackbits(codes[:, :, None], axis=2, bitorder="little")[:, :, :bits].reshape(n, k * bits)
+        return np.packbits(stream, axis=1, bitorder="little")
+    digits = np.zeros((n, -(-k // 5) * 5), np.int64)
+    digits[:, :k] = codes
+    value = digits.reshape(n, -1, 5) @ [81, 27, 9, 3, 1]
+    return ((256 * value + 242) // 243).astype(np.uint8)
+
+
+@pytest.mark.parametrize("bits", [1, 7, TERNARY])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_widths_no_scheme_has_yet(core, random, name, bits):
-    need(core, name)
-    rng = np.random.default_rng(bits)
-    stored, x = random(5, 96, 8, 16, True, rng), rng.normal(size=(3, 96)).astype(np.float32)
-    codes = rng.integers(0, 1 << bits, (5, 96)).astype(np.uint8)
-    packed = pack_codes(codes, bits)
-    weight = (codes - ((1 << bits) - 1) / 2) * np.repeat(stored.scales.astype(np.float64), 16, axis=1)
-    narrow = core.weight(stored, packed=packed.ctypes.data, bits=bits)
-    assert distance(core.matmul(x, stored, name, weight=narrow)[1], x @ weight.T) < TOLERANCE
+def test_a_layout_stated_twice(core_of, random, name, bits):
+    core, rng = core_of(name), np.random.default_rng(bits)
+    levels = 3 if bits == TERNARY else 1 << bits
+    for group_size, k in groups_of(name):
+        host = random(7, k, 8, group_size, True, rng)
+        codes = rng.integers(0, levels, (7, k)).astype(np.uint8)
+        zeros = rng.integers(0, levels, host.scales.shape).astype(np.uint8)
+        packed, packed_zeros = pack_plainly(codes, bits), pack_plainly(zeros, bits)
+        scales = np.repeat(host.scales.astype(np.float64), group_size, axis=1)
+        for m in ROWS:
+            x = rng.normal(size=(m, k)).astype(np.float32)
+            for zero, stored in (((levels - 1) / 2, None), (np.repeat(zeros, group_size, axis=1), packed_zeros)):
+                weight = core.weight(host, packed=address(packed), bits=bits, zeros=address(stored))
+                expected = x @ ((codes - 1.0 * zero) * scales).T
+                assert distance(core.matmul(x, host, name, weight=weight)[1], expected) < TOLERANCE, (group_size, m)
+                turned = core.weight(host, packed=address(packed[::-1].copy()), bits=bits, zeros=address(stored))
+                assert distance(core.matmul(x, host, name, weight=turned)[1], expected) > 4 * TOLERANCE
 
 
 @pytest.mark.parametrize("activations", [FP32, INT8])
 @pytest.mark.parametrize("m", [1, 9])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_a_bad_number_spoils_its_row_only(core, random, name, m, activations):
-    need(core, name)
+def test_a_bad_number_spoils_its_row_only(core_of, random, name, m, activations):
+    core = core_of(name)
     rng = np.random.default_rng(2)
     stored, x = random(7, 128, 3, 64, False, rng), rng.normal(size=(m + 1, 128)).astype(np.float32)
     for bad in (np.nan, np.inf):
@@ -141,8 +166,8 @@ def test_a_bad_number_spoils_its_row_only(core, random, name, m, activations):
 
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e30])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_tiny_and_huge_activations(core, random, name, size):
-    need(core, name)
+def test_tiny_and_huge_activations(core_of, random, name, size):
+    core = core_of(name)
     rng = np.random.default_rng(3)
     stored, bias = random(7, 128, 4, 64, True, rng), rng.normal(size=7).astype(np.float32)
     x = np.full((1, 128), size, np.float32)
@@ -154,8 +179,8 @@ def test_tiny_and_huge_activations(core, random, name, size):
 @pytest.mark.parametrize("activations", [FP32, INT8])
 @pytest.mark.parametrize("m", [1, 17])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_ranges_of_rows_make_the_same_product(core, random, name, m, activations):
-    need(core, name)
+def test_ranges_of_rows_make_the_same_product(core_of, random, name, m, activations):
+    core = core_of(name)
     rng = np.random.default_rng(4)
     stored, x = random(150, 96, 5, 32, False, rng), rng.normal(size=(m, 96)).astype(np.float32)
     whole = core.matmul(x, stored, name, activations=activations)[1]
@@ -167,11 +192,9 @@ def test_ranges_of_rows_make_the_same_product(core, random, name, m, activations
 
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_rows_are_looked_up_bit_for_bit(core, random, name, bits):
-    rng = np.random.default_rng(bits)
-    for group_size, k in SHAPES.items():
-        if name not in core.names or group_size % VECTOR_GROUPS[name]:
-            continue
+def test_rows_are_looked_up_bit_for_bit(core_of, random, name, bits):
+    core, rng = core_of(name), np.random.default_rng(bits)
+    for group_size, k in groups_of(name):
         stored = random(11, k, bits, group_size, group_size == 32, rng)
         indices = np.array([10, 0, 3, -1, -11])
         status, rows = core.gather(indices, stored, name)
@@ -188,7 +211,17 @@ def test_an_index_out_of_range_is_refused(core, random):
 
 
 @pytest.mark.parametrize(
-    "change", [{"bits": 0}, {"bits": 9}, {"group_size": 0}, {"group_size": 17}, {"k": 0}, {"packed": None}]
+    "change",
+    [
+        {"bits": 0},
+        {"bits": 9},
+        {"bits": 15},
+        {"bits": 17},
+        {"group_size": 0},
+        {"group_size": 17},
+        {"k": 0},
+        {"packed": None},
+    ],
 )
 def test_a_weight_of_the_wrong_shape_is_refused(core, random, change):
     stored = random(5, 32, 4, 16, True, np.random.default_rng(6))

@@ -86,5 +86,5 @@ def test_a_cache_that_cannot_be_written(library, tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("")
     monkeypatch.setenv("JPQ_CACHE", str(file))
-    with pytest.raises(NativeError, match=r"cannot store the CPU kernels.*JPQ_CACHE"):
+    with pytest.raises(NativeError, match=r"cannot store the compiled kernels.*JPQ_CACHE"):
         cpu_library()

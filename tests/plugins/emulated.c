@@ -1,0 +1,58 @@
+/* Answers products and look-ups over a pipe, for a processor that only an emulator has here: requests on stdin, as
+ * conftest.py writes them, a status and the output on stdout, until stdin ends.
+ *
+ * A request: 10 int64 (see `request`), a name of 16 bytes, then packed, scales, zeros, X or indices, bias, ranges. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "low_bit.h"
+
+enum { GUARD = 64 };
+
+typedef struct request {
+  int64_t gather, n, k, bits, group_size, rows, activations, zeros, bias, ranges;
+  char name[16];
+} request;
+
+static void *take(size_t bytes) {
+  void *memory = malloc(bytes ? bytes : 1);
+  if (!memory || fread(memory, 1, bytes, stdin) != bytes) exit(2);
+  return memory;
+}
+
+static int64_t multiply(const request *r, jpq_product *p, const int64_t *ranges) {
+  if (!r->ranges) return jpq_matmul(p);
+  jpq_status status = jpq_prepare(p);
+  for (int64_t i = 0; i < r->ranges && !status; i++) status = jpq_matmul_rows(p, ranges[2 * i], ranges[2 * i + 1]);
+  jpq_release(p);
+  return status;
+}
+
+int main(void) {
+  request r;
+  while (fread(&r, sizeof r, 1, stdin) == 1) {
+    int64_t groups = r.k / r.group_size, count = r.rows * (r.gather ? r.k : r.n) + GUARD;
+    jpq_weight w = {.n = r.n, .k = r.k, .bits = (int32_t)r.bits, .group_size = (int32_t)r.group_size};
+    w.packed = take((size_t)(r.n * jpq_bytes(r.k, w.bits)));
+    w.scales = take((size_t)(r.n * groups * 2));
+    w.zeros = r.zeros ? take((size_t)(r.n * jpq_bytes(groups, w.bits))) : NULL;
+    void *x = take((size_t)(r.gather ? 8 * r.rows : 4 * r.rows * r.k));
+    float *bias = r.bias ? take((size_t)(4 * r.n)) : NULL, *y = malloc(sizeof *y * (size_t)count);
+    int64_t *ranges = take((size_t)(16 * r.ranges)), status;
+    for (int64_t i = 0; i < count; i++) y[i] = NAN;
+    if (r.gather) {
+      status = jpq_gather(&w, x, r.rows, y, r.name);
+    } else {
+      jpq_product p = {.weight = &w, .x = x, .bias = bias, .y = y, .m = r.rows, .implementation = r.name};
+      p.activations = (jpq_activations)r.activations;
+      status = multiply(&r, &p, ranges);
+    }
+    fwrite(&status, sizeof status, 1, stdout);
+    fwrite(y, sizeof *y, (size_t)count, stdout);
+    fflush(stdout);
+    free((void *)w.packed), free((void *)w.scales), free((void *)w.zeros);
+    free(x), free(bias), free(y), free(ranges);
+  }
+  return 0;
+}
