@@ -36,6 +36,7 @@ Examples:
   jpq-export gemma-3-270m --target agx-orin-64gb --bits 3
   jpq-export --target orin-nano-8gb --latency 2ms    chosen for decode latency instead of bytes
   jpq-export run bundle "The capital of France is"
+  jpq-export serve bundle                            OpenAI's HTTP interface on http://127.0.0.1:8000/v1
   jpq-export verify bundle
   jpq-export build bundle                            on the board: plugin, TensorRT engine, recorded vectors
 """
@@ -229,6 +230,28 @@ def run(bundle: Path, prompt: tuple[str, ...], *, chat: bool, **options: Any) ->
     for piece in (loaded.chat if chat else loaded.generate)(prompt[0], stream=True, **options):
         click.echo(piece, nl=False)  # flushes
     click.echo()
+
+
+@main.command("serve")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Another address requires an API key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--name", help="Model name that clients give. Default: the exported model's.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="File of the key. Default: JPQ_API_KEY, or none.")
+@click.option("--slots", type=click.IntRange(1, 256), default=8, show_default=True, help="Sequences in one pass.")
+@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="How many others may wait.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Prompt and answer together."
+)
+@click.option("--threads", type=click.IntRange(1, 256), help="Default: all cores.")
+@click.option("--fast", is_flag=True, help="Round activations: to 16 bits in our kernels, to 8 in onnxruntime's own.")
+@click.pass_context
+def serve_command(ctx: click.Context, *, fast: bool, **options: Any) -> None:
+    """Serve BUNDLE to OpenAI clients: completions, chats (streamed too), embeddings. Needs `jpq-export[serve]`."""
+    from jpq_export.serve.command import Settings, serve
+
+    verbose = bool(ctx.parent and ctx.parent.params["verbose"])
+    serve(Settings(**options, exact=not fast, verbose=verbose), lambda line: click.echo(line))
 
 
 def cosine(a: Any, b: Any) -> float:

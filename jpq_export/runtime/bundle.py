@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -34,6 +34,12 @@ class Bundle:
     decoder: OrtModel | None
     encoder: OrtEncoder | None
     capacity: int
+
+    def with_capacity(self, capacity: int) -> Bundle:
+        """The same, opened model for texts of at most `capacity` tokens; UsageError beyond what this one takes."""
+        if not 1 <= capacity <= self.capacity:
+            raise UsageError(f"capacity: got {capacity}, expected 1 to {self.capacity}, the model's positions")
+        return replace(self, capacity=capacity)
 
     @property
     def model(self) -> OrtModel:
@@ -109,9 +115,21 @@ class Bundle:
             CapacityError: a text has more tokens than the model reads.
             UsageError: this bundle is no sentence encoder, or a text has no tokens.
         """
+        rows = [self.encode(text) for text in texts]
+        self.check_rows(rows)
+        return self.embed_rows(rows, batch_size=batch_size)
+
+    def check_rows(self, rows: Sequence[Sequence[int]]) -> None:
+        """Whether `embed_rows` can embed these token ids; errors as in `embed`."""
         if self.encoder is None:
             raise UsageError(f"{self.folder}: a text generator, it has no embeddings; export a sentence encoder")
-        return self.encoder.embed([self._ids(text, special=True) for text in texts], batch_size=batch_size)
+        self.encoder.check(rows, most=self.capacity)
+
+    def embed_rows(self, rows: Sequence[Sequence[int]], *, batch_size: int = 32) -> np.ndarray:
+        """Embeddings float32 [len(rows), dimension] of token ids that `check_rows` accepts."""
+        if self.encoder is None:
+            raise UsageError(f"{self.folder}: a text generator, it has no embeddings; export a sentence encoder")
+        return self.encoder.embed(rows, batch_size=batch_size)
 
     def sequence(self, ids: list[int], **options: Any) -> batching.Sequence:
         """A prompt of token ids as a `Batcher` takes it; options as in `generate`."""
@@ -152,7 +170,9 @@ class Bundle:
             raise UsageError(f"text: not valid Unicode ({error}); correct the text") from error
 
     def _with_bos(self, ids: list[int]) -> list[int]:
-        spec = self.model.spec
+        if self.decoder is None:  # an encoder's tokenizer adds what its model wants
+            return ids
+        spec = self.decoder.spec
         wanted = spec.add_bos and spec.bos_id is not None and ids[:1] != [spec.bos_id]
         return [spec.bos_id, *ids] if wanted and spec.bos_id is not None else ids
 
@@ -193,9 +213,8 @@ def load(
             f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, the model {vocab}; "
             "it belongs to another model"
         )
-    if capacity is not None and not 1 <= capacity <= positions:
-        raise UsageError(f"capacity: got {capacity}, expected 1 to {positions}, the model's positions")
-    return Bundle(folder, manifest, tokenizer, decoder, encoder, capacity or positions)
+    bundle = Bundle(folder, manifest, tokenizer, decoder, encoder, positions)
+    return bundle if capacity is None else bundle.with_capacity(capacity)
 
 
 def _pieces(batcher: batching.Batcher) -> Iterator[str]:

@@ -16,7 +16,8 @@ SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 def chat_text(config: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], *, where: str) -> str:
     """The prompt for the assistant's next words after `messages` ({"role": ..., "content": ...}).
 
-    `config`: tokenizer_config.json of the bundle at `where`. UsageError when it has no template, or the template refuses the messages.
+    `config`: tokenizer_config.json of the bundle at `where`. UsageError when it has no template, or the template
+    refuses the messages.
     """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment

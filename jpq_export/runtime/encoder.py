@@ -51,8 +51,7 @@ class OrtEncoder:
         """
         if batch_size < 1:
             raise UsageError(f"batch_size: got {batch_size}, expected 1 or more")
-        for index, row in enumerate(rows):
-            self._check(index, row)
+        self.check(rows, most=self.max_positions)
         out = np.full((len(rows), self.dimension), np.nan, np.float32)
         # Equal lengths stand together, so that little is computed for padding.
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -60,13 +59,16 @@ class OrtEncoder:
             out[batch] = self._pass([rows[index] for index in batch])
         return out
 
-    def _check(self, index: int, row: Sequence[int]) -> None:
+    def check(self, rows: Sequence[Sequence[int]], *, most: int) -> None:
+        """Whether all rows can be embedded, none of them longer than `most` tokens; errors as in `embed`."""
+        for index, row in enumerate(rows):
+            self._check(index, row, most)
+
+    def _check(self, index: int, row: Sequence[int], most: int) -> None:
         if not row:
             raise UsageError(f"text {index} has no tokens; give some text")
-        if len(row) > self.max_positions:
-            raise CapacityError(
-                f"text {index} has {len(row)} tokens, the model reads at most {self.max_positions}; shorten or split it"
-            )
+        if len(row) > most:
+            raise CapacityError(f"text {index} has {len(row)} tokens, expected at most {most}; shorten or split it")
         if self.vocab is not None and not 0 <= min(row) <= max(row) < self.vocab:
             wrong = next(token for token in row if not 0 <= token < self.vocab)
             raise UsageError(f"text {index}: token {wrong} is not in the model's vocabulary of {self.vocab}")
