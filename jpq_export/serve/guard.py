@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MOST_BODY_BYTES = 8 << 20  # 2,048 texts of 4 KB
+MOST_DROPPED_BYTES = 64 << 20
 BODY_SECONDS = 30.0
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
@@ -34,52 +35,57 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        refusal = self._refusal(scope, headers)
         try:
-            self._check(scope, headers)
-            body = await asyncio.wait_for(_read(receive, headers), self._body_seconds)
-        except Refusal as refusal:
-            await refusal_response(refusal)(scope, receive, send)
+            body = await asyncio.wait_for(_read(receive), self._body_seconds)
         except asyncio.TimeoutError:
-            late = Refusal(408, f"the body did not arrive within {self._body_seconds:g} s", code="timeout")
-            await refusal_response(late)(scope, receive, send)
+            body = b""
+            refusal = Refusal(408, f"the body did not arrive within {self._body_seconds:g} s", code="timeout")
+        if body is None:
+            return  # the client left
+        if len(body) > MOST_BODY_BYTES:
+            message = f"the body is larger than {MOST_BODY_BYTES >> 20} MB; send less at once"
+            refusal = refusal or Refusal(413, message, code="too_large")
+        if refusal is None:
+            await self._app(scope, _replay(body, receive), send)
         else:
-            if body is not None:  # None: the client left
-                await self._app(scope, _replay(body, receive), send)
+            await refusal_response(refusal)(scope, receive, send)
 
-    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Refusal | None:
+        """What the head of a request says against it."""
         host = headers.get(b"host", b"localhost").decode("latin-1")
         name = host if host.endswith("]") else host.rsplit(":", 1)[0]
         if self._local and name not in LOCAL_NAMES:
-            raise Refusal(403, f"host {host!r}: only {', '.join(LOCAL_NAMES)} is served", code="wrong_host")
+            return Refusal(403, f"host {host!r}: only {', '.join(LOCAL_NAMES)} is served", code="wrong_host")
         if self._key is not None and scope["path"] != "/health":
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
-                raise Refusal(401, "missing or wrong API key; send 'Authorization: Bearer KEY'", code="invalid_api_key")
+                return Refusal(
+                    401, "missing or wrong API key; send 'Authorization: Bearer KEY'", code="invalid_api_key"
+                )
         # A browser sends JSON to another site only after asking, and nobody says yes here.
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if scope["method"] == "POST" and kind != b"application/json":
-            raise Refusal(415, f"content-type {kind.decode('latin-1')!r}: expected application/json")
+            return Refusal(415, f"content-type {kind.decode('latin-1')!r}: expected application/json")
+        return None
 
 
-async def _read(receive: Receive, headers: dict[bytes, bytes]) -> bytes | None:
-    """The whole body; None when the client leaves before its end."""
-    announced = headers.get(b"content-length", b"0")
-    if announced.isdigit() and int(announced) > MOST_BODY_BYTES:
-        raise _too_large()
-    body = bytearray()
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body, or a little more of it than is accepted; None when the client leaves before its end.
+
+    What is too much is read and dropped: a connection closed under a client that still sends gives it no reason.
+    """
+    body, size = bytearray(), 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
-        if len(body) > MOST_BODY_BYTES:
-            raise _too_large()
-        if not message.get("more_body", False):
+        part = message.get("body", b"")
+        size += len(part)
+        if len(body) <= MOST_BODY_BYTES:
+            body += part
+        if size > MOST_DROPPED_BYTES or not message.get("more_body", False):
             return bytes(body)
-
-
-def _too_large() -> Refusal:
-    return Refusal(413, f"the body is larger than {MOST_BODY_BYTES >> 20} MB; send less at once", code="too_large")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

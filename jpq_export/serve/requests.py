@@ -36,9 +36,10 @@ def texts_or_tokens(value: Any) -> list[str | list[int]]:
     """A text, token ids, or a list of either, as a list."""
     if isinstance(value, str) or token_ids(value):
         return [value]
-    if isinstance(value, list) and value and all(isinstance(text, str) or token_ids(text) for text in value):
+    many = isinstance(value, list) and 1 <= len(value) <= MOST_TEXTS
+    if many and all(isinstance(text, str) or token_ids(text) for text in value):
         return value
-    raise ValueError("expected a text, a list of token ids, or a list of one of these, not empty")
+    raise ValueError(f"expected a text, token ids, or a list of 1 to {MOST_TEXTS} of them")
 
 
 def stop_texts(value: Any) -> list[str]:
@@ -131,6 +132,6 @@ class EmbeddingBody(Body):
     """POST /v1/embeddings."""
 
     model: str
-    input: Annotated[Texts, Field(max_length=MOST_TEXTS)]
+    input: Texts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
