@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from jpq_export.errors import BundleError, UsageError
+from jpq_export.errors import BundleError, CapacityError, UsageError
 from jpq_export.runtime.bundle import load
+from jpq_export.runtime.chat import chat_text
 from jpq_export.runtime.generate import generate
 from jpq_export.runtime.text import stream_text
 
@@ -134,3 +135,76 @@ def test_importing_the_runtime_loads_no_onnxruntime():
         "import sys, jpq_export.runtime.bundle; sys.exit('onnxruntime' in sys.modules or 'tokenizers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_list_of_prompts_gets_a_list_of_texts(bundle):
+    prompts = ["w3 w4 w5", "w9", "w8 w7"]
+    got = bundle.generate(prompts, max_new_tokens=6, batch_size=2)
+    assert got == [bundle.generate(prompt, max_new_tokens=6) for prompt in prompts]
+    assert len(set(got)) == 3
+    assert bundle.generate([]) == []
+
+
+def test_streamed_pieces_are_the_text(bundle):
+    pieces = list(bundle.generate("w3 w4", max_new_tokens=8, stream=True))
+    assert "".join(pieces) == bundle.generate("w3 w4", max_new_tokens=8)
+    assert len(pieces) > 2
+    assert all(pieces)
+
+
+def test_a_list_is_not_streamed(bundle):
+    with pytest.raises(UsageError, match="stream: one prompt at a time"):
+        bundle.generate(["w3"], stream=True)
+
+
+def test_stop_texts_may_be_one_or_several(bundle):
+    free = bundle.generate("w3 w4", max_new_tokens=8)
+    stop = free.split()[3]
+    assert bundle.generate("w3 w4", max_new_tokens=8, stop=stop) == free[: free.index(stop)]
+    assert bundle.generate("w3 w4", max_new_tokens=8, stop=["never", stop]) == free[: free.index(stop)]
+
+
+def test_the_capacity_is_fixed_when_the_bundle_is_opened(bundle_folder):
+    small = load(bundle_folder, threads=1, capacity=10)
+    assert small.generate("w3 " * 7, max_new_tokens=3)
+    with pytest.raises(CapacityError, match="7 tokens and 4 new ones need more than the capacity of 10 tokens"):
+        small.generate("w3 " * 7, max_new_tokens=4)
+    with pytest.raises(CapacityError, match="capacity of 24"):  # at once, not at the first piece
+        load(bundle_folder, threads=1).generate("w3 " * 7, max_new_tokens=18, stream=True)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 25])
+def test_a_capacity_the_model_has_not(bundle_folder, capacity):
+    with pytest.raises(UsageError, match=f"capacity: got {capacity}, expected 1 to 24"):
+        load(bundle_folder, capacity=capacity)
+
+
+def test_a_chat_of_several_messages(bundle):
+    messages = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]
+    text = chat_text(bundle.tokenizer_config, messages, where="here")
+    assert text == "<s> w3 </s><s> w4 </s> w7"
+    assert bundle.encode_chat(messages) == bundle.tokenizer.encode(text, add_special_tokens=False).ids
+    assert bundle.chat(messages, max_new_tokens=5) == bundle.generate(text, max_new_tokens=5)
+
+
+def test_of_several_templates_the_default_one_is_taken(own):
+    templates = [{"name": "tool_use", "template": "w1"}, {"name": "default", "template": "w2 {{ messages|tojson }}"}]
+    (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert load(own).encode_chat("w3")[0] == 4
+
+
+def test_a_text_that_is_no_unicode(bundle):
+    with pytest.raises(UsageError, match="not valid Unicode"):
+        bundle.generate("\ud800")
+
+
+def test_importing_the_runtime_takes_less_than_half_a_second():
+    """Processor time of this process alone, so that a busy machine does not count."""
+    code = "import time; start = time.process_time(); import {}; print(time.process_time() - start)"
+
+    def seconds(module):
+        done = subprocess.run([sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    assert min(seconds("jpq_export.runtime") for _ in range(3)) < 0.5
+    assert seconds("jpq_export.compress.decoder") > 0.5  # twin: torch takes longer
