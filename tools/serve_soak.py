@@ -155,12 +155,13 @@ async def soak(url: str, *, clients: int, seconds: float, api_key: str) -> dict[
 
 async def _held(client: openai.AsyncOpenAI) -> tuple[int, int]:
     """Sequences that run and wait, once those whose clients left had a moment to end."""
-    for _ in range(50):
+    end = time.monotonic() + 5
+    while True:
         health: Any = await client.get("../health", cast_to=object)
-        if not health["running"] + health["waiting"]:
-            break
+        held = health["running"], health["waiting"]
+        if held == (0, 0) or time.monotonic() > end:
+            return held
         await asyncio.sleep(0.1)
-    return health["running"], health["waiting"]
 
 
 def main() -> int:

@@ -58,11 +58,14 @@ class Bundle:
         """Token ids of a prompt, BOS in front when the model wants it."""
         return self._with_bos(self._ids(prompt, special=True))
 
-    def encode_chat(self, messages: str | Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of the model's chat template over `messages` ({"role": ..., "content": ...}), or the user's one."""
+    def encode_chat(self, messages: str | Sequence[Mapping[str, Any]], *, where: str | None = None) -> list[int]:
+        """Token ids of the model's chat template over `messages` ({"role": ..., "content": ...}), or the user's one.
+
+        `where`: what an error calls this bundle, by default its folder.
+        """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        text = chat_text(self.tokenizer_config, messages, where=str(self.folder))
+        text = chat_text(self.tokenizer_config, messages, where=where or str(self.folder))
         return self._with_bos(self._ids(text, special=False))
 
     @overload
@@ -228,9 +231,13 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise BundleError(f"{path}: missing; export the bundle again")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise BundleError(f"{path}: not a readable tokenizer ({error}); export the bundle again") from error
+    # Some are stored cutting every text at 128 tokens and filling it up to as many (all-MiniLM-L6-v2's).
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _read_json(path: Path) -> dict[str, Any]:

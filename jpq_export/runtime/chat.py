@@ -24,7 +24,9 @@ def chat_text(config: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], 
 
     template = chat_template(config)
     if template is None:
-        raise UsageError(f"{where}: the model has no chat template; give the whole prompt instead (without --chat)")
+        raise UsageError(
+            f"{where}: the model has no chat template; give a whole prompt instead (not --chat, /v1/completions)"
+        )
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )

@@ -135,7 +135,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     service.check_model(body.model)
     worker = service.worker
     messages = [message.plain() for message in body.messages]
-    ids = await asyncio.to_thread(service.bundle.encode_chat, messages)
+    ids = await asyncio.to_thread(service.bundle.encode_chat, messages, where=service.model)
     room = max(service.bundle.capacity - len(ids), 1)  # 1 for a prompt without room, which is refused as such
     new = body.max_completion_tokens or body.max_tokens or room
     sequences = make_sequences(service, body, [ids], new)

@@ -13,12 +13,12 @@ IGNORED = frozenset(("user", "metadata", "service_tier", "safety_identifier", "p
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
+    "frequency_penalty": (0, 0.0),
     "function_call": ("none",),
     "logit_bias": ({},),
     "logprobs": (False,),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
+    "presence_penalty": (0, 0.0),
     "response_format": ({"type": "text"},),
     "store": (False,),
     "suffix": ("",),
@@ -67,8 +67,13 @@ class Body(BaseModel):
         return {
             key: given
             for key, given in value.items()
-            if given is not None and key not in IGNORED and given not in NEUTRAL.get(key, ())
+            if given is not None and key not in IGNORED and not _neutral(key, given)
         }
+
+
+def _neutral(key: str, given: Any) -> bool:
+    # By type too: logprobs = 0 asks for something, False does not.
+    return any(type(given) is type(value) and given == value for value in NEUTRAL.get(key, ()))
 
 
 class StreamOptions(Body):

@@ -77,8 +77,8 @@ class Worker:
     def load(self) -> tuple[int, int]:
         """Sequences that hold a slot, and those that wait for one."""
         with self._changed:
-            held = min(len(self._places), self._slots)
-            return held, len(self._places) - held
+            held = self._batcher.running
+            return held, max(len(self._places) - held, 0)
 
     def submit(self, job: Job) -> None:
         """Queue all sequences of a job, or none.
@@ -157,10 +157,10 @@ class Worker:
             self._places.pop(sequence, None)
 
     def _give_up(self, reason: str) -> None:
+        self._batcher: Batcher = self._bundle.batcher(self._slots)
         with self._changed:
             jobs = {job for job, _ in self._places.values()}
             self._places.clear()
             self._new.clear()
-        self._batcher: Batcher = self._bundle.batcher(self._slots)
         for job in jobs:
             job.tell(ServerError(reason))

@@ -1,11 +1,13 @@
 """Sentence encoders: order, batches, padding, what is refused; `run` prints vectors and similarities."""
 
 import json
+import shutil
 
 import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from tokenizers import Tokenizer
 
 from jpq_export.cli import main
 from jpq_export.errors import BundleError, CapacityError, UsageError
@@ -87,6 +89,20 @@ def test_run_takes_one_prompt_of_a_generator(bundle_folder):
     done = CliRunner().invoke(main, ["run", str(bundle_folder), "w1", "w2"])
     assert done.exit_code == 2
     assert "got 2 prompts; put one into quotes" in done.stderr
+
+
+def test_a_tokenizer_neither_cuts_nor_fills_up(encoder, encoder_folder, tmp_path):
+    """As sentence-transformers stores them."""
+    own = shutil.copytree(encoder_folder, tmp_path / "own")
+    stored = json.loads((own / "tokenizer.json").read_text())
+    stored["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    stored["padding"] = {
+        "strategy": {"Fixed": 6}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 9, "pad_type_id": 0,
+        "pad_token": "w7",
+    }  # fmt: skip
+    (own / "tokenizer.json").write_text(json.dumps(stored))
+    np.testing.assert_array_equal(load(own, threads=1).embed(TEXTS), encoder.embed(TEXTS))
+    assert len(Tokenizer.from_file(str(own / "tokenizer.json")).encode("w3").ids) == 6  # twin: stored, it does
 
 
 @pytest.mark.parametrize(

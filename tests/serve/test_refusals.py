@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import socket
 import threading
 
@@ -9,6 +10,8 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
+
+from jpq_export.runtime import load
 
 KEY = "a-key-of-good-length"
 COMPLETION = {"model": "tiny", "prompt": "w3", "max_tokens": 2}
@@ -57,6 +60,7 @@ def test_the_good_ones_are_answered(address, tools, path, body):
         (C, {"stream_options": {"other": 1}}, "stream_options.other: not supported here"),
         (C, {"echo": True}, "echo: not supported here; leave it out"),
         (C, {"logprobs": 3}, "logprobs: not supported here"),
+        (C, {"logprobs": 0}, "logprobs: not supported here"),
         (C, {"best_of": 2}, "best_of: not supported here"),
         (C, {"frequency_penalty": 0.5}, "frequency_penalty: not supported here"),
         (C, {"stream": True, "max_tokens": 5000}, "capacity of 4096"),
@@ -188,6 +192,19 @@ def test_a_page_in_a_browser_cannot_talk_to_it(address, tools):
     assert tools.ask(address, C, COMPLETION, Host="evil.example:8000")[0] == 403
     assert tools.ask(address, C, COMPLETION, Host="localhost:8000")[0] == 200
     assert tools.ask(address, C, COMPLETION, Host="[::1]")[0] == 200
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('only pairs') }}"])
+def test_a_chat_without_a_template_or_one_that_it_refuses(long_bundle, tools, tmp_path, template):
+    own = shutil.copytree(long_bundle, tmp_path / "own")
+    (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with tools.running(load(own, threads=1)) as address:
+        status, answer = tools.ask(address, H, CHAT)
+        assert status == 400
+        assert answer["error"]["message"].startswith("tiny: the model")
+        assert ("no chat template" if template is None else "fails (only pairs)") in answer["error"]["message"]
+        assert str(tmp_path) not in answer["error"]["message"]  # no business of a client's
+        assert tools.ask(address, C, COMPLETION)[0] == 200
 
 
 def test_an_api_key(decoder, tools):
