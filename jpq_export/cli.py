@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from jpq_export import __version__
-from jpq_export.cli_options import EFFORTS, make_request, search_options, size_bytes
+from jpq_export.cli_options import EFFORTS, make_request, search_options, search_widths, size_bytes, task_options
 from jpq_export.errors import JpqError, StorageError, UsageError
 
 # Threads that wait without spinning: beside two busy processes on two cores a tuning step took 4.5 s instead of 29 s.
@@ -270,21 +270,27 @@ def report(bundle: Path) -> None:
 
 @main.command("eval")
 @click.argument("model", required=False)
-@click.option(
-    "--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text, .raw, or .jsonl with key text."
-)
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text, .raw, or .jsonl with key text.")
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--context", type=click.IntRange(2), default=2048, show_default=True)
 @click.option("--teacher", help="Model to compare with; default: the one in the bundle's manifest.")
 @click.option("--no-teacher", is_flag=True, help="Perplexity only.")
+@task_options
 @click.option("--json", "json_out", type=click.Path(path_type=Path), help="Write the result here.")
-def evaluate(**options: Any) -> None:
-    """Perplexity of MODEL or BUNDLE on a text, and its KL and top-1 agreement against a teacher."""
+def evaluate(*, tasks: str | None, limit: int | None, task_data: Path | None, **options: Any) -> None:
+    """Perplexity of MODEL or BUNDLE on a text, its KL and top-1 agreement against a teacher, and zero-shot tasks.
+
+    MODEL may also be the folder of an export that stopped early (--until compress): the compressed model in PyTorch.
+    """
+    from jpq_export.evaluate.task_data import task_choice
     from jpq_export.evaluation import evaluate_model
 
     json_out = options.pop("json_out")
     check_result_file("--json", json_out)
-    text = json.dumps(evaluate_model(**options), indent=1)
+    choice = task_choice(tasks, limit=limit, folder=task_data)
+    if options["text"] is None and choice is None:
+        raise UsageError("neither --text nor --tasks; see `jpq-export eval --help`")
+    text = json.dumps(evaluate_model(**options, tasks=choice), indent=1)
     if json_out:
         json_out.write_text(text + "\n", encoding="utf-8")
     click.echo(text)
@@ -306,21 +312,32 @@ def check_result_file(option: str, path: Path | None) -> None:
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="May be repeated.")
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--window-context", type=click.IntRange(2), default=2048, show_default=True)
+@task_options
 @click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True)
 @click.option("--calibration", type=click.Path(path_type=Path), help="Text file or folder; default: shipped text.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the cells; a killed comparison goes on there.")
 def compare_command(
-    *, budgets: str, methods: str, texts: tuple[Path, ...], windows: int, window_context: int, **options: Any
+    *,
+    budgets: str,
+    methods: str,
+    texts: tuple[Path, ...],
+    windows: int,
+    window_context: int,
+    tasks: str | None,
+    limit: int | None,
+    task_data: Path | None,
+    **options: Any,
 ) -> None:
     """Joint search against separate searches, uniform rounding and other quantizers, at equal stored bytes.
 
     Other people's quantizers (hqq, auto-round) need `pip install 'jpq-export[peers]'`. The table is printed as
-    Markdown; --out gets comparison.json, comparison.html and a file a cell.
+    Markdown; --out gets comparison.json, comparison.html and a file a cell. --tasks adds columns, now or later.
     """
     from jpq_export.comparison import Comparison, compare
     from jpq_export.comparison_report import markdown
+    from jpq_export.evaluate.task_data import task_choice
     from jpq_export.progress import Stages
 
     try:
@@ -332,32 +349,50 @@ def compare_command(
     rows = tuple(methods.split(","))
     if unknown := [row for row in rows if row not in COMPARABLE]:
         raise UsageError(f"--methods {methods!r}: {unknown[0]!r} is not one of {', '.join(COMPARABLE)}")
+    choice = task_choice(tasks, limit=limit, folder=task_data)
     fixed = {"size": None, "bits": bits[0], "ratio": None, "latency": None, "method": "jpq", "context": 2048}
     request = make_request(options | fixed | {"prune": True, "force": True}, until="compare")
-    click.echo(markdown(compare(Comparison(request, bits, rows, texts, windows, window_context), Stages())))
+    click.echo(markdown(compare(Comparison(request, bits, rows, texts, windows, window_context, choice), Stages())))
 
 
 @main.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=(1,),
+    show_default=True,
+    multiple=True,
+    help="May be given again: one measurement for each.",
+)
+@click.option("--widths", help="Measure our kernels at one width for all matrices too, e.g. 4,3,2,1.6,1.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of every runtime.")
 @click.option("--prefill", type=click.IntRange(1), default=128, show_default=True, help="Tokens of the prompt.")
 @click.option("--decode", type=click.IntRange(1), default=32, show_default=True, help="New tokens a turn.")
-@click.option("--gguf", type=click.Path(path_type=Path), help="Compare with llama.cpp's llama-bench on this file.")
+@click.option(
+    "--gguf",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Compare with llama.cpp's llama-bench on this file; may be given again.",
+)
 @click.option("--baselines/--no-baselines", default=True, help="Compare with onnxruntime in fp32 and 4 bits.")
 @click.option("--json", "json_out", type=click.Path(path_type=Path), help="Write the result here.")
 @click.option("--html", "html_out", type=click.Path(path_type=Path), help="Write a page with bars here.")
-def bench_command(bundle: Path, *, json_out: Path | None, html_out: Path | None, **options: Any) -> None:
+def bench_command(
+    bundle: Path, *, threads: tuple[int, ...], json_out: Path | None, html_out: Path | None, **options: Any
+) -> None:
     """Tokens per second and memory of BUNDLE on this machine, beside the original in other runtimes."""
     from jpq_export.bench.report import page, show_bench
-    from jpq_export.bench.rounds import Settings, bench
+    from jpq_export.bench.rounds import Settings, bench, to_json
     from jpq_export.progress import Stages
 
     for option, path in (("--json", json_out), ("--html", html_out)):
         check_result_file(option, path)
-    result = bench(bundle, Settings(**options), Stages())
+    widths = search_widths(options.pop("widths")) or ()
+    results = [bench(bundle, Settings(threads=count, widths=widths, **options), Stages()) for count in threads]
     if json_out:
-        json_out.write_text(result.to_json(), encoding="utf-8")
+        json_out.write_text(to_json(results), encoding="utf-8")
     if html_out:
-        html_out.write_text(page(result, bundle.name), encoding="utf-8")
-    show_bench(result)
+        html_out.write_text(page(results, bundle.name), encoding="utf-8")
+    for result in results:
+        show_bench(result)

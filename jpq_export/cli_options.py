@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from jpq_export.errors import UsageError
+from jpq_export.numerics.scheme import read_width
 
 EFFORTS = ("quick", "standard", "max")
 METHODS = ("jpq", "gptq", "rtn")
@@ -56,6 +57,17 @@ def budget_request(
     return BudgetRequest("bits", default if bits is None else bits)
 
 
+def search_widths(text: str | None) -> tuple[float, ...] | None:
+    """'1,1.6,4' -> (1, 1.6, 4), sorted; UsageError otherwise."""
+    if text is None:
+        return None
+    try:
+        widths = [read_width(part.strip()) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--widths {text!r}: {error}; expected widths by commas, such as 1.6,2,3,4") from None
+    return tuple(sorted(set(widths)))
+
+
 def _device(name: str) -> str:
     import torch
 
@@ -78,6 +90,9 @@ def search_options(command: Any) -> Any:
             click.option(
                 "--latency", help="Budget: decode latency of one token on the target, e.g. 8ms; a bare number is ms."
             ),
+            click.option(
+                "--widths", help="Bits a matrix may have, by commas; default 2,3,4,5,6,8. Also 1 and 1.6 (ternary)."
+            ),
             click.option("--method", type=click.Choice(METHODS), default="jpq", show_default=True),
             click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True),
             click.option(
@@ -96,6 +111,19 @@ def search_options(command: Any) -> Any:
             ),
             click.option("--force", is_flag=True, help="Replace an existing bundle at --out."),
         )
+    ):
+        command = option(command)
+    return command
+
+
+def task_options(command: Any) -> Any:
+    """Options shared by eval and compare."""
+    for option in (
+        click.option(
+            "--task-data", type=click.Path(path_type=Path), help="Folder with arc_easy.jsonl, ... Default: the hub."
+        ),
+        click.option("--limit", type=click.IntRange(1), help="Questions a task. Default: all."),
+        click.option("--tasks", help="Zero-shot tasks by commas, such as arc_easy,piqa; the extra `tasks` (lm-eval)."),
     ):
         command = option(command)
     return command
@@ -123,6 +151,14 @@ def make_request(options: dict[str, Any], **extra: Any) -> Any:
     out = options["out"] or Path(re.sub(r"[^A-Za-z0-9._-]", "-", f"jpq-{name}-{target.name}{suffix}"))
     if out.name in ("", ".."):
         out = out.resolve()  # the folder beside it that a run writes to needs a name
-    taken = ("target", "size", "bits", "ratio", "latency", "out", "device")
+    taken = ("target", "size", "bits", "ratio", "latency", "widths", "out", "device")
     rest = {k: v for k, v in options.items() if k not in taken}
-    return Request(target=target, out=out, budget=budget, device=_device(options["device"]), **rest, **extra)
+    return Request(
+        target=target,
+        out=out,
+        budget=budget,
+        device=_device(options["device"]),
+        widths=search_widths(options.get("widths")),
+        **rest,
+        **extra,
+    )

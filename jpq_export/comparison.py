@@ -4,6 +4,7 @@ Rows: uniform-bit rounding and GPTQ; pruning first, then one width for what is l
 and other people's quantizers (see `peers`). All see the same calibration tokens (GPTQ rounds with all of them, the
 searched ones spend most on the same recovery). The teacher is the permuted model (see `permute`). Every cell is a JSON
 file: a run that was killed goes on where it stopped. A peer that cannot run stays in the table with its error.
+Zero-shot tasks are a second step over the finished cells: they can be asked for later, and nothing is compressed anew.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from rich.markup import escape
 from jpq_export.comparison_report import page
 from jpq_export.compress.precision import autocast
 from jpq_export.compress.prepare import GROUP_SIZE
+from jpq_export.evaluate.predictors import TorchPredictor
+from jpq_export.evaluate.task_data import TaskChoice
 from jpq_export.evaluate.text_quality import evaluate_text
 from jpq_export.evaluate.texts import EvaluationText, read_text, token_windows
+from jpq_export.evaluation import COMPRESSED, check_tasks, evaluate_tasks
 from jpq_export.numerics.scheme import BIT_WIDTHS
-from jpq_export.peers.layout import PEERS
+from jpq_export.peers.layout import MODEL, PEERS
 from jpq_export.pipeline import Export
 from jpq_export.progress import Stages
 from jpq_export.request import Request, Texts
+from jpq_export.revision import revision
 from jpq_export.workspace import write_atomic
 
 if TYPE_CHECKING:
@@ -37,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What to compare: budgets in bits per weight of the whole file, evaluation texts, windows of `context` tokens."""
+    """What to compare: budgets in bits per weight of the whole file; texts, in windows of `context` tokens; tasks."""
 
     request: Request
     bits: tuple[float, ...]
@@ -45,6 +50,7 @@ class Comparison:
     texts: tuple[Path, ...]
     windows: int
     context: int
+    tasks: TaskChoice | None = None
 
 
 class PermutedExport(Export):
@@ -88,25 +94,81 @@ def compare(comparison: Comparison, stages: Stages) -> list[dict[str, Any]]:
     out = comparison.request.out
     out.mkdir(parents=True, exist_ok=True)
     texts = [read_text(path) for path in comparison.texts]  # a wrong path is said at once
+    if comparison.tasks:
+        check_tasks(comparison.tasks)
     loaded = PermutedExport(comparison.request, stages).load()
     windows = {text.name: _windows(comparison, loaded, text) for text in texts}
     texts_of_run = PermutedExport(comparison.request, stages).texts(loaded)
     inputs = sha256(json.dumps([text.sha256 for text in texts] + [comparison.windows, comparison.context]).encode())
     teacher, rows = Remembered(loaded.model), []
+    questions = None if comparison.tasks is None else Questions(comparison.tasks, loaded, out, stages)
     for bits in comparison.bits:
         for method in comparison.methods:
             cell, request = out / f"{method}-{bits:g}.json", request_for(comparison, method, bits)
             key = request.key(loaded.sha256, texts_of_run.sha256) + inputs.hexdigest()
             row = json.loads(cell.read_text(encoding="utf-8")) if cell.is_file() else {}
-            if row.get("key") != key:
+            if row.get("key") != key or (questions and questions.need_another(row, request)):
                 stages.console.rule(f"{method}, {bits:g} bits")
                 make = partial(_peer_cell, method, loaded, texts_of_run) if method in PEERS else _cell
                 row = {"key": key, "method": method, "asked_bits": bits} | make(request, teacher, windows, stages)
+                write_atomic(cell, json.dumps(row, indent=1))
+            if questions and questions.missing(row):
+                row |= questions.row(request)
                 write_atomic(cell, json.dumps(row, indent=1))
             rows.append(row)
     write_atomic(out / "comparison.json", json.dumps(rows, indent=1) + "\n")
     write_atomic(out / "comparison.html", page(rows, loaded.name))
     return rows
+
+
+@dataclass(slots=True, eq=False)
+class Questions:
+    """Zero-shot tasks over finished cells; the teacher's answers, in `out`, are found once."""
+
+    choice: TaskChoice
+    loaded: LoadedModel
+    out: Path
+    stages: Stages
+
+    @property
+    def key(self) -> str:
+        """Names the questions, the model and the code."""
+        facts = [self.choice.about(), self.loaded.sha256, revision()]
+        return sha256(json.dumps(facts).encode()).hexdigest()
+
+    def missing(self, row: dict[str, Any]) -> bool:
+        """True for a row that ran and was not asked these questions."""
+        return "error" not in row and row.get("tasks_key") != self.key
+
+    def need_another(self, row: dict[str, Any], request: Request) -> bool:
+        """True where the questions are missing and the cell's model is gone."""
+        return self.missing(row) and not any((request.out / name).is_file() for name in (COMPRESSED, MODEL))
+
+    def row(self, request: Request) -> dict[str, Any]:
+        """Answers of the model in the cell's folder, beside the teacher's."""
+        found = self._teacher()
+        return {"tasks_key": self.key, "tasks": self._ask(self._reopened(request.out)), "teacher_tasks": found}
+
+    def _teacher(self) -> dict[str, Any]:
+        cell = self.out / "teacher-tasks.json"
+        found = json.loads(cell.read_text(encoding="utf-8")) if cell.is_file() else {}
+        if found.get("key") != self.key:
+            found = {"key": self.key, "tasks": self._ask(self.loaded.model)}
+            write_atomic(cell, json.dumps(found, indent=1))
+        return found["tasks"]
+
+    def _ask(self, model: Any) -> dict[str, Any]:
+        predictor = TorchPredictor(model, fast=True)
+        return evaluate_tasks(predictor, self.loaded.spec, self.loaded.encode, self.choice, self.stages)
+
+    def _reopened(self, folder: Path) -> Any:
+        from jpq_export.compress.student import dequantized
+        from jpq_export.format.compressed import CompressedModel
+        from jpq_export.peers.run import saved_model
+
+        if (folder / COMPRESSED).is_file():
+            return dequantized(CompressedModel.load(folder / COMPRESSED))
+        return saved_model(folder, self.loaded.spec)
 
 
 def request_for(comparison: Comparison, method: str, bits: float) -> Request:
@@ -134,9 +196,10 @@ def _cell(request: Request, teacher: Remembered, windows: dict[str, np.ndarray],
     from jpq_export.compress.student import dequantized
     from jpq_export.format.compressed import CompressedModel
 
+    stages.records.clear()  # of the cells before
     export = PermutedExport(request, stages)
     export.run()
-    compressed = CompressedModel.load(request.out / "compressed.safetensors")
+    compressed = CompressedModel.load(request.out / COMPRESSED)
     row: dict[str, Any] = {
         "bits_per_weight": compressed.weight_bytes * 8 / teacher.model.spec.parameters(),
         "weight_bytes": compressed.weight_bytes,
@@ -144,7 +207,6 @@ def _cell(request: Request, teacher: Remembered, windows: dict[str, np.ndarray],
         "peak_rss_bytes": max(record.peak_rss_bytes for record in stages.records),
         "staircase": export.staircase,
     }
-    stages.records.clear()
     return row | _evaluated(dequantized(compressed), teacher, windows, stages)
 
 

@@ -9,6 +9,7 @@ from markupsafe import Markup
 from jpq_export.parity.svg import Axis, element, svg, text
 
 Row = dict[str, Any]
+WIDTH_95 = 1.96  # standard errors
 WIDTH, HEIGHT, LEFT, RIGHT = 760, 380, 64, 190
 COLOURS = ("#2f6fbd", "#c9701c", "#1d7f4e", "#8e44ad", "#c0332b", "#5d6878", "#b8860b", "#17808a", "#a0527a")
 PAGE = """<!doctype html>
@@ -24,7 +25,7 @@ svg text {{ font-size: 12px; fill: currentColor; }}
 </style>
 <h1>{title}</h1>
 <p class="why">Every row is a whole file at the bytes shown, embedding and head included; the same calibration tokens for
-all; KL to the original model in nats a token. Lower is better.</p>
+all; KL to the original model in nats a token. Lower is better; shares of right answers with 95% intervals.</p>
 {body}
 </html>
 """  # noqa: E501 a page's lines
@@ -33,6 +34,31 @@ all; KL to the original model in nats a token. Lower is better.</p>
 def texts_of(rows: list[Row]) -> list[str]:
     """Names of the evaluation texts, from any row that ran."""
     return next((list(row["texts"]) for row in rows if "texts" in row), [])
+
+
+def tasks_of(rows: list[Row]) -> dict[str, tuple[str, Row]]:
+    """Task -> (its metric, the teacher's result), in the order asked, from any row that has them."""
+    row = next((row for row in rows if "tasks" in row), None)
+    teacher = row["teacher_tasks"] if row else {}
+    return {name: ("acc_norm" if "acc_norm" in result else "acc", result) for name, result in teacher.items()}
+
+
+def share(result: Row | None, metric: str) -> str:
+    """'46.5% ± 3.1': a share with the half width of its 95% interval, where there is one; '-' where none."""
+    if result is None or metric not in result:
+        return "-"
+    error = result.get(f"{metric}_stderr")
+    return f"{result[metric]:.1%}" + ("" if error is None else f" ± {WIDTH_95 * error:.1%}"[:-1])
+
+
+def task_heads(rows: list[Row]) -> list[str]:
+    """Column heads with what the original reaches."""
+    return [f"{name} {metric} (original {share(result, metric)})" for name, (metric, result) in tasks_of(rows).items()]
+
+
+def task_cells(row: Row, rows: list[Row]) -> list[str]:
+    """A row's answers in the order of `task_heads`."""
+    return [share(row.get("tasks", {}).get(name), metric) for name, (metric, _) in tasks_of(rows).items()]
 
 
 def is_best(row: Row, rows: list[Row], name: str) -> bool:
@@ -47,11 +73,12 @@ def markdown(rows: list[Row]) -> str:
     head = ["bits asked", "method", "bits stored"]
     for name in names:
         head += [f"{name} perplexity", "KL", "top-1"]
+    head += task_heads(rows)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [f"{row['asked_bits']:g}", row["method"]]
         if "error" in row:
-            lines.append("| " + " | ".join([*cells, f"did not run: {row['error']}"]) + " |" * (1 + 3 * len(names)))
+            lines.append("| " + " | ".join([*cells, f"did not run: {row['error']}"]) + " |" * (len(head) - 2))
             continue
         cells.append(f"{row['bits_per_weight']:.3f}")
         for name in names:
@@ -61,6 +88,7 @@ def markdown(rows: list[Row]) -> str:
                 f"{mark}{quality['kl_mean']:.4f}{mark}",
                 f"{quality['top1_agreement']:.1%}",
             ]
+        cells += task_cells(row, rows)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -111,6 +139,7 @@ def _table(rows: list[Row]) -> Markup:
         "stored",
         "MB",
         *(f"{n} {what}" for n in names for what in ("perplexity", "KL", "p99", "top-1")),
+        *task_heads(rows),
     ]
     body = [element("tr", *(element("th", head) for head in [*heads, "seconds", "peak GB"]))]
     for row in rows:
@@ -128,6 +157,7 @@ def _table(rows: list[Row]) -> Markup:
                 element("td", f"{q['kl_p99']:.2f}"),
                 element("td", f"{q['top1_agreement']:.1%}"),
             ]
+        cells += [element("td", cell) for cell in task_cells(row, rows)]
         cells += [element("td", f"{row['seconds']:.0f}"), element("td", f"{row['peak_rss_bytes'] / 1e9:.2f}")]
         body.append(element("tr", *cells))
     return element("table", *body)

@@ -1,41 +1,102 @@
-"""`jpq-export eval`: a model or bundle on a text, alone or against its teacher."""
+"""`jpq-export eval`: a model or bundle on a text, alone or against its teacher, and on zero-shot tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jpq_export.errors import ModelError
+from jpq_export.errors import ModelError, UsageError
+from jpq_export.evaluate.predictors import OrtPredictor, Predictor, TorchPredictor
+from jpq_export.evaluate.task_data import TaskChoice
 from jpq_export.evaluate.text_quality import evaluate_text
 from jpq_export.evaluate.texts import read_text, token_windows
 from jpq_export.format.bundle import Manifest
+from jpq_export.format.compressed import CompressedModel
+from jpq_export.format.spec import ModelSpec
 from jpq_export.progress import Stages
 
+COMPRESSED = "compressed.safetensors"
 CHUNK = 256  # tokens fed to onnxruntime at once: bounds the logits to 256 x vocabulary x 4 bytes
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """What is evaluated: `source`, see `LogitSource`; `predictor`, for tasks; `encode` adds no special tokens."""
+
+    source: Any
+    predictor: Predictor
+    spec: ModelSpec
+    encode: Callable[[str], list[int]]
+    name: str
+    manifest: Manifest | None = None
+
+    @property
+    def bos_id(self) -> int | None:
+        """What every window starts with, if anything."""
+        return self.spec.bos_id if self.spec.add_bos else None
+
+
 def evaluate_model(
-    model: str | None, *, text: Path, windows: int, context: int, teacher: str | None, no_teacher: bool
+    model: str | None,
+    *,
+    text: Path | None,
+    windows: int,
+    context: int,
+    teacher: str | None,
+    no_teacher: bool,
+    tasks: TaskChoice | None = None,
 ) -> dict[str, Any]:
-    """The result as JSON values; see `TextQuality` for the keys."""
-    stages, content, manifest = Stages(), read_text(text), None
-    bundle = Path(model) if model and (Path(model) / "manifest.json").is_file() else None
-    if bundle is not None:
-        student, encode, bos_id, name, manifest = _open_bundle(bundle, stages)
-    else:
-        student, encode, bos_id, name = _open_model(model, stages)
-    sequences = token_windows(content, encode, windows=windows, context=context, bos_id=bos_id)
-    against = None
-    if not no_teacher and (teacher is not None or bundle is not None):
-        against = _open_teacher(teacher, manifest, stages)
-    with stages.stage("evaluate", f"{windows} windows of {context} tokens") as report:
-        result = evaluate_text(student, against, sequences, progress=report)
-    about = {"model": name, "text": content.name, "text_sha256": content.sha256}
-    return about | {key: value for key, value in asdict(result).items() if value is not None}
+    """The result as JSON values: keys of `TextQuality` with a text, `tasks` (see `run_tasks`) with tasks."""
+    stages, content = Stages(), None if text is None else read_text(text)
+    if tasks is not None:
+        check_tasks(tasks)
+    opened = _open(model, teacher, stages)
+    about: dict[str, Any] = {"model": opened.name}
+    if content is not None:
+        sequences = token_windows(content, opened.encode, windows=windows, context=context, bos_id=opened.bos_id)
+        against = None
+        if not no_teacher and (teacher is not None or opened.manifest is not None):
+            against = _open_teacher(teacher, opened.manifest, stages)
+        with stages.stage("evaluate", f"{windows} windows of {context} tokens") as report:
+            result = evaluate_text(opened.source, against, sequences, progress=report)
+        about |= {"text": content.name, "text_sha256": content.sha256}
+        about |= {key: value for key, value in asdict(result).items() if value is not None}
+    if tasks is not None:
+        about["tasks"] = evaluate_tasks(opened.predictor, opened.spec, opened.encode, tasks, stages)
+        about["tasks_about"] = tasks.about()
+    return about
+
+
+def check_tasks(tasks: TaskChoice) -> None:
+    """A task that does not exist or has no data is said before a model is loaded."""
+    from jpq_export.evaluate.harness import load_tasks
+
+    load_tasks(tasks)
+
+
+def evaluate_tasks(
+    predictor: Predictor, spec: ModelSpec, encode: Callable[[str], list[int]], tasks: TaskChoice, stages: Stages
+) -> dict[str, Any]:
+    """Zero-shot results by task; see `run_tasks`."""
+    from jpq_export.evaluate.harness import ScoredModel, run_tasks
+
+    with stages.stage("tasks", ", ".join(tasks.names)) as report:
+        return run_tasks(ScoredModel(predictor, spec, encode, progress=report), tasks)
+
+
+def _open(model: str | None, teacher: str | None, stages: Stages) -> Opened:
+    """A bundle, the folder of an export that stopped before it (`--until`), or any model."""
+    folder = Path(model) if model else None
+    if folder and (folder / "manifest.json").is_file():
+        return _open_bundle(folder, stages)
+    if folder and (folder / COMPRESSED).is_file():
+        return _open_compressed(folder, teacher, stages)
+    return _open_model(model, stages)
 
 
 def _open_teacher(source: str | None, manifest: Manifest | None, stages: Stages) -> Any:
@@ -53,22 +114,38 @@ def _open_teacher(source: str | None, manifest: Manifest | None, stages: Stages)
     return loaded.model
 
 
-def _open_model(source: str | None, stages: Stages) -> tuple[Any, Callable[[str], list[int]], int | None, str]:
+def _open_model(source: str | None, stages: Stages) -> Opened:
     from jpq_export.compress.load import load_model
 
     with stages.stage("load", f"loading {source or 'the default model'}") as report:
         loaded = load_model(source, progress=report)
-    bos_id = loaded.spec.bos_id if loaded.spec.add_bos else None
-    return loaded.model, loaded.encode, bos_id, loaded.name
+    return Opened(loaded.model, TorchPredictor(loaded.model), loaded.spec, loaded.encode, loaded.name)
 
 
-def _open_bundle(folder: Path, stages: Stages) -> tuple[Any, Callable[[str], list[int]], int | None, str, Manifest]:
+def _open_compressed(folder: Path, teacher: str | None, stages: Stages) -> Opened:
+    """The compressed model in PyTorch; without a tokenizer beside it, the teacher's."""
+    from jpq_export.compress.student import dequantized
+    from jpq_export.compress.tokenizer import read_tokenizer
+
+    with stages.stage("open", f"opening {folder}"):
+        compressed = CompressedModel.load(folder / COMPRESSED)
+        spec, model = compressed.spec, dequantized(compressed)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = read_tokenizer(folder, vocab=spec.vocab, bos_id=spec.bos_id).tokenizer
+        return Opened(model, TorchPredictor(model), spec, partial(_encode, tokenizer), str(folder))
+    if teacher is None:
+        raise UsageError(f"{folder}: a compressed model without a tokenizer; name its original with --teacher")
+    return replace(
+        _open_model(teacher, stages), source=model, predictor=TorchPredictor(model), spec=spec, name=str(folder)
+    )
+
+
+def _open_bundle(folder: Path, stages: Stages) -> Opened:
     """A bundle on onnxruntime, with its manifest."""
     from jpq_export.runtime.bundle import load
 
     with stages.stage("open", f"opening {folder}"):
         bundle = load(folder, exact=True)  # fp32 activations: the compressed model itself, not the fast kernels
-    spec = bundle.model.spec
 
     def logits(ids: np.ndarray, _size: int) -> Iterator[np.ndarray]:
         past = None
@@ -77,7 +154,9 @@ def _open_bundle(folder: Path, stages: Stages) -> tuple[Any, Callable[[str], lis
             past = out.past
             yield out.logits[0]
 
-    def encode(text: str) -> list[int]:
-        return bundle.tokenizer.encode(text, add_special_tokens=False).ids
+    encode = partial(_encode, bundle.tokenizer)
+    return Opened(logits, OrtPredictor(bundle.model), bundle.model.spec, encode, str(folder), bundle.manifest)
 
-    return logits, encode, spec.bos_id if spec.add_bos else None, str(folder), bundle.manifest
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids

@@ -30,14 +30,15 @@ ROWS = (
 )
 ROW = {part: i for i, row in enumerate(ROWS) for part in row}
 # The last stages of a run are a file of their own; parity runs the PyTorch reference and our kernels; the device side
-# uses parity's error measures, pure numpy (test_build.py blocks everything else); the runtime asks the driver for a GPU
-# through the device side's few calls.
+# uses parity's error measures, pure numpy (test_build.py blocks everything else); tasks go on from the decoder's cache;
+# the runtime asks the driver for a GPU through the device side's few calls.
 BESIDE = {
     ("pipeline", "prove"),
     ("prove", "pipeline"),
     ("parity", "compress"),
     ("parity", "runtime"),
     ("engine", "parity"),
+    ("evaluate", "compress"),
     ("runtime", "engine"),
 }
 FREE = ("__init__", "cache", "errors", "progress", "revision")

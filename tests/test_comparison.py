@@ -82,3 +82,58 @@ def test_a_missing_text_is_said_before_anything_runs(compare: Callable, tmp_path
 
 def test_the_pruning_rival_removes_as_little_as_it_can() -> None:
     assert [pruned_width(bits) for bits in (2.1, 2.58, 3.15, 4.16, 5.3)] == [2, 3, 3, 4, 6]
+
+
+def test_tasks_are_columns_that_can_come_later(
+    compare: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, conftest_of: Callable[[str], Any]
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'jpq-export[tasks]'")
+    questions = tmp_path / "questions"
+    questions.mkdir()
+    for task in ("piqa", "lambada_openai"):
+        rows = [json.dumps(conftest_of("evaluate").ROWS[task](i)) for i in range(3)]
+        (questions / f"{task}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    options = ["--methods", "rtn-uniform", "--text", str(tmp_path / "text.txt")]
+    asked = [*options, "--tasks", "piqa,lambada_openai", "--task-data", str(questions)]
+    _, before = compare(*options)
+    made = []
+    monkeypatch.setattr("jpq_export.comparison.evaluate_text", lambda *a, **k: made.append(1))
+    result, after = compare(*asked)
+    assert result.exit_code == 0, result.output
+    assert not made
+    (row,) = after
+    assert row["texts"] == before[0]["texts"]
+    assert "| piqa acc_norm (original " in result.output
+    out = tmp_path / "out"
+    assert row["tasks"] == answers_of(out / "rtn-uniform-5.5", tmp_path / "llama_tied", questions)
+    assert row["teacher_tasks"] == json.loads((out / "teacher-tasks.json").read_text())["tasks"]
+    perplexity = [row[part]["lambada_openai"]["perplexity"] for part in ("tasks", "teacher_tasks")]
+    assert perplexity[0] != pytest.approx(perplexity[1], rel=1e-3)
+    assert compare(*asked)[1] == after
+    assert compare(*asked, "--limit", "2")[1][0]["tasks"]["piqa"]["samples"] == 2
+    assert "tasks" in (out / "comparison.json").read_text()
+    assert "original" in (out / "comparison.html").read_text()
+
+
+def answers_of(folder: Path, teacher: Path, questions: Path) -> dict[str, Any]:
+    """What the cell's model answers, by the parts that a comparison puts together."""
+    from jpq_export.compress.load import load_model
+    from jpq_export.compress.student import dequantized
+    from jpq_export.evaluate.harness import ScoredModel, run_tasks
+    from jpq_export.evaluate.predictors import TorchPredictor
+    from jpq_export.evaluate.task_data import task_choice
+    from jpq_export.format.compressed import CompressedModel
+
+    model = dequantized(CompressedModel.load(folder / "compressed.safetensors"))
+    loaded = load_model(str(teacher))
+    choice = task_choice("piqa,lambada_openai", limit=None, folder=questions)
+    assert choice is not None
+    return run_tasks(ScoredModel(TorchPredictor(model, fast=True), loaded.spec, loaded.encode), choice)
+
+
+def test_tasks_need_data_before_anything_runs(compare: Callable, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'jpq-export[tasks]'")
+    result, rows = compare("--text", str(tmp_path / "text.txt"), "--tasks", "piqa", "--task-data", str(tmp_path))
+    assert result.exit_code == 2
+    assert "no file for piqa" in result.output
+    assert not rows

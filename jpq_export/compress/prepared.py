@@ -26,6 +26,7 @@ from jpq_export.compress.rounding import Rounded
 from jpq_export.compress.statistics import Statistics
 from jpq_export.errors import PlanError, StorageError
 from jpq_export.format.tensor_file import save_tensors
+from jpq_export.numerics.scheme import levels, read_width
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,6 @@ def _load_rounded(path: Path, device: str) -> RoundedCache:
     for name in [n for n in tensors if n.endswith("/codes")]:
         bits, matrix, _ = name.split("/")
         scales = tensors[f"{bits}/{matrix}/scales"].float()
-        zeros = torch.full_like(scales, ((1 << int(bits)) - 1) / 2)
-        cache.entries[matrix, int(bits)] = Rounded(tensors[name], scales, zeros)
+        zeros = torch.full_like(scales, (levels(read_width(bits)) - 1) / 2)
+        cache.entries[matrix, read_width(bits)] = Rounded(tensors[name], scales, zeros)
     return cache

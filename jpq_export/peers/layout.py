@@ -15,6 +15,7 @@ from jpq_export.numerics.scheme import Scheme, choose_group_size, row_bytes
 
 GROUP_SIZES = (32, 64, 128)
 TABLE_BITS = (2, 3, 4, 5, 6, 8)
+MODEL = "model.safetensors"  # in a peer's folder: all weights of the finished row, fp32
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
 from jpq_export.compress.rounding import quantize
 from jpq_export.compress.statistics import plain_statistics
 from jpq_export.errors import JpqError
-from jpq_export.peers.layout import PEERS, Layout, layout_for
+from jpq_export.format.spec import ModelSpec
+from jpq_export.peers.layout import MODEL, PEERS, Layout, layout_for
 
 ROWS = 16384  # of a table at once: bounds the memory of a large vocabulary
 
@@ -50,10 +51,16 @@ def peer_model(name: str, teacher: Decoder, calibration: np.ndarray, budget_byte
     weights = {key: value.detach().cpu().contiguous() for key, value in named_weights(teacher).items()}
     linears = _run(name, weights, teacher, layout, calibration, folder)
     done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-    for part in ("weights.safetensors", "tokens.npy"):
+    for part in ("weights.safetensors", "tokens.npy", "linears.safetensors"):
         (folder / part).unlink()
     weights |= linears | _tables(teacher, layout, calibration)
+    save_file({key: value.contiguous() for key, value in weights.items()}, folder / MODEL)
     return PeerModel(build_decoder(teacher.spec, weights), layout, done)
+
+
+def saved_model(folder: Path, spec: ModelSpec) -> Decoder:
+    """What `peer_model` made in `folder`."""
+    return build_decoder(spec, load_file(folder / MODEL))
 
 
 def _run(

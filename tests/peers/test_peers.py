@@ -13,7 +13,7 @@ from jpq_export.errors import BudgetError, ModelError
 from jpq_export.numerics.scheme import Scheme, choose_group_size
 from jpq_export.peers import run
 from jpq_export.peers.layout import PEERS, Peer, layout_bytes, layout_for
-from jpq_export.peers.run import PeerError, peer_model
+from jpq_export.peers.run import PeerError, peer_model, saved_model
 from jpq_export.peers.transformer import TAKEN, names, transformers_model
 
 TOKENS = np.random.default_rng(0).integers(0, 250, (8, 32))
@@ -106,7 +106,9 @@ def test_a_peer_rounds_every_linear_to_its_codes(name, loaded, tmp_path):
     for key in loaded.spec.vectors():
         assert torch.equal(before[key], after[key])
     assert made.done["seconds"] > 0
-    assert not list((tmp_path / "cell").glob("weights*"))
+    again = named_weights(saved_model(tmp_path / "cell", loaded.spec))
+    assert all(torch.equal(again[key], after[key]) for key in after)
+    assert [path.name for path in (tmp_path / "cell").glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_a_failed_row_stays_in_the_table_and_the_page():
@@ -125,6 +127,21 @@ def test_a_failed_row_stays_in_the_table_and_the_page():
     shown = page(rows, "m")
     assert "it &lt;broke&gt;" in shown
     assert shown.count("<circle") == 2
+
+
+def test_shares_of_right_answers_have_intervals():
+    right = {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.25, "acc_norm_stderr": 0.05}
+    quality = {"kl_mean": 0.5, "kl_p99": 2.0, "perplexity": 20.0, "top1_agreement": 0.7}
+    good = {"asked_bits": 3.0, "bits_per_weight": 2.99, "weight_bytes": 5, "seconds": 1.0, "peak_rss_bytes": 7}
+    good |= {"texts": {"t": quality}}
+    asked = {"tasks": {"piqa": right, "boolq": {"acc": 1.0}}, "teacher_tasks": {"piqa": right, "boolq": {"acc": 0.5}}}
+    rows = [good | {"method": "a"}, good | asked | {"method": "b"}, {"asked_bits": 3.0, "method": "c", "error": "no"}]
+    lines = markdown(rows).splitlines()
+    assert lines[0].endswith("| piqa acc_norm (original 25.0% ± 9.8) | boolq acc (original 50.0%) |")
+    assert lines[2].endswith("| - | - |")
+    assert lines[3].endswith("| 25.0% ± 9.8 | 100.0% |")
+    assert len({line.count("|") for line in lines}) == 1
+    assert "25.0% ± 9.8" in page(rows, "m")
 
 
 def budget(loaded):
