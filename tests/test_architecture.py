@@ -17,7 +17,7 @@ PACKAGE = Path(jpq_export.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli",),
-    ("cli_options",),
+    ("cli_options", "cli_group"),
     ("comparison",),
     ("comparison_report",),
     ("peers",),
