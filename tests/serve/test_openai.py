@@ -1,5 +1,7 @@
 """The official `openai` client talks to the server: completions, chats, streams, embeddings, many at once."""
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -169,6 +171,22 @@ def test_a_client_that_leaves_mid_stream_frees_its_slot(decoder, tools):
             tools.wait_for(lambda: tools.load_of(address) == (0, 0), seconds=2)
             got = client.completions.create(model="tiny", prompt="w3", max_tokens=3, temperature=0)
         assert got.choices[0].text == decoder.generate("w3", max_new_tokens=3)
+
+
+def test_a_client_that_is_killed_mid_stream_frees_its_slot(decoder, tools):
+    code = (
+        "import openai, sys; client = openai.OpenAI(base_url=sys.argv[1], api_key='any')\n"
+        "for _ in client.completions.create(model='tiny', prompt='w3', max_tokens=4000, stream=True): print(flush=True)"
+    )
+    with tools.running(decoder, slots=1, queue=2) as address:
+        client = subprocess.Popen([sys.executable, "-c", code, f"{address}/v1"], stdout=subprocess.PIPE)
+        try:
+            assert client.stdout.readline()
+            assert tools.load_of(address) == (1, 0)
+        finally:
+            client.kill()
+            client.communicate()
+        tools.wait_for(lambda: tools.load_of(address) == (0, 0), seconds=5)
 
 
 def test_a_client_that_leaves_without_a_stream_frees_its_slot_or_its_place(decoder, tools):
