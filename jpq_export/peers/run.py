@@ -67,6 +67,7 @@ def _run(
     name: str, weights: dict[str, Tensor], teacher: Decoder, layout: Layout, calibration: np.ndarray, folder: Path
 ) -> dict[str, Tensor]:
     job = {"spec": teacher.spec.to_json(), "bits": layout.bits, "group_size": layout.group_size}
+    job["iterations"] = PEERS[name].iterations
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     save_file(weights, folder / "weights.safetensors")
     np.save(folder / "tokens.npy", calibration)

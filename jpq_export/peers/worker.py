@@ -31,8 +31,21 @@ class Job:
     peer: Peer
     bits: int
     group_size: int
+    iterations: int
     weights: dict[str, Tensor]
     tokens: np.ndarray
+
+    def linears(self) -> list[str]:
+        """What a peer rounds: all matrices but embedding and head."""
+        return [name for name in self.spec.matrices() if name not in ("embed", "head")]
+
+    def group_of(self, name: str) -> int:
+        """The group size of a linear."""
+        return self.peer.group_size(self.spec.matrices()[name][1], self.group_size)
+
+    def ids(self) -> Tensor:
+        """The calibration tokens [n, length]."""
+        return torch.from_numpy(self.tokens)
 
 
 def main(name: str, folder: Path) -> None:
@@ -44,6 +57,7 @@ def main(name: str, folder: Path) -> None:
         peer,
         raw["bits"],
         raw["group_size"],
+        raw["iterations"],
         load_file(folder / "weights.safetensors"),
         np.load(folder / "tokens.npy"),
     )
