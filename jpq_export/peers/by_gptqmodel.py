@@ -31,7 +31,14 @@ def quantize(job: Job) -> dict[str, Tensor]:
     usual = max(groups.values(), key=list(groups.values()).count)
     foreign = {ours: theirs.removesuffix(".weight") for theirs, ours in names(job.spec).items()}
     other = {f"+:{re.escape(foreign[name])}$": {"group_size": g} for name, g in groups.items() if g != usual}
-    config = QuantizeConfig(bits=job.bits, group_size=usual, sym=False, dynamic=other or None, offload_to_disk=False)
+    config = QuantizeConfig(
+        bits=job.bits,
+        group_size=usual,
+        sym=False,
+        format="gptq_v2",  # the first format stores zero points less one, which its dequantization here does not undo
+        dynamic=other or None,
+        offload_to_disk=False,
+    )
     with TemporaryDirectory() as folder:
         model = transformers_model(job.spec, job.weights)
         rotary = model.model.rotary_emb.inv_freq
