@@ -16,6 +16,7 @@ from jpq_export.numerics.scheme import Scheme, choose_group_size, row_bytes
 
 GROUP_SIZES = (32, 64, 128)
 TABLE_BITS = (2, 3, 4, 5, 6, 8)
+LAYOUT = "layout.json"  # what a program chose
 MODEL = "model.safetensors"  # in a peer's folder: all weights of the finished row, fp32
 
 
@@ -23,7 +24,8 @@ MODEL = "model.safetensors"  # in a peer's folder: all weights of the finished r
 class Peer:
     """A quantizer: package, and what its format stores: zero points of 16 bits, or of the codes' own width (None).
 
-    `binary_groups`: its kernels take groups of powers of two only.
+    `binary_groups`: its kernels take groups of powers of two only. `program`: it is one, not a Python package, and
+    mixes the types of a whole file by itself.
     """
 
     package: str
@@ -31,6 +33,7 @@ class Peer:
     zero_bits: int | None
     iterations: int = 0
     binary_groups: bool = False
+    program: str | None = None
 
     def group_size(self, columns: int, wanted: int) -> int:
         """The group of a matrix of so many columns."""
@@ -42,6 +45,7 @@ PEERS = {
     "auto-round-rtn": Peer("auto-round", (2, 3, 4, 8), None),
     "auto-round": Peer("auto-round", (2, 3, 4, 8), None, iterations=200),
     "gptqmodel": Peer("gptqmodel", (2, 3, 4, 8), None, binary_groups=True),
+    "llama.cpp": Peer("llama.cpp", (), None, program="llama-quantize"),
 }
 
 
@@ -52,6 +56,15 @@ class Layout:
     bits: int
     group_size: int
     table: Scheme
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """What a program chose for a whole file: a preset of its own, the embedding's type where another one was needed."""
+
+    preset: str
+    table: str | None
     bytes: int
 
 

@@ -25,10 +25,12 @@ from jpq_export.progress import peak_memory_bytes
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """What a peer is given."""
+    """What a peer is given; `bits` and `group_size` are 0 for a program, which chooses by `budget_bytes`."""
 
     spec: ModelSpec
     peer: Peer
+    folder: Path
+    budget_bytes: int
     bits: int
     group_size: int
     iterations: int
@@ -55,6 +57,8 @@ def main(name: str, folder: Path) -> None:
     job = Job(
         ModelSpec.from_json(raw["spec"]),
         peer,
+        folder,
+        raw["budget_bytes"],
         raw["bits"],
         raw["group_size"],
         raw["iterations"],
@@ -63,10 +67,12 @@ def main(name: str, folder: Path) -> None:
     )
     start = time.perf_counter()
     torch.manual_seed(0)
-    linears = import_module(f"jpq_export.peers.by_{peer.package.replace('-', '_')}").quantize(job)
+    module = import_module(f"jpq_export.peers.by_{peer.package.replace('-', '_').replace('.', '_')}")
+    linears = module.quantize(job)
     seconds = time.perf_counter() - start
     save_file({key: value.float().contiguous() for key, value in linears.items()}, folder / "linears.safetensors")
-    done = {"seconds": seconds, "peak_rss_bytes": peak_memory_bytes(), "version": metadata.version(peer.package)}
+    version = module.version() if peer.program else metadata.version(peer.package)
+    done = {"seconds": seconds, "peak_rss_bytes": peak_memory_bytes(), "version": version}
     (folder / "done.json").write_text(json.dumps(done), encoding="utf-8")
 
 
