@@ -1,4 +1,4 @@
-"""llama.cpp as a row: names, its importance matrix against one by hand, dry runs, and a real run where it is installed."""
+"""llama.cpp as a row: names, its importance matrix against one by hand, dry runs, and a real run where it is there."""
 
 import shutil
 
