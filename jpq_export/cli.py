@@ -23,7 +23,7 @@ from jpq_export.cli_options import (
     size_bytes,
     task_options,
 )
-from jpq_export.errors import JpqError, StorageError, UsageError
+from jpq_export.errors import JpqError, UsageError
 from jpq_export.numerics.scheme import BIT_WIDTHS
 
 # Threads that wait without spinning: beside two busy processes on two cores a tuning step took 4.5 s instead of 29 s.
@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some microseconds: a recovery step takes 2.4 s, without 2.8
 
 COMPARED = ("gptq-uniform", "prune-then-quantize", "bits-only", "joint")
-COMPARABLE = (*COMPARED, "rtn-uniform", "hqq", "auto-round-rtn", "auto-round")
+COMPARABLE = (*COMPARED, "rtn-uniform", "hqq", "auto-round-rtn", "auto-round", "gptqmodel", "llama.cpp")
 STOPS = ("plan", "compress", "onnx")
 EXAMPLES = """
 \b
@@ -294,8 +294,9 @@ def compare_command(
 ) -> None:
     """Joint search against separate searches, uniform rounding and other quantizers, at equal stored bytes.
 
-    Other people's quantizers (hqq, auto-round) need `pip install 'jpq-export[peers]'`. The table is printed as
-    Markdown; --out gets comparison.json, comparison.html and a file a cell. --tasks adds columns, now or later.
+    Other people's quantizers (hqq, auto-round) come with the extra `peers`; gptqmodel is a package of its own, and
+    llama.cpp's llama-quantize is taken from the PATH. The table is printed as Markdown; --out gets comparison.json,
+    comparison.html and a file a cell. --tasks adds columns, now or later.
     """
     from jpq_export.comparison import Comparison, compare
     from jpq_export.comparison_report import markdown
