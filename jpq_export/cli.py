@@ -1,8 +1,7 @@
-"""The command line: the commands; a JpqError becomes one line and an exit code."""
+"""The command line: its commands."""
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import logging
@@ -14,8 +13,18 @@ from typing import Any
 import click
 
 from jpq_export import __version__
-from jpq_export.cli_options import EFFORTS, make_request, search_options, size_bytes, task_options
-from jpq_export.errors import JpqError, StorageError, UsageError
+from jpq_export.cli_group import Commands
+from jpq_export.cli_options import (
+    EFFORTS,
+    WIDTHS_HELP,
+    make_request,
+    search_options,
+    search_widths,
+    size_bytes,
+    task_options,
+)
+from jpq_export.errors import JpqError, UsageError
+from jpq_export.numerics.scheme import BIT_WIDTHS
 
 # Threads that wait without spinning: beside two busy processes on two cores a tuning step took 4.5 s instead of 29 s.
 # Read when torch loads, so it is set before.
@@ -24,10 +33,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some microseconds: a recover
 
 COMPARED = ("gptq-uniform", "prune-then-quantize", "bits-only", "joint")
 COMPARABLE = (*COMPARED, "rtn-uniform", "hqq", "auto-round-rtn", "auto-round", "gptqmodel", "llama.cpp")
-DEFAULT = "export"
 STOPS = ("plan", "compress", "onnx")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # how torch says it, in a RuntimeError
 EXAMPLES = """
 \b
 Examples:
@@ -36,62 +42,10 @@ Examples:
   jpq-export gemma-3-270m --target agx-orin-64gb --bits 3
   jpq-export --target orin-nano-8gb --latency 2ms    chosen for decode latency instead of bytes
   jpq-export run bundle "The capital of France is"
+  jpq-export serve bundle                            OpenAI's HTTP interface on http://127.0.0.1:8000/v1
   jpq-export verify bundle
   jpq-export build bundle                            on the board: plugin, TensorRT engine, recorded vectors
 """
-
-
-class Sentinel(click.ClickException):
-    """A JpqError on its way through click: one line on stderr, its own exit code."""
-
-    def __init__(self, error: JpqError) -> None:
-        super().__init__(str(error).replace("\n", " "))
-        self.exit_code = error.exit_code  # pyright: ignore[reportAttributeAccessIssue] click reads the instance
-
-
-class Commands(click.Group):
-    """The command group: export is the default command; errors a user can cause become one line."""
-
-    ignore_unknown_options = True  # `jpq-export --target jetson`: an option of the default command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The named command, or export with all arguments."""
-        if self.get_command(ctx, args[0]) is None:
-            args = [DEFAULT, *args]
-        return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run, translating errors."""
-        try:
-            return super().invoke(ctx)
-        except JpqError as error:
-            raise Sentinel(error) from error
-        except click.UsageError as error:
-            path = (error.ctx or ctx).command_path
-            raise Sentinel(UsageError(f"{error.format_message()} See `{path} --help`.")) from error
-        except KeyboardInterrupt:
-            click.echo("Interrupted; the same command goes on after the last finished stage.", err=True)
-            raise click.exceptions.Exit(130) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # the reader of a pipe went away: click ends quietly
-            if error.errno in DISK_ERRORS:
-                where = error.filename or "the output"
-                raise Sentinel(
-                    StorageError(f"{where}: {error.strerror}; free space or write to another place")
-                ) from error
-            if error.errno is not None:
-                raise Sentinel(
-                    JpqError(f"{error.filename or 'file'}: {error.strerror}; choose another path")
-                ) from error
-            raise
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
-                remedy = "use a smaller model or a machine with more memory"
-                raise Sentinel(JpqError(f"out of memory; {remedy}")) from error
-            raise
 
 
 @click.group(
@@ -184,41 +138,86 @@ def verify(bundle: Path) -> None:
 @main.command("build")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Engine file. Default: BUNDLE/device/model.engine")
-@click.option("--plugin", type=click.Path(path_type=Path), help="Library built from this bundle's plugins/.")
+@click.option(
+    "--plugin",
+    metavar="library|aot|FILE",
+    default="library",
+    show_default=True,
+    help="The bundle's library, compiled here if need be; its compiled-ahead kernels without one; or a library file.",
+)
 @click.option("--workspace", default="512MB", show_default=True, help="Scratch memory of TensorRT.")
 @click.option("--max-prompt", type=int, default=512, show_default=True, help="Longest prompt at once, in tokens.")
 @click.option("--max-tokens", type=int, default=2048, show_default=True, help="Prompt and answer together.")
 @click.option("--dry-run", is_flag=True, help="Check, and say what would be done.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable on stdout.")
-def build_command(bundle: Path, *, dry_run: bool, as_json: bool, workspace: str, **options: Any) -> None:
+def build_command(bundle: Path, *, dry_run: bool, as_json: bool, workspace: str, plugin: str, **options: Any) -> None:
     """On the board: check BUNDLE and board, build plugin and TensorRT engine, run the recorded vectors."""
     from jpq_export.engine.command import build_bundle
     from jpq_export.engine.settings import FOLDER, Settings
 
     options["out"] = options["out"] or bundle / FOLDER / "model.engine"
-    settings = Settings(bundle, workspace_bytes=int(size_bytes(workspace, "--workspace")), **options)
+    file = None if plugin in ("library", "aot") else Path(plugin)
+    scratch = int(size_bytes(workspace, "--workspace"))
+    settings = Settings(bundle, plugin=file, aot=plugin == "aot", workspace_bytes=scratch, **options)
     build_bundle(settings, dry_run=dry_run, as_json=as_json)
 
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("prompt")
+@click.argument("prompt", nargs=-1, required=True)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--stop", multiple=True, help="Text that ends the continuation and is not shown. May be repeated.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1, 256), help="Default: all cores.")
 @click.option("--fast", is_flag=True, help="Round activations: to 16 bits in our kernels, to 8 in onnxruntime's own.")
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
-def run(bundle: Path, prompt: str, **options: Any) -> None:
-    """Continue PROMPT with a bundle on onnxruntime, streaming; neither torch nor transformers is loaded."""
-    from jpq_export.runtime.bundle import load
+def run(bundle: Path, prompt: tuple[str, ...], *, chat: bool, **options: Any) -> None:
+    """Continue PROMPT with a bundle on onnxruntime, streaming; neither torch nor transformers is loaded.
+
+    A sentence encoder prints the embedding of PROMPT as JSON, or of two the cosine of their angle.
+    """
+    from jpq_export.runtime import load
 
     loaded = load(bundle, threads=options.pop("threads"), exact=not options.pop("fast"))
-    for piece in loaded.generate_text(prompt, **options):
+    if len(prompt) > (1 if loaded.encoder is None else 2):
+        raise UsageError(f"got {len(prompt)} prompts; put one into quotes (two only for a sentence encoder)")
+    if loaded.encoder is not None:
+        vectors = loaded.embed(list(prompt))
+        click.echo(json.dumps(vectors[0].tolist()) if len(prompt) == 1 else f"{cosine(*vectors):.6f}")
+        return
+    for piece in (loaded.chat if chat else loaded.generate)(prompt[0], stream=True, **options):
         click.echo(piece, nl=False)  # flushes
     click.echo()
+
+
+@main.command("serve")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Another address requires an API key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--name", help="Model name that clients give. Default: the exported model's.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="File of the key. Default: JPQ_API_KEY, or none.")
+@click.option("--slots", type=click.IntRange(1, 256), default=8, show_default=True, help="Sequences in one pass.")
+@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="How many others may wait.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Prompt and answer together."
+)
+@click.option("--threads", type=click.IntRange(1, 256), help="Default: all cores.")
+@click.option("--fast", is_flag=True, help="Round activations: to 16 bits in our kernels, to 8 in onnxruntime's own.")
+@click.pass_context
+def serve_command(ctx: click.Context, *, fast: bool, **options: Any) -> None:
+    """Serve BUNDLE to OpenAI clients: completions, chats (streamed too), embeddings. Needs `jpq-export[serve]`."""
+    from jpq_export.serve.command import Settings, serve
+
+    verbose = bool(ctx.parent and ctx.parent.params["verbose"])
+    serve(Settings(**options, exact=not fast, verbose=verbose), lambda line: click.echo(line))
+
+
+def cosine(a: Any, b: Any) -> float:
+    """Of the angle between two vectors."""
+    return float(a @ b / ((a @ a) * (b @ b)) ** 0.5)
 
 
 @main.command()
@@ -271,6 +270,7 @@ def check_result_file(option: str, path: Path | None) -> None:
 @click.option(
     "--methods", default=",".join(COMPARED), show_default=True, help=f"Rows, by commas: {', '.join(COMPARABLE)}."
 )
+@click.option("--widths", help=f"{WIDTHS_HELP} Peers keep their own.")
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="May be repeated.")
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--window-context", type=click.IntRange(2), default=2048, show_default=True)
@@ -307,8 +307,9 @@ def compare_command(
         bits = tuple(float(part) for part in budgets.split(","))
     except ValueError:
         raise UsageError(f"--budgets {budgets!r}: expected numbers by commas, such as 2.5,3,4") from None
-    if not all(2 < value <= 8 for value in bits):
-        raise UsageError(f"--budgets {budgets!r}: expected bits per weight above 2, up to 8, such as 2.5,3,4")
+    least = min(search_widths(options["widths"]) or BIT_WIDTHS)
+    if not all(least < value <= 8 for value in bits):
+        raise UsageError(f"--budgets {budgets!r}: expected bits per weight above {least:g}, up to 8, such as 2.5,3,4")
     rows = tuple(methods.split(","))
     if unknown := [row for row in rows if row not in COMPARABLE]:
         raise UsageError(f"--methods {methods!r}: {unknown[0]!r} is not one of {', '.join(COMPARABLE)}")
@@ -320,25 +321,42 @@ def compare_command(
 
 @main.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=(1,),
+    show_default=True,
+    multiple=True,
+    help="May be given again: one measurement for each.",
+)
+@click.option("--widths", help="Measure our kernels at one width for all matrices too, e.g. 4,3,2,1.6,1.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of every runtime.")
 @click.option("--prefill", type=click.IntRange(1), default=128, show_default=True, help="Tokens of the prompt.")
 @click.option("--decode", type=click.IntRange(1), default=32, show_default=True, help="New tokens a turn.")
-@click.option("--gguf", type=click.Path(path_type=Path), help="Compare with llama.cpp's llama-bench on this file.")
+@click.option(
+    "--gguf",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Compare with llama.cpp's llama-bench on this file; may be given again.",
+)
 @click.option("--baselines/--no-baselines", default=True, help="Compare with onnxruntime in fp32 and 4 bits.")
 @click.option("--json", "json_out", type=click.Path(path_type=Path), help="Write the result here.")
 @click.option("--html", "html_out", type=click.Path(path_type=Path), help="Write a page with bars here.")
-def bench_command(bundle: Path, *, json_out: Path | None, html_out: Path | None, **options: Any) -> None:
+def bench_command(
+    bundle: Path, *, threads: tuple[int, ...], json_out: Path | None, html_out: Path | None, **options: Any
+) -> None:
     """Tokens per second and memory of BUNDLE on this machine, beside the original in other runtimes."""
     from jpq_export.bench.report import page, show_bench
-    from jpq_export.bench.rounds import Settings, bench
+    from jpq_export.bench.rounds import Settings, bench, to_json
     from jpq_export.progress import Stages
 
     for option, path in (("--json", json_out), ("--html", html_out)):
         check_result_file(option, path)
-    result = bench(bundle, Settings(**options), Stages())
+    widths = search_widths(options.pop("widths")) or ()
+    results = [bench(bundle, Settings(threads=count, widths=widths, **options), Stages()) for count in threads]
     if json_out:
-        json_out.write_text(result.to_json(), encoding="utf-8")
+        json_out.write_text(to_json(results), encoding="utf-8")
     if html_out:
-        html_out.write_text(page(result, bundle.name), encoding="utf-8")
-    show_bench(result)
+        html_out.write_text(page(results, bundle.name), encoding="utf-8")
+    for result in results:
+        show_bench(result)

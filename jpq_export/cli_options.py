@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from jpq_export.errors import UsageError
+from jpq_export.numerics.scheme import read_width
 
+WIDTHS_HELP = "Bits a matrix may have, by commas; default 2,3,4,5,6,8. Also 1 and 1.6 (ternary)."
 EFFORTS = ("quick", "standard", "max")
 METHODS = ("jpq", "gptq", "rtn")
 LARGEST_SEED = 2**63 - 1  # torch takes no larger one
@@ -56,6 +58,17 @@ def budget_request(
     return BudgetRequest("bits", default if bits is None else bits)
 
 
+def search_widths(text: str | None) -> tuple[float, ...] | None:
+    """'1,1.6,4' -> (1, 1.6, 4), sorted; UsageError otherwise."""
+    if text is None:
+        return None
+    try:
+        widths = [read_width(part.strip()) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--widths {text!r}: {error}; expected widths by commas, such as 1.6,2,3,4") from None
+    return tuple(sorted(set(widths)))
+
+
 def _device(name: str) -> str:
     import torch
 
@@ -78,6 +91,7 @@ def search_options(command: Any) -> Any:
             click.option(
                 "--latency", help="Budget: decode latency of one token on the target, e.g. 8ms; a bare number is ms."
             ),
+            click.option("--widths", help=WIDTHS_HELP),
             click.option("--method", type=click.Choice(METHODS), default="jpq", show_default=True),
             click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True),
             click.option(
@@ -136,6 +150,14 @@ def make_request(options: dict[str, Any], **extra: Any) -> Any:
     out = options["out"] or Path(re.sub(r"[^A-Za-z0-9._-]", "-", f"jpq-{name}-{target.name}{suffix}"))
     if out.name in ("", ".."):
         out = out.resolve()  # the folder beside it that a run writes to needs a name
-    taken = ("target", "size", "bits", "ratio", "latency", "out", "device")
+    taken = ("target", "size", "bits", "ratio", "latency", "widths", "out", "device")
     rest = {k: v for k, v in options.items() if k not in taken}
-    return Request(target=target, out=out, budget=budget, device=_device(options["device"]), **rest, **extra)
+    return Request(
+        target=target,
+        out=out,
+        budget=budget,
+        device=_device(options["device"]),
+        widths=search_widths(options.get("widths")),
+        **rest,
+        **extra,
+    )

@@ -184,13 +184,13 @@ def request_for(comparison: Comparison, method: str, bits: float) -> Request:
     if method == "bits-only":
         return replace(request, prune=False)
     if method == "prune-then-quantize":
-        return replace(request, widths=(pruned_width(bits),))
+        return replace(request, widths=(pruned_width(bits, request.widths or BIT_WIDTHS),))
     return request
 
 
-def pruned_width(bits: float) -> int:
+def pruned_width(bits: float, widths: tuple[float, ...] = BIT_WIDTHS) -> float:
     """The narrowest width that needs pruning to fit: less is removed, which suits this rival, than with a wider one."""
-    return min(b for b in BIT_WIDTHS if b + 16 / GROUP_SIZE > bits)
+    return min((b for b in widths if b + 16 / GROUP_SIZE > bits), default=max(widths))
 
 
 def _cell(request: Request, teacher: Remembered, windows: dict[str, np.ndarray], stages: Stages) -> dict[str, Any]:

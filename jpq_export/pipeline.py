@@ -97,6 +97,7 @@ class Export:
         """plan.json: the user's, a killed run's, a uniform baseline's, or the search's."""
         from jpq_export.compress.cost import CostModel
         from jpq_export.compress.plan import uniform_plan
+        from jpq_export.numerics.scheme import BIT_WIDTHS
 
         if given is not None:
             if given.model_sha256 != loaded.sha256:
@@ -120,7 +121,8 @@ class Export:
             for i, each in enumerate([plan, *rivals] if rivals else []):
                 write_atomic(self.work.path(f"finalist-{i}.json"), each.to_json())
         else:
-            plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, method=self.request.method)
+            kind = {"method": self.request.method, "widths": self.request.widths or BIT_WIDTHS}
+            plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, **kind)
         self.check_board(plan, loaded.spec)
         write_atomic(self.work.path("plan.json"), plan.to_json())
         return plan
@@ -155,6 +157,8 @@ class Export:
                 f"--method {request.method}: {request.plan} was made for {given.method}; leave --method out or make a "
                 "new plan"
             )
+        if request.widths:
+            raise UsageError(f"--widths: {request.plan} has its widths already; keep one of --plan and --widths")
         if not request.prune and given.removed:
             raise UsageError(
                 f"--no-prune: {request.plan} removes {given.removed[0].name}; leave --no-prune out or make a new plan"
@@ -166,20 +170,24 @@ class Export:
         from jpq_export.compress.plan import Problem, contrast, make_plan, unpriced
         from jpq_export.compress.prepare import GROUP_SIZE, prepare
         from jpq_export.compress.prepared import check_cache
+        from jpq_export.compress.prices import narrow_widths
         from jpq_export.compress.refine import finalists, refine
         from jpq_export.compress.search import Knobs
         from jpq_export.numerics.scheme import BIT_WIDTHS
 
         request = self.request
+        widths = request.widths or BIT_WIDTHS
         folder = prepared_for(request, loaded, texts)
         calibration = texts.calibration[: self.effort.sequences]
         budget = request.budget.resolve(loaded.spec)
         start = Knobs() if request.prune else Knobs(removal=float("inf"))
         # A budget that cannot be met and a cache that cannot be written are said before the long part.
-        Problem(unpriced(loaded.spec, GROUP_SIZE), cost, budget, request.widths or BIT_WIDTHS).solve(start)
+        Problem(unpriced(loaded.spec, GROUP_SIZE), cost, budget, widths).solve(start)
         check_cache(folder)
-        prepared = prepare(loaded.model, calibration, texts.heldout, folder, seed=request.seed, stages=self.stages)
-        problem = Problem(prepared.prices, cost, budget, request.widths or BIT_WIDTHS)
+        kind = {"seed": request.seed, "stages": self.stages, "narrow": narrow_widths(widths)}
+        kind |= {"outputs": self.effort.two_sided}
+        prepared = prepare(loaded.model, calibration, texts.heldout, folder, **kind)
+        problem = Problem(prepared.prices, cost, budget, widths)
         with self.stages.stage("plan", "searching structure and bits together") as report:
             heldout = Heldout(loaded.model, texts.heldout)
             trials = refine(
@@ -246,6 +254,7 @@ class Export:
             seed=self.request.seed,
             passes=self.effort.passes,
             prepared=prepared_for(self.request, loaded, texts),
+            outputs=self.effort.two_sided,
             progress=progress,
         )
         self._save(rounded, name, kl)

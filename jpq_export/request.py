@@ -37,7 +37,7 @@ class Request:
     seed: int = 0
     device: str = "cpu"
     prune: bool = True
-    widths: tuple[int, ...] | None = None
+    widths: tuple[float, ...] | None = None
     force: bool = False
 
     def key(self, model_sha256: str, calibration_sha256: str) -> str:
@@ -66,9 +66,11 @@ def prepared_for(request: Request, loaded: LoadedModel, texts: Texts) -> Path:
     """Where this model's price list lives."""
     from jpq_export.compress.effort import EFFORTS
     from jpq_export.compress.prepared import prepared_folder
+    from jpq_export.compress.prices import narrow_widths
 
-    effort = EFFORTS[request.effort]
+    effort, narrow = EFFORTS[request.effort], narrow_widths(request.widths or ())
     return prepared_folder(
+        **({"narrow": narrow} if narrow else {}),
         model=loaded.sha256,
         texts=texts.sha256,
         sequences=effort.sequences,

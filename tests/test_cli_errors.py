@@ -343,6 +343,14 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "compare an unknown method": (
         "compare m --target jetson --methods joint,magic --text plan.json", 2, ("'magic'", "joint"), None,
     ),
+    "widths that are no numbers": (
+        f"{export('--bits 3')} --widths 2,x", 2, ("--widths '2,x'", "'x' is not one of 1, 1.6, 2", "by commas"), None,
+    ),
+    "a width there is none of": (f"{export('--bits 3')} --widths 7,8", 2, ("'7' is not one of", "1.6"), None),
+    "no widths at all": (f"{export('--bits 3')} --widths ''", 2, ("--widths ''", "by commas"), None),
+    "widths with a plan": (
+        f"{export('--plan plan.json')} --widths 2,3", 2, ("--widths", "plan.json has its widths already"), None,
+    ),
     "compare beyond all widths": (
         "compare m --target jetson --budgets 9 --text plan.json", 2, ("--budgets '9'", "up to 8"), None,
     ),
@@ -360,7 +368,7 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "run a graph cut short": ("run b hello", 1, ("b/model.onnx", "again"), cut("b/model.onnx", 0.5)),
     "run without weights": ("run b hello", 1, ("b/model.onnx", "again"), remove("b/model.onnx.data")),
     "run an empty prompt": ("run b ''", 2, ("prompt",), None),
-    "run a prompt too long": (f"run b '{'a' * 300}'", 2, ("positions", "shorten"), None),
+    "run a prompt too long": (f"run b '{'a' * 300}'", 2, ("capacity", "shorten"), None),
     "run a chat without a template": ("run b hi --chat", 2, ("b", "chat template", "--chat"), None),
     "run too hot": ("run b hi --temperature -1", 2, ("--temperature", "-1"), None),
     "run with a bad seed": ("run b hi --seed -1", 2, ("--seed", "-1"), None),

@@ -84,6 +84,18 @@ def test_a_missing_text_is_said_before_anything_runs(compare: Callable, tmp_path
 
 def test_the_pruning_rival_removes_as_little_as_it_can() -> None:
     assert [pruned_width(bits) for bits in (2.1, 2.58, 3.15, 4.16, 5.3)] == [2, 3, 3, 4, 6]
+    assert [pruned_width(bits, (1, 1.6, 2)) for bits in (1.2, 1.5, 2.1, 4)] == [1, 1.6, 2, 2]
+
+
+def test_narrow_widths_bring_budgets_nothing_else_meets(compare: Callable, tmp_path: Path) -> None:
+    ours = "prune-then-quantize,bits-only,joint,rtn-uniform"
+    options = ["--text", str(tmp_path / "text.txt"), "--methods", ours, "--budgets", "2.3", "--widths", "1,1.6,2"]
+    result, rows = compare(*options)
+    assert result.exit_code == 0, result.output
+    assert [row["method"] for row in rows] == ours.split(",")
+    assert all(row["bits_per_weight"] <= 2.3 for row in rows)
+    refused, _ = compare(*options[:-3], "1.6", "--widths", "1.6,2")
+    assert "--budgets '1.6': expected bits per weight above 1.6, up to 8" in refused.output
 
 
 def test_tasks_are_columns_that_can_come_later(

@@ -51,14 +51,19 @@ def sources_sha256() -> str:
     return digest.hexdigest()
 
 
+def width(bits: int) -> str:
+    """A template's width for people."""
+    return "ternary" if bits == 16 else f"{bits} bits"
+
+
 def describe(mangled: str) -> tuple[str, int]:
     """A kernel's name for people and its dynamic shared memory in bytes."""
     if found := FEW.search(mangled):
         bits, rows, warp_rows = map(int, found.groups())
         staged = 0 if bits & (bits - 1) == 0 else WARPS * 32 * bits * 4
-        return f"few_rows<{bits} bits, {rows} rows of X, {warp_rows} of W a warp>", rows * CHUNK * 4 + staged
+        return f"few_rows<{width(bits)}, {rows} rows of X, {warp_rows} of W a warp>", rows * CHUNK * 4 + staged
     if found := MANY.search(mangled):
-        return f"many_rows<{found[1]} bits, {'fp32' if found[2] == '1' else 'fp16'} X>", MANY_SHARED
+        return f"many_rows<{width(int(found[1]))}, {'fp32' if found[2] == '1' else 'fp16'} X>", MANY_SHARED
     return next((name for name in ("add_parts", "gather_rows") if name in mangled), mangled), 0
 
 

@@ -1,4 +1,4 @@
-"""What a bundle is measured against: the original model's shapes in fp32 and in onnxruntime's own 4-bit kernel.
+"""What a bundle is measured against: the original model in fp32, in onnxruntime's 4-bit kernel, in ours at one width.
 
 The weights are random: no product here looks at values, so its speed does not depend on them, and the original model,
 which may be gone, is not needed.
@@ -15,8 +15,8 @@ import numpy as np
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.plan import Plan
 from jpq_export.format.spec import ModelSpec
-from jpq_export.numerics.affine import QuantizedWeight
-from jpq_export.numerics.scheme import Scheme, choose_group_size, row_bytes
+from jpq_export.numerics.affine import QuantizedWeight, store
+from jpq_export.numerics.scheme import Scheme, choose_group_size
 
 BITS = 4
 GROUP_SIZE = 64  # bytes a weight as in our own format; onnxruntime's fast path takes 32, 64 and 128
@@ -28,21 +28,22 @@ def original_spec(pruned: ModelSpec, plan: Plan) -> ModelSpec:
     return pruned.with_layers(tuple(replace(old, kv_heads=p.kv_heads_of, ffn=p.ffn_of) for old, p in pairs))
 
 
-def random_model(spec: ModelSpec, *, seed: int = 0) -> CompressedModel:
-    """Every matrix 4 bits with integer zero points, the form onnxruntime's kernel is fastest in."""
+def random_model(spec: ModelSpec, *, bits: float = BITS, symmetric: bool = False, seed: int = 0) -> CompressedModel:
+    """Every matrix at one width; by default as onnxruntime's own kernel is fastest: 4 bits with integer zero points."""
     rng = np.random.default_rng(seed)
-    quantized = {name: _random(rng, *shape) for name, shape in spec.matrices().items()}
+    quantized = {
+        name: _random(rng, n, k, Scheme(bits, choose_group_size(k, GROUP_SIZE), symmetric))
+        for name, (n, k) in spec.matrices().items()
+    }
     return CompressedModel(spec, quantized, {name: np.ones(n, np.float32) for name, n in spec.vectors().items()})
 
 
-def _random(rng: np.random.Generator, n: int, k: int) -> QuantizedWeight:
-    scheme = Scheme(BITS, choose_group_size(k, GROUP_SIZE), symmetric=False)
+def _random(rng: np.random.Generator, n: int, k: int, scheme: Scheme) -> QuantizedWeight:
     groups = scheme.groups(k)
-    packed = rng.integers(0, 256, (n, row_bytes(k, BITS)), np.uint8)
-    zeros = np.full((n, row_bytes(groups, BITS)), 0x88, np.uint8)
-    if groups % 2:
-        zeros[:, -1] = 0x08  # a row ends with zero bits
-    return QuantizedWeight(scheme, (n, k), packed, np.full((n, groups), 0.2 * k**-0.5, np.float16), zeros)
+    codes = rng.integers(0, scheme.max_code + 1, (n, k), np.uint8)
+    zeros = np.full((n, groups), (scheme.max_code + 1) // 2, np.uint8)  # 8 at 4 bits
+    scales = np.full((n, groups), 3 * k**-0.5 / scheme.max_code, np.float16)
+    return store(codes, scales, None if scheme.symmetric else zeros, scheme)
 
 
 def write_baselines(spec: ModelSpec, folder: Path) -> dict[str, Path]:
@@ -55,4 +56,17 @@ def write_baselines(spec: ModelSpec, folder: Path) -> dict[str, Path]:
         out[name] = folder / name / "model.onnx"
         out[name].parent.mkdir()
         export_onnx(model, out[name], form=form)
+    return out
+
+
+def write_uniform(spec: ModelSpec, folder: Path, widths: tuple[float, ...]) -> dict[str, Path]:
+    """Our operators over the original model, every matrix at one width, embedding and head too: "jpq-3bit", ..."""
+    from jpq_export.lower.export import export_onnx
+
+    out = {}
+    for bits in widths:
+        name = f"jpq-{bits:g}bit"
+        out[name] = folder / name / "model.onnx"
+        out[name].parent.mkdir()
+        export_onnx(random_model(spec, bits=bits, symmetric=True), out[name], form="custom_op")
     return out

@@ -14,7 +14,7 @@ from statistics import median
 
 import numpy as np
 
-from jpq_export.numerics.scheme import Scheme
+from jpq_export.numerics.scheme import Scheme, from_kernel_bits
 from jpq_export.runtime import native
 from jpq_export.runtime.session import OrtModel
 
@@ -27,7 +27,7 @@ class LayerRate:
     """One `jpq::LowBitMatMul` at one row of X: stored bytes, median microseconds, GB/s."""
 
     name: str
-    bits: int
+    bits: float
     bytes: int
     microseconds: float
     gb_s: float
@@ -55,7 +55,7 @@ def layer_rates(path: Path, threads: int) -> tuple[LayerRate, ...]:
     return tuple(out)
 
 
-def _stored(path: Path) -> dict[str, tuple[int, int]]:
+def _stored(path: Path) -> dict[str, tuple[float, int]]:
     """Node name -> (bits, stored bytes) of every product."""
     import onnx
 
@@ -63,7 +63,7 @@ def _stored(path: Path) -> dict[str, tuple[int, int]]:
     for node in onnx.load(str(path), load_external_data=False).graph.node:
         if node.op_type == "LowBitMatMul":
             facts = {a.name: a.i for a in node.attribute}
-            scheme = Scheme(facts["bits"], facts["group_size"], bool(facts["symmetric"]))
+            scheme = Scheme(from_kernel_bits(facts["bits"]), facts["group_size"], bool(facts["symmetric"]))
             out[node.name] = scheme.bits, scheme.weight_bytes(facts["N"], facts["K"])
     return out
 

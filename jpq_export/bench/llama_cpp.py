@@ -29,7 +29,7 @@ class LlamaBench:
         if program is None:
             raise UsageError(f"--gguf {gguf}: {PROGRAM} is not on the PATH; install llama.cpp or leave --gguf out")
         self.command = [program, "-m", str(gguf), "-t", str(threads), "-r", "1", "-o", "json"]
-        self.name = gguf.name
+        self.name, self.file_bytes = gguf.name, gguf.stat().st_size
         self.peak_rss_bytes = 0
 
     def ask(self, **job: Any) -> Any:

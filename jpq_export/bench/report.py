@@ -25,7 +25,6 @@ h1 {{ font-size: 22px; }} h2 {{ font-size: 16px; margin: 26px 0 6px; }} .why {{ 
 svg text {{ font-size: 13px; fill: currentColor; }} .ours {{ fill: #2f6fbd; }} .other {{ fill: #9aa5b4; }} .value {{ font-weight: 600; }}
 </style>
 <h1>{title}</h1>
-<p class="why">{why}</p>
 {body}
 </html>
 """  # noqa: E501 a page's lines
@@ -37,7 +36,7 @@ def show_bench(result: BenchResult) -> None:
     base = result.baselines.get("onnxruntime-fp32")
     table = Table(title=f"{result.settings.threads} thread(s), {result.processor}")
     table.add_column("runtime", no_wrap=True)
-    for title in ("decode tokens/s", f"prefill of {result.settings.prefill}, tokens/s", "peak memory"):
+    for title in ("model", "decode tokens/s", f"prefill of {result.settings.prefill}, tokens/s", "peak memory"):
         table.add_column(title, justify="right")
     for name, speed in speeds.items():
         decode, prefill = (
@@ -47,14 +46,14 @@ def show_bench(result: BenchResult) -> None:
                 (speed.prefill_tokens_per_s, base.prefill_tokens_per_s if base else 1),
             )
         )
-        table.add_row(name, decode, prefill, size(speed.peak_rss_bytes))
+        table.add_row(name, size(speed.file_bytes), decode, prefill, size(speed.peak_rss_bytes))
     console.print(table)
     for bits, (count, rate) in by_bits(result).items():
         share = f", {rate / result.read_gb_s:.0%} of the read bandwidth" if result.read_gb_s else ""
         console.print(f"{bits} bits: {count} products at {rate:.1f} GB/s{share}", highlight=False)
 
 
-def by_bits(result: BenchResult) -> dict[int, tuple[int, float]]:
+def by_bits(result: BenchResult) -> dict[float, tuple[int, float]]:
     """Bits -> (number of products, median GB/s)."""
     rates = defaultdict(list)
     for layer in result.layers:
@@ -62,30 +61,34 @@ def by_bits(result: BenchResult) -> dict[int, tuple[int, float]]:
     return {bits: (len(rates[bits]), median(rates[bits])) for bits in sorted(rates)}
 
 
-def page(result: BenchResult, title: str) -> str:
+def page(results: list[BenchResult], title: str) -> str:
     """An HTML page without anything from outside."""
+    return PAGE.format(
+        processor=Markup.escape(results[0].processor),
+        title=Markup.escape(title),
+        body=Markup().join(_section(result) for result in results),
+    )
+
+
+def _section(result: BenchResult) -> Markup:
     settings = result.settings
+    why = (
+        f"{settings.threads} thread(s) on {result.processor}; medians of {settings.rounds} rounds, taken in turns; "
+        f"prompts of {settings.prefill} tokens. The graphs compared with have the original model's shapes."
+    )
     parts = [
+        element("p", why, class_="why"),
         _bars("Decoded tokens per second", result, lambda s: s.decode_tokens_per_s, lambda v: f"{v:.1f}"),
         _bars("Tokens of the prompt per second", result, lambda s: s.prefill_tokens_per_s, lambda v: f"{v:.0f}"),
         _bars("Peak memory of the process", result, lambda s: float(s.peak_rss_bytes), size),
     ]
     if result.layers and result.read_gb_s:
         parts.append(_layers(result))
-    why = (
-        f"{settings.threads} thread(s) on {result.processor}; medians of {settings.rounds} rounds, taken in turns; "
-        f"prompts of {settings.prefill} tokens. The graphs compared with have the original model's shapes."
-    )
-    return PAGE.format(
-        processor=Markup.escape(result.processor),
-        title=Markup.escape(title),
-        why=Markup.escape(why),
-        body="".join(parts),
-    )
+    return Markup().join(parts)
 
 
 def _all(result: BenchResult) -> dict[str, Speed]:
-    return result.bundle | result.baselines
+    return result.bundle | result.uniform | result.baselines
 
 
 def _bars(title: str, result: BenchResult, value: Callable[[Speed], float], shown: Callable[[float], str]) -> Markup:
@@ -93,7 +96,7 @@ def _bars(title: str, result: BenchResult, value: Callable[[Speed], float], show
     most, parts = max(value(speed) for speed in speeds.values()), []
     for i, (name, speed) in enumerate(speeds.items()):
         y, length = i * ROW + 4, (WIDTH - LEFT - 90) * value(speed) / most
-        kind = "ours" if name in result.bundle else "other"
+        kind = "other" if name in result.baselines else "ours"
         parts += [
             text(LEFT - 8, y + 14, name, text_anchor="end"),
             element("rect", x=LEFT, y=y, width=max(length, 1), height=ROW - 8, rx=3, class_=kind),

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jpq_export.bench.baselines import original_spec, write_baselines
+from jpq_export.bench.baselines import original_spec, write_baselines, write_uniform
 from jpq_export.bench.layers import LayerRate, layer_rates, read_bandwidth
 from jpq_export.bench.llama_cpp import LlamaBench
 from jpq_export.errors import JpqError
@@ -33,49 +33,66 @@ class BenchError(JpqError):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`rounds` turns, each a prompt of `prefill` tokens and `decode` greedy steps."""
+    """`rounds` turns, each a prompt of `prefill` tokens and `decode` greedy steps.
+
+    `widths`: our operators are measured at each of these for all matrices, beside the bundle's own mixture.
+    """
 
     threads: int = 1
     rounds: int = 5
     prefill: int = 128
     decode: int = 32
-    gguf: Path | None = None
+    gguf: tuple[Path, ...] = ()
     baselines: bool = True
+    widths: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Medians over all rounds; `runs`: what computed the products."""
+    """Medians over all rounds; `file_bytes`: the model on disk; `runs`: what computed the products."""
 
     decode_tokens_per_s: float
     prefill_tokens_per_s: float
     peak_rss_bytes: int
+    file_bytes: int
     runs: str
 
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """`bundle`: the modes of this bundle by name; `baselines` with the same keys; `layers`: one decoded token."""
+    """`bundle`: the modes of this bundle by name; `uniform`: our operators at one width; `baselines`: others.
+
+    `layers`: every product of one decoded token, of the bundle and of the uniform graphs.
+    """
 
     settings: Settings
     processor: str
     weight_bytes: int
     read_gb_s: float
     bundle: dict[str, Speed]
+    uniform: dict[str, Speed]
     baselines: dict[str, Speed]
     layers: tuple[LayerRate, ...]
 
-    def to_json(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
         """The best mode's numbers stand at the top as well, where scripts look for them."""
         best = max(self.bundle.values(), key=lambda speed: speed.decode_tokens_per_s)
-        raw = {"format": FORMAT} | asdict(best) | asdict(self)
-        return json.dumps(raw, indent=1, default=str) + "\n"
+        return asdict(best) | asdict(self)
+
+
+def to_json(results: list[BenchResult]) -> str:
+    """The first result's keys at the top; all of them under `threads`, by number of threads, when there are several."""
+    raw = {"format": FORMAT} | results[0].to_dict()
+    if len(results) > 1:
+        raw["threads"] = {str(result.settings.threads): result.to_dict() for result in results}
+    return json.dumps(raw, indent=1, default=str) + "\n"
 
 
 class Worker:
     """A runtime in its own process (see `worker`)."""
 
     def __init__(self, model: Path, threads: int, *, kernels: bool, exact: bool) -> None:
+        self.file_bytes = sum(part.stat().st_size for part in model.parent.glob(f"{model.name}*") if part.is_file())
         command = [sys.executable, "-m", "jpq_export.bench.worker", str(model), "--threads", str(threads)]
         environment = dict(os.environ) if kernels else os.environ | {"JPQ_KERNELS": "off"}
         self.process = subprocess.Popen(
@@ -123,21 +140,42 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
     spec = original_spec(ModelSpec.from_json(json.dumps(manifest.model["spec"])), plan)
     with ExitStack() as stack:
         graphs: dict[str, Path] = {}
-        if settings.baselines:
+        uniform: dict[str, Path] = {}
+        if settings.baselines or settings.widths:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jpq-bench-")))
             with stages.stage("baselines", "writing the graphs to compare with"):
                 _check_room(scratch, spec)
-                graphs = write_baselines(spec, scratch)
+                graphs = write_baselines(spec, scratch) if settings.baselines else {}
+                uniform = write_uniform(spec, scratch, settings.widths)
         with stages.stage("load", "loading every runtime") as report:
-            workers = _workers(stack, folder / "model.onnx", graphs, settings, report)
+            ways = _ways({"jpq": folder / "model.onnx"} | uniform, graphs)
+            workers = _workers(stack, ways, settings, report)
         with stages.stage("measure", "taking turns") as report:
             speeds = _take_turns(workers, settings, report)
         with stages.stage("layers", "layer by layer"):
-            rates = layer_rates(folder / "model.onnx", settings.threads)
+            measured = [folder / "model.onnx", *uniform.values()]
+            rates = tuple(rate for path in measured for rate in layer_rates(path, settings.threads))
             bandwidth = read_bandwidth(settings.threads)
-    ours = {name: speed for name, speed in speeds.items() if name.startswith("jpq")}
-    rivals = {name: speed for name, speed in speeds.items() if name not in ours}
-    return BenchResult(settings, _processor(), manifest.weight_bytes, bandwidth, ours, rivals, rates)
+    ours, same, rivals = (
+        {name: speed for name, speed in speeds.items() if kind(name) == wanted}
+        for wanted in ("bundle", "uniform", "baselines")
+    )
+    return BenchResult(settings, _processor(), manifest.weight_bytes, bandwidth, ours, same, rivals, rates)
+
+
+def kind(name: str) -> str:
+    """Which part of the result a runtime belongs to."""
+    if not name.startswith("jpq"):
+        return "baselines"
+    return "bundle" if name in ("jpq", "jpq-fast") else "uniform"
+
+
+def _ways(ours: dict[str, Path], others: dict[str, Path]) -> dict[str, tuple[Path, bool, bool]]:
+    """Runtime -> (graph, with our kernels, fp32 activations); ours both exactly and fast."""
+    ways: dict[str, tuple[Path, bool, bool]] = {}
+    for name, path in ours.items():
+        ways |= {name: (path, True, True), f"{name}-fast": (path, True, False)}
+    return ways | {name: (graph, False, name == "onnxruntime-fp32") for name, graph in others.items()}
 
 
 def _check_room(folder: Path, spec: ModelSpec) -> None:
@@ -150,18 +188,19 @@ def _check_room(folder: Path, spec: ModelSpec) -> None:
 
 
 def _workers(
-    stack: ExitStack, model: Path, graphs: dict[str, Path], settings: Settings, report: Callable[[int, int], None]
+    stack: ExitStack,
+    wanted: dict[str, tuple[Path, bool, bool]],
+    settings: Settings,
+    report: Callable[[int, int], None],
 ) -> dict[str, Worker | LlamaBench]:
-    wanted = {"jpq": (model, True, True), "jpq-fast": (model, True, False)}
-    wanted |= {name: (graph, False, name == "onnxruntime-fp32") for name, graph in graphs.items()}
     workers: dict[str, Worker | LlamaBench] = {}
     for i, (name, (path, kernels, exact)) in enumerate(wanted.items()):
         worker = stack.enter_context(_ended(Worker(path, settings.threads, kernels=kernels, exact=exact)))
         worker.ask(decode=1)
         workers[name] = worker
         report(i + 1, len(wanted))
-    if settings.gguf:
-        workers["llama.cpp"] = LlamaBench(settings.gguf, settings.threads)
+    for path in settings.gguf:
+        workers[f"llama.cpp {path.stem}"] = LlamaBench(path, settings.threads)
     return workers
 
 
@@ -190,7 +229,7 @@ def _take_turns(
     for name, worker in workers.items():
         memory = worker.ask(memory=True)
         rates = 1 / median(decodes[name]), settings.prefill / median(prefills[name])
-        out[name] = Speed(*rates, memory["peak_rss_bytes"], memory["runs"])
+        out[name] = Speed(*rates, memory["peak_rss_bytes"], worker.file_bytes, memory["runs"])
     return out
 
 

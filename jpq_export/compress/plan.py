@@ -15,7 +15,7 @@ from jpq_export.errors import BudgetError
 from jpq_export.format.plan import Budget, Choice, FrontPoint, LayerPlan, Plan, Predicted, Removal
 from jpq_export.format.spec import ModelSpec
 from jpq_export.format.target import Target
-from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, choose_group_size
+from jpq_export.numerics.scheme import ALL_WIDTHS, BIT_WIDTHS, Scheme, choose_group_size
 
 GROUP_SIZES = (32, 64, 128)
 UNIFORM = "uniform width, no search"
@@ -43,7 +43,7 @@ class Problem:
     prices: PriceList
     cost: CostModel
     budget: Budget
-    bits: tuple[int, ...] = BIT_WIDTHS
+    bits: tuple[float, ...] = BIT_WIDTHS
 
     @property
     def by(self) -> str:
@@ -110,7 +110,7 @@ def unpriced(spec: ModelSpec, group_size: int) -> PriceList:
         for sub, units, step in (("attn", layer.kv_heads, 1), ("mlp", layer.ffn, ffn_step(layer.ffn, group_size))):
             if units:
                 structures[f"layers.{i}.{sub}"] = StructurePrice(tuple(range(units)), (0.0,) * (units + 1), step)
-    matrices: dict[str, dict[int, float]] = {name: dict.fromkeys(BIT_WIDTHS, 0.0) for name in spec.matrices()}
+    matrices: dict[str, dict[float, float]] = {name: dict.fromkeys(ALL_WIDTHS, 0.0) for name in spec.matrices()}
     return PriceList(spec, group_size, matrices, structures)
 
 
@@ -187,10 +187,11 @@ def _reason(
     at = 0 if problem.by == "bytes" else 1
     here = cost.matrix(rows, columns, scheme)[at]
     steps = []
-    position = BIT_WIDTHS.index(scheme.bits)
+    widths = sorted(prices)
+    position = widths.index(scheme.bits)
     for other, word in ((position + 1, "saves"), (position - 1, "adds")):
-        if 0 <= other < len(BIT_WIDTHS):
-            bits = BIT_WIDTHS[other]
+        if 0 <= other < len(widths):
+            bits = widths[other]
             extra = abs(cost.matrix(rows, columns, problem.prices.scheme(columns, bits))[at] - here)
             change = abs(prices[bits] - prices[scheme.bits]) * share
             if extra > 0:
@@ -220,8 +221,16 @@ def _removals(problem: Problem, solution: Solution) -> tuple[Removal, ...]:
     return tuple(out)
 
 
-def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: str, method: str) -> Plan:
-    """The plain baseline: one width for every linear, the widest that fits, and one for embedding and head.
+def uniform_plan(
+    spec: ModelSpec,
+    cost: CostModel,
+    budget: Budget,
+    *,
+    sha256: str,
+    method: str,
+    widths: tuple[float, ...] = BIT_WIDTHS,
+) -> Plan:
+    """The plain baseline: one of `widths` for every linear, the widest that fits, and one for embedding and head.
 
     Tables and group sizes (of linears, of tables) take what room is left.
     """
@@ -230,14 +239,15 @@ def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: st
             f"--method {method} has one width for all and takes a byte budget; give --size, --bits or --ratio"
         )
     best: tuple | None = None
-    for linear, table, *groups in product(BIT_WIDTHS, BIT_WIDTHS, GROUP_SIZES, GROUP_SIZES):
+    for linear, table, *groups in product(widths, widths, GROUP_SIZES, GROUP_SIZES):
         schemes = _uniform_schemes(spec, cost.target, (linear, groups[0]), (table, groups[1]))
         size = uniform_bytes(spec, schemes, target=cost.target)
         rank = linear, size, table  # equal bytes: a target may store several widths alike
         if size <= budget.bytes and table >= linear and (best is None or rank > best[0]):
             best = rank, schemes
     if best is None:
-        smallest = uniform_bytes(spec, _uniform_schemes(spec, cost.target, (2, 128), (2, 128)), target=cost.target)
+        least = (min(widths), 128)
+        smallest = uniform_bytes(spec, _uniform_schemes(spec, cost.target, least, least), target=cost.target)
         raise BudgetError(
             f"budget of {budget.bytes / 1e6:g} MB cannot be met: --method {method} needs at least "
             f"{rounded_up(smallest, 1e6)} MB; ask for at least that"
@@ -261,13 +271,16 @@ def uniform_plan(spec: ModelSpec, cost: CostModel, budget: Budget, *, sha256: st
 
 
 def _uniform_schemes(
-    spec: ModelSpec, target: Target, linear: tuple[int, int], table: tuple[int, int]
+    spec: ModelSpec, target: Target, linear: tuple[float, int], table: tuple[float, int]
 ) -> dict[str, Scheme]:
-    """`linear` and `table`: bits and group size of the linears and of embedding and head."""
+    """`linear` and `table`: bits and group size of the linears and of embedding and head.
+
+    Two or three levels need the zero between them: a stored one would spend a level on one side.
+    """
     out = {}
     for name, (_, columns) in spec.matrices().items():
         bits, group = table if name in ("embed", "head") else linear
-        out[name] = target.fit(Scheme(bits, choose_group_size(columns, group), symmetric=False))
+        out[name] = target.fit(Scheme(bits, choose_group_size(columns, group), symmetric=bits < 2))
     return out
 
 

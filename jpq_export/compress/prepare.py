@@ -9,7 +9,7 @@ import numpy as np
 from jpq_export.compress.decoder import Decoder, named_weights
 from jpq_export.compress.heldout import PartialForward
 from jpq_export.compress.prepared import Prepared, load_prepared, save_prepared
-from jpq_export.compress.prices import measure_prices, round_all
+from jpq_export.compress.prices import ROUNDED_BITS, measure_prices, round_all
 from jpq_export.compress.statistics import Statistics, collect
 from jpq_export.progress import Stages
 
@@ -17,18 +17,31 @@ GROUP_SIZE = 64
 
 
 def prepare(
-    teacher: Decoder, calibration: np.ndarray, heldout: np.ndarray, folder: Path, *, seed: int, stages: Stages
+    teacher: Decoder,
+    calibration: np.ndarray,
+    heldout: np.ndarray,
+    folder: Path,
+    *,
+    seed: int,
+    stages: Stages,
+    narrow: tuple[float, ...] = (),
+    outputs: bool = False,
 ) -> Prepared:
-    """The prepared state for these inputs; `folder` names them (see prepared_folder)."""
+    """The prepared state for these inputs; `folder` names them (see prepared_folder).
+
+    `narrow`: widths below 2 bits that are rounded too. `outputs`: with the moments of two-sided rounding.
+    """
     device = str(teacher.embed.weight.device)
     found = load_prepared(folder, device=device)
     if found is not None:
         stages.resumed("prices", "statistics and price list")
         return found
     with stages.stage("statistics", "collecting Fisher statistics") as report:
-        stats = collect(teacher, calibration, seed=seed, progress=report)
-    with stages.stage("round", "rounding every matrix at 2, 3 and 4 bits") as report:
-        cache, raw = round_all(named_weights(teacher), teacher.spec, stats, group_size=GROUP_SIZE, progress=report)
+        stats = collect(teacher, calibration, seed=seed, outputs=outputs, progress=report)
+    told = ", ".join(f"{bits:g}" for bits in (*narrow, *ROUNDED_BITS))
+    with stages.stage("round", f"rounding every matrix at {told} bits") as report:
+        weights, kind = named_weights(teacher), {"group_size": GROUP_SIZE, "narrow": narrow}
+        cache, raw = round_all(weights, teacher.spec, stats, **kind, progress=report)
         drop_layer_hessians(stats)
     with stages.stage("prices", "measuring what each sub-layer costs") as report:
         forward = PartialForward(teacher, heldout[: max(1, len(heldout) // 2)])

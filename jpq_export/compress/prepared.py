@@ -26,6 +26,7 @@ from jpq_export.compress.rounding import Rounded
 from jpq_export.compress.statistics import Statistics
 from jpq_export.errors import PlanError, StorageError
 from jpq_export.format.tensor_file import save_tensors
+from jpq_export.numerics.scheme import levels, read_width
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,7 @@ def _statistics_tensors(stats: Statistics) -> dict[str, np.ndarray]:
     """Only what compression uses: layer Hessians are made anew from the compressed prefix."""
     out = {f"token_weights/{name}": value for name, value in stats.token_weights.items()}
     out |= {f"hessians/{name}": stats.hessians[name] for name in ("embed", "head") if name in stats.hessians}
+    out |= {f"outputs/{name}": moment for name, moment in stats.outputs.items()}
     out["rows/"] = stats.rows
     return {name: value.cpu().numpy() for name, value in out.items()}
 
@@ -148,6 +150,6 @@ def _load_rounded(path: Path, device: str) -> RoundedCache:
     for name in [n for n in tensors if n.endswith("/codes")]:
         bits, matrix, _ = name.split("/")
         scales = tensors[f"{bits}/{matrix}/scales"].float()
-        zeros = torch.full_like(scales, ((1 << int(bits)) - 1) / 2)
-        cache.entries[matrix, int(bits)] = Rounded(tensors[name], scales, zeros)
+        zeros = torch.full_like(scales, (levels(read_width(bits)) - 1) / 2)
+        cache.entries[matrix, read_width(bits)] = Rounded(tensors[name], scales, zeros)
     return cache

@@ -2,13 +2,15 @@
 
 A price is 0.5 * tr(E H Eᵀ) of the really rounded weight (GPTQ at 2, 3, 4 bits; a quarter per further bit), scaled by
 measured KLs on held-out text: every sub-layer is once quantized to 2 bits, once removed and (MLP) once halved, with the
-rest of the model intact. Additive by construction; `search` corrects the sum with measured plans.
+rest of the model intact. Widths below 2 bits are rounded and measured only when they are asked for, each by itself:
+their errors are too large to be scaled from another width's. Additive by construction; `search` corrects the sum with
+measured plans.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,10 +25,11 @@ from jpq_export.compress.rounding import Rounded, quantize_rows, row_loss
 from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.errors import PlanError
 from jpq_export.format.spec import ModelSpec
-from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, choose_group_size
+from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, choose_group_size, levels, read_width
 
 FORMAT = "jpq-prices/1"
 ROUNDED_BITS = (2, 3, 4)
+NARROW = 2  # bits below which a width is priced on request only
 FFN_STEPS = 12  # MLP widths offered: twelfths of the channels, rounded to whole groups
 
 
@@ -45,10 +48,10 @@ class PriceList:
 
     spec: ModelSpec
     group_size: int
-    matrices: dict[str, dict[int, float]]
+    matrices: dict[str, dict[float, float]]
     structures: dict[str, StructurePrice]
 
-    def scheme(self, columns: int, bits: int) -> Scheme:
+    def scheme(self, columns: int, bits: float) -> Scheme:
         """The scheme of a matrix with `columns` inputs."""
         return Scheme(bits, choose_group_size(columns, self.group_size))
 
@@ -74,7 +77,7 @@ class PriceList:
                 name: StructurePrice(tuple(s["order"]), tuple(s["removal"]), s["step"])
                 for name, s in raw["structures"].items()
             }
-            matrices = {name: {int(b): p for b, p in prices.items()} for name, prices in raw["matrices"].items()}
+            matrices = {name: {read_width(b): p for b, p in prices.items()} for name, prices in raw["matrices"].items()}
             return PriceList(ModelSpec.from_json(json.dumps(raw["spec"])), raw["group_size"], matrices, structures)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PlanError(f"{path}: damaged price list ({error!r}); delete it and run again") from error
@@ -84,17 +87,28 @@ class RoundedCache:
     """Rounded weights of the teacher by (name, bits), so that a candidate model is assembled instead of computed."""
 
     def __init__(self) -> None:
-        self.entries: dict[tuple[str, int], Rounded] = {}
+        self.entries: dict[tuple[str, float], Rounded] = {}
 
-    def weight(self, name: str, bits: int) -> Tensor:
+    def weight(self, name: str, bits: float) -> Tensor:
         """Dequantized float32 [N, K]; widths above 4 were not rounded and read as the 4-bit one's caller decides."""
         return self.entries[name, bits].dequantize()
 
 
+def narrow_widths(widths: tuple[float, ...]) -> tuple[float, ...]:
+    """Those that are priced on request only, sorted."""
+    return tuple(sorted(bits for bits in set(widths) if bits < NARROW))
+
+
 def round_all(
-    weights: dict[str, Tensor], spec: ModelSpec, stats: Statistics, *, group_size: int, progress: Progress | None = None
-) -> tuple[RoundedCache, dict[str, dict[int, float]]]:
-    """Every matrix rounded at 2, 3 and 4 bits, and the raw Fisher prices of all widths."""
+    weights: dict[str, Tensor],
+    spec: ModelSpec,
+    stats: Statistics,
+    *,
+    group_size: int,
+    narrow: tuple[float, ...] = (),
+    progress: Progress | None = None,
+) -> tuple[RoundedCache, dict[str, dict[float, float]]]:
+    """Every matrix rounded at 2, 3, 4 bits and the `narrow` widths; raw Fisher prices of those and of BIT_WIDTHS."""
     cache, prices = RoundedCache(), {}
     names = list(spec.matrices())
     for done, name in enumerate(names):
@@ -102,7 +116,7 @@ def round_all(
         size = choose_group_size(W.shape[1], group_size)
         row_weight = stats.rows if name in ("embed", "head") else torch.ones(W.shape[0], device=W.device)
         prices[name] = {}
-        for bits, rounded, losses in _round_widths(W, H, size):
+        for bits, rounded, losses in _round_widths(W, H, size, (*narrow, *ROUNDED_BITS)):
             cache.entries[name, bits] = rounded
             prices[name][bits] = float((losses * row_weight).sum()) / 2
         for bits in BIT_WIDTHS:
@@ -113,16 +127,18 @@ def round_all(
     return cache, prices
 
 
-def _round_widths(W: Tensor, H: Tensor, group_size: int) -> Iterator[tuple[int, Rounded, Tensor]]:
-    """(bits, rounded, loss of each row) at every rounded width: one GPTQ over stacked copies of the rows."""
+def _round_widths(
+    W: Tensor, H: Tensor, group_size: int, widths: tuple[float, ...]
+) -> Iterator[tuple[float, Rounded, Tensor]]:
+    """(bits, rounded, loss of each row) at every width: one GPTQ over stacked copies of the rows."""
     parts = []
     for rows in W.split(8192):
-        stack = rows.repeat(len(ROUNDED_BITS), 1)
-        top = torch.tensor([float((1 << b) - 1) for b in ROUNDED_BITS], device=W.device).repeat_interleave(len(rows))
+        stack = rows.repeat(len(widths), 1)
+        top = torch.tensor([float(levels(b) - 1) for b in widths], device=W.device).repeat_interleave(len(rows))
         rounded = quantize_rows(stack, H, top, group_size, symmetric=True, method="gptq", candidates=11)
         losses = row_loss(stack, H, rounded)
-        parts.append([(rounded.rows(s), losses[s]) for s in _parts(len(rows), len(ROUNDED_BITS))])
-    for position, bits in enumerate(ROUNDED_BITS):
+        parts.append([(rounded.rows(s), losses[s]) for s in _parts(len(rows), len(widths))])
+    for position, bits in enumerate(widths):
         pieces = [part[position] for part in parts]
         joined = Rounded(*(torch.cat([getattr(p[0], f) for p in pieces]) for f in ("codes", "scales", "zeros")))
         yield bits, joined, torch.cat([p[1] for p in pieces])
@@ -135,7 +151,7 @@ def _parts(rows: int, parts: int) -> list[slice]:
 def measure_prices(
     teacher: Decoder,
     stats: Statistics,
-    raw: dict[str, dict[int, float]],
+    raw: dict[str, dict[float, float]],
     cache: RoundedCache,
     forward: PartialForward,
     *,
@@ -150,11 +166,13 @@ def measure_prices(
     for done, (i, sub) in enumerate(jobs):
         key = f"layers.{i}.{sub}"
         names = [f"layers.{i}.{n}" for n in spec.linear_shapes(i) if n.startswith(sub)]
-        measured = forward.kl(i, lambda x, c, i=i, names=names: _with_weights(teacher, i, names, cache)(x, c))
-        factor = measured / max(sum(raw[n][2] for n in names), 1e-12)
-        for name in names:
-            for bits in BIT_WIDTHS:
-                matrices[name][bits] = raw[name][bits] * factor
+        for measured_bits, priced in _measured_widths(raw[names[0]]).items():
+            layer = _with_weights(teacher, i, names, cache, measured_bits)
+            measured = forward.kl(i, layer)
+            factor = measured / max(sum(raw[n][measured_bits] for n in names), 1e-12)
+            for name in names:
+                for bits in priced:
+                    matrices[name][bits] = raw[name][bits] * factor
         structures[key] = _structure(teacher, stats, forward, i, sub, group_size)
         if progress:
             progress(done + 1, len(jobs))
@@ -162,6 +180,12 @@ def measure_prices(
         if name in raw:
             _measure_table(teacher, name, raw, cache, forward, matrices)
     return PriceList(spec, group_size, matrices, structures)
+
+
+def _measured_widths(priced: Iterable[float]) -> dict[float, tuple[float, ...]]:
+    """Width that is measured -> widths whose prices it scales."""
+    scales: dict[float, tuple[float, ...]] = {bits: (bits,) for bits in narrow_widths(tuple(priced))}
+    return scales | {2: BIT_WIDTHS}
 
 
 def _sublayers(spec: ModelSpec) -> Iterator[tuple[int, str]]:
@@ -179,7 +203,7 @@ def _measure_table(
     module = teacher.embed if name == "embed" else teacher.head
     assert module is not None
     original = module.weight.data
-    for bits in ROUNDED_BITS:
+    for bits in (*narrow_widths(tuple(raw[name])), *ROUNDED_BITS):
         module.weight.data = cache.weight(name, bits)
         matrices[name][bits] = forward.heldout.kl_of(teacher)
     module.weight.data = original
@@ -188,12 +212,12 @@ def _measure_table(
             matrices[name][bits] = matrices[name][4] * raw[name][bits] / raw[name][4]
 
 
-def _with_weights(teacher: Decoder, i: int, names: list[str], cache: RoundedCache) -> Layer:
-    """Layer i with the named matrices replaced by their 2-bit versions."""
+def _with_weights(teacher: Decoder, i: int, names: list[str], cache: RoundedCache, bits: float) -> Layer:
+    """Layer i with the named matrices rounded to `bits`."""
     layer = prune_layer(teacher, i, all_kept(teacher.spec)[i])
     for name in names:
         sub, part = name.split(".")[2:]
-        getattr(getattr(layer, sub), part).weight.data = cache.weight(name, 2)
+        getattr(getattr(layer, sub), part).weight.data = cache.weight(name, bits)
     return layer
 
 

@@ -53,8 +53,8 @@ class Trial:
         return self.kl * (bits + REMOVAL_LASTS * removal) / (bits + removal)
 
     def kind(self, prices: PriceList) -> tuple[bool, bool]:
-        """(prunes, uses 2 bits): plans of one kind mostly differ in little."""
-        return prunes(prices, self.solution), 2 in bits_of(self.solution).values()
+        """(prunes, uses 2 bits or less): plans of one kind mostly differ in little."""
+        return prunes(prices, self.solution), min(bits_of(self.solution).values(), default=8) <= 2
 
 
 def prunes(prices: PriceList, solution: Solution) -> bool:
@@ -86,7 +86,7 @@ def layer_choices(prices: PriceList, solution: Solution) -> tuple[LayerChoice, .
     return tuple(out)
 
 
-def bits_of(solution: Solution) -> dict[str, int]:
+def bits_of(solution: Solution) -> dict[str, float]:
     """Bits of every kept matrix by canonical name."""
     out = {}
     for name, option in solution.picks.items():
@@ -114,7 +114,7 @@ def assemble(teacher: Decoder, prices: PriceList, solution: Solution, cache: Rou
     return build_decoder(model.spec, weights)
 
 
-def _rounded(name: str, bits: int, full: Tensor, cache: RoundedCache, prices: PriceList) -> Tensor:
+def _rounded(name: str, bits: float, full: Tensor, cache: RoundedCache, prices: PriceList) -> Tensor:
     if (name, bits) in cache.entries:
         return cache.weight(name, bits)
     scheme = prices.scheme(full.shape[1], bits)  # 5 bits and up: nearest is within a few percent of GPTQ

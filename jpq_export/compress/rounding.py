@@ -57,7 +57,7 @@ def search_scales(
     integer_zero: bool = False,
     candidates: int = 29,
 ) -> tuple[Tensor, Tensor]:
-    """Per group, the clipping that minimises Σ weight_k (w - ŵ)².
+    """Per group, the clipping that minimises Σ weight_k (w - ŵ)²; exact at 1 bit and ternary (symmetric).
 
     W [N, K], weight [K], max_code [N] -> scales, zeros [N, K/g].
     """
@@ -83,7 +83,33 @@ def search_scales(
         better = error < best
         best = torch.where(better, error, best)
         scales, zeros = torch.where(better, scale, scales), torch.where(better, z, zeros)
+    if symmetric and not integer_zero and (top == 1).any():
+        scales = torch.where(top == 1, _binary_scales(groups, importance), scales)
+    if symmetric and (top == 2).any():
+        scales = torch.where(top == 2, _ternary_scales(groups, importance), scales)
     return scales, zeros
+
+
+def _binary_scales(groups: Tensor, importance: Tensor) -> Tensor:
+    """The best scale for levels -s/2, s/2: the derivative of Σ h (|w| - s/2)² vanishes at the mean of |w|.
+
+    groups [N, K/g, g], importance [1, K/g, g] -> [N, K/g]. A grid below the peak misses it: for normal weights and
+    groups of 64 it lies at a third of the peak.
+    """
+    return to_fp16(2 * (groups.abs() * importance).sum(-1) / importance.sum(-1).clamp(min=1e-30))
+
+
+def _ternary_scales(groups: Tensor, importance: Tensor) -> Tensor:
+    """The best scale for levels -s, 0, s, exactly, over all scales; shapes as in `_binary_scales`.
+
+    The weights beyond s/2 are the m largest for some m, and for those s is their mean: Σ h w² falls by (Σ h |w|)² / Σ h
+    over them, so the largest fall over all m is the least error.
+    """
+    size, order = groups.abs().sort(-1, descending=True)
+    weight = importance.expand_as(groups).gather(-1, order)
+    total, mass = (size * weight).cumsum(-1), weight.cumsum(-1).clamp(min=1e-30)
+    best = (total.square() / mass).argmax(-1, keepdim=True)
+    return to_fp16((total.gather(-1, best) / mass.gather(-1, best))[..., 0])
 
 
 def to_fp16(scales: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ FRONT_POINTS = 40
 class Knobs:
     """Corrections of the additive price list, chosen by true KL (see refine): factors on groups of prices.
 
-    `removal` inf forbids pruning; `two_bit` multiplies the price of 2-bit weights, whose errors add up worst, and inf
-    forbids them: at 2.58 bits SmolLM2 is then better pruned to 3 bits (KL 1.32 against 1.37, not predicted by prices).
+    `removal` inf forbids pruning; `two_bit` multiplies the price of weights of at most 2 bits, whose errors add up
+    worst, and inf forbids them: at 2.58 bits SmolLM2 is then better pruned to 3 bits (KL 1.32 against 1.37, not
+    predicted by prices).
     """
 
     removal: float = 1.0
@@ -42,7 +43,7 @@ class Option:
     """One way to store a class: `kept` units (0 = removed), bits by short matrix name, its price and costs."""
 
     kept: int
-    bits: tuple[tuple[str, int], ...]
+    bits: tuple[tuple[str, float], ...]
     price: float
     removal_price: float
     bytes: int
@@ -70,12 +71,14 @@ class Solution:
 
 
 def build_classes(
-    prices: PriceList, cost: CostModel, *, by: str, knobs: Knobs, bits: tuple[int, ...] = BIT_WIDTHS
+    prices: PriceList, cost: CostModel, *, by: str, knobs: Knobs, bits: tuple[float, ...] = BIT_WIDTHS
 ) -> list[Class]:
     """All classes of a model. `by`: "bytes" or "microseconds", the budgeted cost the Pareto fronts are taken over."""
     spec = prices.spec
     if math.isinf(knobs.two_bit):
-        bits = tuple(b for b in bits if b != 2)
+        bits = tuple(b for b in bits if b > 2)
+        if not bits:
+            raise BudgetError("no width above 2 bits may be used; add one to --widths")
     classes = []
     for name in ("embed", "head"):
         if name not in prices.matrices:
@@ -83,7 +86,7 @@ def build_classes(
         options = []
         for b in bits:
             size, time = cost.table(name, prices.scheme(spec.hidden, b))
-            price = prices.matrices[name][b] * knobs.table * (knobs.two_bit if b == 2 else 1)
+            price = prices.matrices[name][b] * knobs.table * (knobs.two_bit if b <= 2 else 1)
             options.append(Option(1, ((name, b),), price, 0.0, size, time))
         classes.append(Class(name, pareto(options, by)))
     for name in prices.structures:
@@ -92,7 +95,7 @@ def build_classes(
 
 
 def _sublayer_options(
-    name: str, prices: PriceList, cost: CostModel, knobs: Knobs, bits: tuple[int, ...]
+    name: str, prices: PriceList, cost: CostModel, knobs: Knobs, bits: tuple[float, ...]
 ) -> list[Option]:
     _, index, sub = name.split(".")
     i, structure = int(index), prices.structures[name]
@@ -123,7 +126,7 @@ def _with_bits(i, sub, kept, removal, prices, cost, knobs, bits, spec) -> list[O
         entries = []
         for b in bits:
             size, time = cost.matrix(rows, columns, prices.scheme(columns, b))
-            surcharge = factor * (knobs.two_bit if b == 2 else 1)
+            surcharge = factor * (knobs.two_bit if b <= 2 else 1)
             entries.append((n, b, prices.matrices[f"layers.{i}.{n}"][b] * share * surcharge, size, time))
         per_matrix.append(entries)
     out = []
@@ -257,7 +260,8 @@ def front(classes: list[Class], *, by: str, fixed_bytes: int, fixed_microseconds
     slopes = np.concatenate([-np.diff(p) / np.maximum(np.diff(c), 1e-9) for c, p in zip(costs, prices, strict=True)])
     slopes = slopes[slopes > 0]
     solutions: dict[tuple[int, ...], Solution] = {}
-    for multiplier in np.quantile(slopes, np.linspace(1, 0, FRONT_POINTS)):
+    # No slope at all: one width and no pruning leave a single plan.
+    for multiplier in np.quantile(slopes, np.linspace(1, 0, FRONT_POINTS)) if len(slopes) else [0.0]:
         picks = tuple(int(np.argmin(p + multiplier * c)) for c, p in zip(costs, prices, strict=True))
         chosen = {c.name: c.options[k] for c, k in zip(classes, picks, strict=True)}
         solutions[picks] = Solution(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jpq_export import __version__
+from jpq_export.engine.aot import as_plugin, read_kernels, register
 from jpq_export.engine.builder import DECODE, PREFILL, EngineError, build_engine, load_plugin
 from jpq_export.engine.builder import profile_shapes as shapes
 from jpq_export.engine.cuda import Cuda
@@ -74,7 +75,7 @@ def run(job: Job, say: Say) -> DeviceReport:
     if trt is None:  # the preflight said it at length
         raise EngineError(f"no Python module tensorrt ({missing}); it comes with JetPack")
     logger = trt.Logger(trt.Logger.WARNING)
-    load_plugin(trt, plugin, logger)
+    _load(job, trt, plugin, logger)
     part = settings.out.with_name(f".{settings.out.name}.part")
     start = time.perf_counter()
     say("building the engine; on a small board this takes minutes")
@@ -92,7 +93,20 @@ def failed_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.failed")
 
 
+def _load(job: Job, trt: Any, plugin: Plugin, logger: Any) -> None:
+    """The library's operators, or those of kernels compiled ahead of time, into TensorRT's registry."""
+    if not job.settings.aot:
+        load_plugin(trt, plugin, logger)
+        return
+    trtp, missing = import_tensorrt("tensorrt.plugin")
+    if trtp is None or job.device.sm is None:
+        raise PluginError(f"--plugin aot: no Python module tensorrt.plugin ({missing}); use --plugin library")
+    register(trt, trtp, read_kernels(job.settings.bundle), job.device.sm)
+
+
 def _plugin(job: Job) -> Plugin | None:
+    if job.settings.aot:
+        return as_plugin(read_kernels(job.settings.bundle), job.device.machine)
     section = device_section(job.manifest)
     return choose(job.settings, section, sm=job.device.sm, machine=job.device.machine)
 

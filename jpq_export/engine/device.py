@@ -63,10 +63,10 @@ def read_device(out: Path) -> Device:
     )
 
 
-def import_tensorrt() -> tuple[Any, str | None]:
-    """The module, or None and why it cannot be imported."""
+def import_tensorrt(name: str = "tensorrt") -> tuple[Any, str | None]:
+    """TensorRT's module, or another of it; None and why it cannot be imported."""
     try:
-        return importlib.import_module("tensorrt"), None
+        return importlib.import_module(name), None
     except ImportError as error:  # also a module whose libnvinfer is missing
         return None, str(error).splitlines()[0]
 

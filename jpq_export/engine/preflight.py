@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from jpq_export.engine import aot
 from jpq_export.engine.device import Device
 from jpq_export.engine.plugin import ABI, PluginError, can_compile, choose, recorded
 from jpq_export.engine.settings import Settings, device_section, disk_needed, memory_terms, size_text, spec_of
@@ -118,7 +119,9 @@ def gpu(manifest: Manifest, device: Device) -> Check:
 
 
 def plugin(manifest: Manifest, device: Device, settings: Settings) -> Check:
-    """A trusted library for this GPU, or sources and tools to compile one."""
+    """A trusted library for this GPU, or sources and tools to compile one; with --plugin aot kernels for it."""
+    if settings.aot:
+        return ahead_of_time(manifest, device, settings)
     section = device_section(manifest)
     board = f"sm_{device.sm}" if device.sm else "this board's GPU"
     needed = f"a library for {board}, {device.machine}, ABI {ABI}, with the recorded sha256"
@@ -144,6 +147,24 @@ def plugin(manifest: Manifest, device: Device, settings: Settings) -> Check:
     if "carries no" in missing:
         remedy = "export again with a jpq-export that ships plugins/tensorrt, or give --plugin a prebuilt library"
     return Check("plugin", False, "; ".join([*reasons, missing]), needed, remedy)
+
+
+def ahead_of_time(manifest: Manifest, device: Device, settings: Settings) -> Check:
+    """Kernels of this graph for this GPU, and a TensorRT that takes them."""
+    first = ".".join(map(str, aot.FIRST_TENSORRT))
+    needed = f"kernels of this graph for sm_{device.sm or '?'} in {aot.FOLDER}/, TensorRT {first} or later"
+    entry = manifest.files.get(str(device_section(manifest).get("graph")))
+    version = version_of(device.tensorrt) if device.tensorrt else None
+    try:
+        kernels = aot.read_kernels(settings.bundle)
+        reason = aot.reason_against(kernels, entry.sha256 if entry else "", device.sm, version)
+    except PluginError as error:
+        return Check("plugin", False, str(error), needed, "or build with --plugin library")
+    if reason:
+        return Check("plugin", False, reason, needed, "or build with --plugin library")
+    return Check(
+        "plugin", True, f"{len(kernels.kernels)} kernels compiled ahead of time, sha256 {kernels.sha256[:12]}…", needed
+    )
 
 
 def profiles(manifest: Manifest, settings: Settings) -> Check:

@@ -19,11 +19,12 @@ PLUGIN_BYTES = 300_000_000  # object files of a CUDA library, generously
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One build. `plugin`: a library to use instead of those of the bundle."""
+    """One build. `plugin`: a library to use instead of those of the bundle; `aot`: its kernels instead of a library."""
 
     bundle: Path
     out: Path
     plugin: Path | None = None
+    aot: bool = False
     workspace_bytes: int = 512_000_000
     max_prompt: int = 512
     max_tokens: int = 2048

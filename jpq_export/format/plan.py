@@ -9,7 +9,7 @@ from typing import Any
 
 from jpq_export.errors import PlanError
 from jpq_export.format.spec import ModelSpec
-from jpq_export.numerics.scheme import Scheme
+from jpq_export.numerics.scheme import TERNARY, Scheme
 
 FORMAT = "jpq-plan/1"
 METHODS = ("jpq", "gptq", "rtn")
@@ -47,7 +47,7 @@ class Choice:
     """One matrix [rows, columns] after pruning: scheme, stored bytes, predicted KL (nats a token), and why."""
 
     name: str
-    bits: int
+    bits: float
     group_size: int
     symmetric: bool
     rows: int
@@ -207,8 +207,9 @@ def _layer(raw: dict[str, Any], position: int) -> LayerPlan:
 
 def _choice(raw: dict[str, Any]) -> Choice:
     choice = Choice(**raw)
-    if not all(type(number) is int for number in (choice.bits, choice.group_size, choice.rows, choice.columns)):
-        raise ValueError(f"{choice.name}: expected whole numbers")
+    numbers = [choice.group_size, choice.rows, choice.columns, *([] if choice.bits == TERNARY else [choice.bits])]
+    if not all(type(number) is int for number in numbers):
+        raise ValueError(f"{choice.name}: expected whole numbers, and {TERNARY} bits where ternary")
     if choice.scheme.weight_bytes(choice.rows, choice.columns) != choice.bytes:  # also validates bits and group_size
         raise ValueError(f"{choice.name}: bytes {choice.bytes} do not match its scheme")
     return choice

@@ -19,12 +19,13 @@ At 4 and 8 bits it has none. There the zero is 2^(b-1) and the missing half is a
 
     X · [s (c - 2^(b-1) + 1/2)]ᵀ = X · [s (c - 2^(b-1))]ᵀ + X · [s / 2]ᵀ
 
-the last a product with the sums of X over groups. Shapes and shifts depend on the variant, so every variant is an
-overload of the function of its own.
+the last a product with the sums of X over groups. Ternary codes have an integer zero and need neither. Shapes and
+shifts depend on the variant, so every variant is an overload of the function of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import gcd
@@ -33,12 +34,14 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.lower.nodes import Nodes
-from jpq_export.numerics.scheme import Scheme, row_bytes
+from jpq_export.numerics.scheme import TERNARY, Scheme, row_bytes
 
 DOMAIN = "jpq"
 VERSION = "1"
 # First bit and width of the fields a code is cut into, so that each fits the 4-bit kernel, doubled when symmetric.
-FIELDS = {
+FIELDS: dict[float, tuple[tuple[int, int], ...]] = {
+    1: ((0, 1),),
+    TERNARY: ((0, 2),),
     2: ((0, 2),),
     3: ((0, 3),),
     4: ((0, 4),),
@@ -49,7 +52,8 @@ FIELDS = {
 FUSED_BLOCKS = (16, 32, 64, 128, 256)  # block sizes MatMulNBits takes
 INT_ATTRIBUTES = ("bits", "K", "N", "group_size", "symmetric")
 TEXT_ATTRIBUTES = ("plugin_namespace", "plugin_version")
-FLOAT, UINT8, UINT4 = ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.UINT4
+FLOAT, INT32 = ir.DataType.FLOAT, ir.DataType.INT32
+UINT8, UINT4 = ir.DataType.UINT8, ir.DataType.UINT4
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,9 @@ class Variant:
 
     @property
     def overload(self) -> str:
-        """Name of the overload: "b3_g64_sym", "b3_g64_k60_z1_bias", ..."""
-        parts = [f"b{self.scheme.bits}", f"g{self.scheme.group_size}"]
+        """Name of the overload: "b3_g64_sym", "ternary_g64_k64_sym", "b3_g64_k60_z1_bias", ..."""
+        width = "ternary" if self.scheme.bits == TERNARY else f"b{self.scheme.bits}"
+        parts = [width, f"g{self.scheme.group_size}"]
         parts += ["sym"] if self.scheme.symmetric else []
         parts += [f"k{self.columns}"] if self.columns else []
         parts += [f"z{self.groups}"] if self.groups else []
@@ -91,15 +96,20 @@ class Variant:
 
     @property
     def doubled(self) -> bool:
-        """Whether doubled codes fit 4 bits, field by field: all symmetric widths but 4 and 8."""
-        return self.scheme.symmetric and self.scheme.bits not in (4, 8)
+        """Whether the zero is half an integer and doubled codes fit 4 bits, field by field: all widths but 4 and 8."""
+        return self.scheme.symmetric and self.scheme.bits not in (TERNARY, 4, 8)
+
+    @property
+    def lacks_half(self) -> bool:
+        """Whether the zero is half an integer and doubled codes do not fit."""
+        return self.scheme.symmetric and self.scheme.bits in (4, 8)
 
     @property
     def centre(self) -> list[int]:
         """Zero points of a symmetric scheme's fields."""
         if self.doubled:
             return [(1 << width) - 1 for _, width in FIELDS[self.scheme.bits]]
-        middle = 1 << (self.scheme.bits - 1)
+        middle = 1 if self.scheme.bits == TERNARY else 1 << (int(self.scheme.bits) - 1)
         return [(middle >> start) & ((1 << width) - 1) for start, width in FIELDS[self.scheme.bits]]
 
     @property
@@ -109,10 +119,12 @@ class Variant:
         return (first, "packed", "scales", *(() if self.scheme.symmetric else ("zeros",)), *(("bias",) * self.bias))
 
 
-def pattern(bits: int) -> tuple[int, int]:
-    """Codes and bytes after which the bit layout repeats: (8, 3) at 3 bits, (2, 1) at 4."""
-    shared = gcd(bits, 8)
-    return 8 // shared, bits // shared
+def pattern(bits: float) -> tuple[int, int]:
+    """Codes and bytes after which the bit layout repeats: (8, 3) at 3 bits, (2, 1) at 4, (5, 1) ternary."""
+    if bits == TERNARY:
+        return 5, 1
+    shared = gcd(int(bits), 8)
+    return 8 // shared, int(bits) // shared
 
 
 def function(variant: Variant, opset: int) -> ir.Function:
@@ -130,7 +142,7 @@ def function(variant: Variant, opset: int) -> ir.Function:
 
 
 def _unpack(
-    nodes: Nodes, packed: ir.Value, bits: int, *, count: int, transposed: bool = False, doubled: bool = False
+    nodes: Nodes, packed: ir.Value, bits: float, *, count: int, transposed: bool = False, doubled: bool = False
 ) -> ir.Value:
     """Packed uint8 [N, bytes] -> codes uint8 [N, codes], or [codes, N] when `transposed`; times 2 when `doubled`.
 
@@ -140,8 +152,7 @@ def _unpack(
     codes, size = pattern(bits)
     if bits == 8:
         return nodes("Transpose", packed, perm=[1, 0]) if transposed else packed
-    if count:  # fill the last pattern with zero bytes
-        missing = -(-count // codes) * size - row_bytes(count, bits)
+    if missing := -(-count // codes) * size - row_bytes(count, bits):  # fill the last pattern with zero bytes
         packed = nodes("Pad", packed, nodes.ints(0, 0, 0, missing))
     columns = (nodes("Reshape", packed, nodes.ints(0, -1, size)),)  # [N, patterns, size]
     if transposed:
@@ -149,16 +160,33 @@ def _unpack(
     axis = 1 if transposed else 2
     if size > 1:
         columns = nodes.many("Split", columns[0], names=[None] * size, axis=axis, num_outputs=size)
+    out = _digits(nodes, columns[0]) if bits == TERNARY else _cut(nodes, columns, int(bits), doubled=doubled)
+    flat = nodes("Flatten", nodes("Concat", *out, axis=axis), axis=2 if transposed else 1)
+    return nodes("Slice", flat, nodes.ints(0), nodes.ints(count), nodes.ints(axis // 2)) if count else flat
+
+
+def _cut(nodes: Nodes, columns: Sequence[ir.Value], bits: int, *, doubled: bool) -> list[ir.Value]:
+    """The codes of a pattern, from the values that hold its bytes."""
     mask = nodes.const(((1 << bits) - 1) << doubled, np.uint8)
     out = []
-    for code in range(codes):
+    for code in range(pattern(bits)[0]):
         byte, start = divmod(code * bits, 8)
         low = _shift(nodes, columns[byte], start - doubled)
         if start + bits > 8:  # the code goes on in the next byte
             low = nodes("BitwiseOr", low, _shift(nodes, columns[byte + 1], start - doubled - 8))
         out.append(nodes("BitwiseAnd", low, mask))
-    flat = nodes("Flatten", nodes("Concat", *out, axis=axis), axis=2 if transposed else 1)
-    return nodes("Slice", flat, nodes.ints(0), nodes.ints(count), nodes.ints(axis // 2)) if count else flat
+    return out
+
+
+def _digits(nodes: Nodes, packed: ir.Value) -> list[ir.Value]:
+    """The five ternary codes of every byte q: (q * 3^d modulo 256) * 3 / 256; onnxruntime multiplies no uint8."""
+    wide, out = nodes("Cast", packed, to=INT32), []
+    for digit in range(5):
+        rest = nodes("Mul", wide, nodes.const(3**digit, np.int32)) if digit else wide
+        rest = nodes("BitwiseAnd", rest, nodes.const(255, np.int32)) if digit else rest
+        top = nodes("Div", nodes("Mul", rest, nodes.const(3, np.int32)), nodes.const(256, np.int32))
+        out.append(nodes("Cast", top, to=UINT8))
+    return out
 
 
 def _shift(nodes: Nodes, value: ir.Value, by: int) -> ir.Value:
@@ -196,7 +224,7 @@ def _fused(nodes: Nodes, variant: Variant, inputs: dict[str, ir.Value]) -> ir.Va
         code, zero = nodes("Cast", code, to=UINT4), nodes("Cast", zero, to=UINT4)
         weight = nodes("DequantizeLinear", code, step, zero, axis=0, block_size=scheme.group_size)
         products.append(nodes("MatMul", inputs["X"], weight))
-    if scheme.symmetric and not variant.doubled:
+    if variant.lacks_half:
         sums = group_sums(nodes, inputs["X"], scheme.group_size)
         products.append(nodes("MatMul", sums, _times(nodes, scales, 0.5)))
     return reduce(lambda total, product: nodes("Add", total, product), products)
@@ -205,7 +233,7 @@ def _fused(nodes: Nodes, variant: Variant, inputs: dict[str, ir.Value]) -> ir.Va
 def _fields(nodes: Nodes, packed: ir.Value, variant: Variant, *, count: int, doubled: bool = False) -> list[ir.Value]:
     """Codes or zeros cut into their fields, times 2 when `doubled`: uint8 [K, N] or [K/g, N] each."""
     bits = variant.scheme.bits
-    if bits <= 4:
+    if len(FIELDS[bits]) == 1:
         return [_unpack(nodes, packed, bits, count=count, transposed=True, doubled=doubled)]
     whole = _unpack(nodes, packed, bits, count=count, transposed=True)
     out = []

@@ -6,8 +6,9 @@ DequantizeLinear. So codes become integers around zero, exactly:
     zero an integer (`Scheme.integer_zero`, or stored):   s (c - z),                     signed = c - z
     zero half an integer, (2^b - 1) / 2:                  (s / 2) (2 c - (2^b - 1)),     signed = 2 c - (2^b - 1)
 
-in the narrowest of both widths that holds every value the scheme can have: 1 to 3 bits in INT4, 4 bits there only with
-`integer_zero`, 5 to 7 and 8 with `integer_zero` in INT8. Halving an fp16 scale is exact but for subnormal ones.
+in the narrowest of both widths that holds every value the scheme can have: ternary and 1 to 3 bits in INT4, 4 bits
+there only with `integer_zero`, 5 to 7 and 8 with `integer_zero` in INT8. Halving an fp16 scale is exact but for
+subnormal ones.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from jpq_export.lower import functions
 from jpq_export.lower.functions import Variant
 from jpq_export.lower.nodes import Nodes
 from jpq_export.numerics.affine import QuantizedWeight, with_stored_zeros
+from jpq_export.numerics.scheme import kernel_bits
 
 Form = Literal["custom_op", "qdq", "fp32", "signed"]  # the last is written by `signed.SignedWeights`
 # 2 bits have a standard type too, but only from opset 25, and its kernel is no faster than the 4-bit one the function
@@ -78,7 +79,7 @@ class Weights:
             names=[name],
             domain=functions.DOMAIN,
             overload=variant.overload if self._with_overloads else "",
-            bits=scheme.bits,
+            bits=kernel_bits(scheme.bits),
             K=stored.shape[1],
             N=stored.shape[0],
             group_size=scheme.group_size,
@@ -114,7 +115,7 @@ class Weights:
         inputs = [self._store(f"{weight}.packed", _codes_tensor(stored)), scales]
         if not scheme.symmetric:
             zeros = stored.zero_points().astype(np.uint8).T
-            inputs.append(self._store(f"{weight}.zeros", _narrow(zeros, scheme.bits, signed=False)))
+            inputs.append(self._store(f"{weight}.zeros", _narrow(zeros, int(scheme.bits), signed=False)))
         matrix = nodes("DequantizeLinear", *inputs, axis=0, block_size=scheme.group_size)
         y = nodes("MatMul", x, matrix, name=None if scheme.symmetric or bias else name)
         if scheme.symmetric:
@@ -138,7 +139,7 @@ def _has_standard_form(stored: QuantizedWeight) -> bool:
 def _codes_tensor(stored: QuantizedWeight) -> ir.TensorProtocol:
     """Codes as [K, N]; signed around 2^(b-1) when symmetric."""
     codes = np.ascontiguousarray(stored.codes().T)
-    return _narrow(codes, stored.scheme.bits, signed=stored.scheme.symmetric)
+    return _narrow(codes, int(stored.scheme.bits), signed=stored.scheme.symmetric)
 
 
 def _narrow(codes: np.ndarray, bits: int, *, signed: bool) -> ir.TensorProtocol:

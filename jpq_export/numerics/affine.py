@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from jpq_export.numerics.packing import pack_codes, unpack_codes
-from jpq_export.numerics.scheme import Scheme, row_bytes
+from jpq_export.numerics.scheme import TERNARY, Scheme, row_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
     """A weight [N, K] as stored.
 
-    packed: uint8 [N, ceil(K*bits/8)]; scales: float16 [N, K/g]; zeros: None when symmetric, else packed integer zero
-    points uint8 [N, ceil(K/g*bits/8)].
+    packed: uint8 [N, row_bytes(K, bits)]; scales: float16 [N, K/g]; zeros: None when symmetric, else packed integer
+    zero points uint8 [N, row_bytes(K/g, bits)].
     """
 
     scheme: Scheme
@@ -70,6 +70,8 @@ def with_stored_zeros(weight: QuantizedWeight) -> QuantizedWeight:
     if not scheme.integer_zero:
         return weight
     zeros = weight.zero_points().astype(np.uint8)
+    if scheme.bits == TERNARY:  # its zero is an integer in any case
+        return replace(weight, scheme=replace(scheme, integer_zero=False))
     wide = Scheme(scheme.bits, scheme.group_size, symmetric=False)
     return QuantizedWeight(wide, weight.shape, weight.packed, weight.scales, pack_codes(zeros, scheme.bits))
 

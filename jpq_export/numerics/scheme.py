@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BIT_WIDTHS = (2, 3, 4, 5, 6, 8)
+TERNARY = 1.6  # bits of a code 0, 1 or 2: five share a byte
+KERNEL_TERNARY = 16  # how the integer attribute `bits` of operators and kernels says so: tenths of a bit
+ALL_WIDTHS = (1, TERNARY, 2, 3, 4, 5, 6, 8)
+BIT_WIDTHS = (2, 3, 4, 5, 6, 8)  # what a search chooses from unless it is told otherwise
 SCALE_BYTES = 2  # fp16
 
 
@@ -13,21 +16,22 @@ class Scheme:
     """Uniform affine quantization of a weight [N, K] in groups along K: w = scale * (code - zero).
 
     `symmetric`: the zero is the centre of the code range, (2**bits - 1) / 2, and is not stored. Half-integer on
-    purpose: at 2 bits the levels are then -1.5, -0.5, 0.5, 1.5 scales, the best 4-level grid for centred weights.
+    purpose: at 2 bits the levels are then -1.5, -0.5, 0.5, 1.5 scales, the best 4-level grid for centred weights; at
+    1 bit -0.5 and 0.5. Ternary codes are 0, 1, 2 around 1: -1, 0, 1 scales.
     Otherwise one integer zero point of `bits` bits a group, packed like the codes.
     `integer_zero`: a symmetric scheme whose zero is 2**(bits - 1) instead, for formats that know signed codes only
     (INT4 is -8 .. 7): half-integer zeros would need one bit more there.
     """
 
-    bits: int
+    bits: float
     group_size: int
     symmetric: bool = True
     integer_zero: bool = False
 
     def __post_init__(self) -> None:
         """Check: unknown widths are a ValueError."""
-        if self.bits not in BIT_WIDTHS:
-            raise ValueError(f"bits {self.bits} is not one of {BIT_WIDTHS}")
+        if self.bits not in ALL_WIDTHS or isinstance(self.bits, bool):
+            raise ValueError(f"bits {self.bits} is not one of {ALL_WIDTHS}")
         if self.group_size < 1:
             raise ValueError(f"group_size {self.group_size} must be at least 1")
         if self.integer_zero and not self.symmetric:
@@ -35,8 +39,8 @@ class Scheme:
 
     @property
     def max_code(self) -> int:
-        """Largest code, 2**bits - 1."""
-        return (1 << self.bits) - 1
+        """Largest code: 2**bits - 1, or 2 where ternary."""
+        return levels(self.bits) - 1
 
     @property
     def centre(self) -> float:
@@ -46,9 +50,10 @@ class Scheme:
     @property
     def signed_bits(self) -> int:
         """Bits of the smallest signed integers that hold every code less its zero, doubled where the zero is half."""
-        if self.integer_zero:
-            return self.bits
-        return self.bits + 1  # odd numbers up to 2**bits - 1, or codes less any zero point
+        if self.symmetric and self.centre % 1 == 0:
+            least = -int(self.centre)  # -2**(bits - 1) .. 2**(bits - 1) - 1, or -1, 0, 1
+            return max(-1 - least, self.max_code + least).bit_length() + 1
+        return self.max_code.bit_length() + 1  # odd numbers up to 2**bits - 1, or codes less any zero point
 
     def groups(self, in_features: int) -> int:
         """Number of groups of a row of `in_features` weights; ValueError when it does not divide."""
@@ -65,9 +70,32 @@ class Scheme:
         return out_features * (row_bytes(in_features, self.bits) + groups * SCALE_BYTES + zeros)
 
 
-def row_bytes(count: int, bits: int) -> int:
+def levels(bits: float) -> int:
+    """Number of different codes of a width: 2**bits, or 3 where ternary."""
+    return 3 if bits == TERNARY else 1 << int(bits)
+
+
+def kernel_bits(bits: float) -> int:
+    """The width as operators' attribute `bits` and the kernels state it: an integer, 16 for ternary."""
+    return KERNEL_TERNARY if bits == TERNARY else int(bits)
+
+
+def from_kernel_bits(stated: int) -> float:
+    """Undo `kernel_bits`."""
+    return TERNARY if stated == KERNEL_TERNARY else stated
+
+
+def read_width(text: str) -> float:
+    """'3' -> 3, '1.6' -> TERNARY; ValueError for what is no width."""
+    known = {f"{bits:g}": bits for bits in ALL_WIDTHS}
+    if text not in known:
+        raise ValueError(f"{text!r} is not one of {', '.join(known)}")
+    return known[text]
+
+
+def row_bytes(count: int, bits: float) -> int:
     """Bytes of `count` codes of `bits` bits in one packed row."""
-    return -(-count * bits // 8)
+    return -(-count // 5) if bits == TERNARY else -(-count * int(bits) // 8)
 
 
 def choose_group_size(in_features: int, preferred: int = 64) -> int:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from jpq_kernels.unpack import doubled_zero, float_base, levels, load_unit
+from jpq_kernels.unpack import doubled_zero, float_base, levels, load_ternary_unit, load_unit
 from jpq_kernels.weight import DeviceWeight, divide_up, expect
 
 
@@ -40,7 +40,11 @@ def gather_kernel(
     unit = tl.program_id(1) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
     inside = unit < units
     group = unit * UNIT_CODES // GROUP_SIZE
-    elements = load_unit(packed, (row * units + unit) * UNIT_ELEMENTS, inside, UNIT_ELEMENTS)
+    if BITS == 16:
+        row_bytes = (K + 4) // 5
+        elements = load_ternary_unit(packed, row * row_bytes, unit * UNIT_CODES, row_bytes, inside)
+    else:
+        elements = load_unit(packed, (row * units + unit) * UNIT_ELEMENTS, inside, UNIT_ELEMENTS)
     scale = tl.load(scales + row * (K // GROUP_SIZE) + group, mask=inside, other=0.0).to(tl.float32)
     scale = tl.where(known, 0.5 * scale, float("nan"))
     zero = doubled_zero(zeros, row, group, inside, zero_row_bytes, BITS, SYMMETRIC)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from jpq_kernels.unpack import add_products, doubled_zero, float_base, levels, load_unit
+from jpq_kernels.unpack import add_products, doubled_zero, float_base, levels, load_ternary_unit, load_unit
 from jpq_kernels.weight import DeviceWeight, Layout, divide_up, expect
 
 MOST_FEW_ROWS = 16
@@ -80,9 +80,13 @@ def few_rows_kernel(
         unit_inside = unit < last
         inside = n_inside[:, None] & unit_inside[None, :]
         group = (unit * UNIT_CODES // GROUP_SIZE)[None, :]
-        elements = load_unit(
-            packed, row * (units * UNIT_ELEMENTS) + unit[None, :] * UNIT_ELEMENTS, inside, UNIT_ELEMENTS
-        )
+        if BITS == 16:
+            row_bytes = (K + 4) // 5
+            elements = load_ternary_unit(packed, row * row_bytes, unit[None, :] * UNIT_CODES, row_bytes, inside)
+        else:
+            elements = load_unit(
+                packed, row * (units * UNIT_ELEMENTS) + unit[None, :] * UNIT_ELEMENTS, inside, UNIT_ELEMENTS
+            )
         scale = tl.load(scales + row * (K // GROUP_SIZE) + group, mask=inside, other=0.0).to(tl.float32)
         zero = doubled_zero(zeros, row, group, inside, zero_row_bytes, BITS, SYMMETRIC)
         part = tl.zeros([ROWS, BLOCK_N, BLOCK_UNITS], tl.float32)
@@ -143,8 +147,13 @@ def many_rows_kernel(
         group = block // GROUP_BLOCKS
         unit = (block % GROUP_BLOCKS) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)  # within the group
         inside = n_inside[:, None] & (unit < GROUP_UNITS)[None, :]
-        place = row[:, None] * (groups * GROUP_UNITS) + group * GROUP_UNITS + unit[None, :]
-        elements = load_unit(packed, place * UNIT_ELEMENTS, inside, UNIT_ELEMENTS)
+        if BITS == 16:
+            row_bytes = (K + 4) // 5
+            first = (group * GROUP_UNITS + unit[None, :]) * UNIT_CODES
+            elements = load_ternary_unit(packed, row[:, None] * row_bytes, first, row_bytes, inside)
+        else:
+            place = row[:, None] * (groups * GROUP_UNITS) + group * GROUP_UNITS + unit[None, :]
+            elements = load_unit(packed, place * UNIT_ELEMENTS, inside, UNIT_ELEMENTS)
         zero = doubled_zero(zeros, row[:, None], group, n_inside[:, None], zero_row_bytes, BITS, SYMMETRIC)
         code = levels(elements, base, zero, 0, 1, UNIT_CODES, BITS, ELEMENT_BITS)
         code = tl.reshape(code, [BLOCK_N, BLOCK_CODES]).to(tl.float16)  # |2 (code - zero)| <= 510: exact

@@ -4,10 +4,13 @@ A row's bit stream is read in elements of 32 bits (8 where a row does not divide
 elements that holds whole codes is a unit: UNIT_ELEMENTS elements, UNIT_CODES codes (3 words hold 32 codes of 3 bits,
 one word holds 8 of 4 bits). A lane loads whole units, so no byte is read twice and no code needs a branch: which bits
 of which element hold a code is known when the kernel is compiled.
+
+Ternary rows (BITS 16) have no such unit: groups begin anywhere in a byte of five codes. There a unit is up to 16 codes
+and the four bytes they may touch, as one word, beside the number of codes of the first byte that come before.
 """
 
 # Constants are annotated as what Triton wraps them in, which knows fewer operators than the integers they are.
-# pyright: reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -23,6 +26,27 @@ def load_unit(packed, offsets, mask, COUNT: tl.constexpr, FIRST: tl.constexpr = 
         return (element,)
     else:
         return (element,) + load_unit(packed, offsets, mask, COUNT, FIRST + 1)  # noqa: RUF005 Triton knows no stars
+
+
+@triton.jit
+def load_ternary_unit(packed, row_start, first, row_bytes, mask):
+    """The four bytes from the one that holds code `first` of the row on, as uint32, and how many of its codes precede.
+
+    `row_start`: int64 offset of the row; bytes past the row's end are not read.
+    """
+    byte = first // 5
+    word = tl.load(packed + row_start + byte, mask=mask, other=0).to(tl.uint32)
+    for i in tl.static_range(1, 4):
+        inside = mask & (byte + i < row_bytes)
+        word = word | (tl.load(packed + row_start + byte + i, mask=inside, other=0).to(tl.uint32) << (8 * i))
+    return (word, first - 5 * byte)
+
+
+@triton.jit
+def ternary_digit(q, digit):
+    """Code number `digit` (0 .. 4) of the stored byte q, both int32 or uint32: the top of q * 3**digit modulo 256."""
+    power = tl.where(digit == 4, 81, (0x1B090301 >> (8 * digit & 31)) & 255).to(tl.uint32)  # 3**digit
+    return ((q * power & 255) * 3) >> 8
 
 
 @triton.jit
@@ -42,13 +66,19 @@ def doubled(unit, base, CODE: tl.constexpr, BITS: tl.constexpr, ELEMENT_BITS: tl
     at a quarter of the rate or less); `base` is what `float_base` returns. Doubled, so that subtracting
     2**23 + 2 * zero is exact for half-integer zeros.
     """
-    START: tl.constexpr = CODE * BITS % ELEMENT_BITS
-    AT: tl.constexpr = CODE * BITS // ELEMENT_BITS
-    bits = unit[AT] << 1 if START == 0 else unit[AT] >> (START - 1)
-    if START + BITS > ELEMENT_BITS:
-        bits = bits | (unit[AT + 1] << (ELEMENT_BITS - START + 1))
-    MASK: tl.constexpr = ((1 << BITS) - 1) << 1
-    return ((bits & MASK) | base).to(tl.float32, bitcast=True)
+    if BITS == 16:
+        at = unit[1] + CODE
+        byte = at * 13 >> 6  # at // 5, for at < 20
+        code = ternary_digit((unit[0] >> (8 * byte).to(tl.uint32)) & 255, at - 5 * byte)
+        return ((code << 1) | base).to(tl.float32, bitcast=True)
+    else:
+        START: tl.constexpr = CODE * BITS % ELEMENT_BITS
+        AT: tl.constexpr = CODE * BITS // ELEMENT_BITS
+        bits = unit[AT] << 1 if START == 0 else unit[AT] >> (START - 1)
+        if START + BITS > ELEMENT_BITS:
+            bits = bits | (unit[AT + 1] << (ELEMENT_BITS - START + 1))
+        MASK: tl.constexpr = ((1 << BITS) - 1) << 1
+        return ((bits & MASK) | base).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -104,7 +134,10 @@ def add_products(
 def doubled_zero(zeros, row, group, mask, zero_row_bytes, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
     """2**23 + 2 * zero point of `group` in `row` (broadcast against each other), as float32."""
     if SYMMETRIC:
-        return 8388608.0 + ((1 << BITS) - 1)
+        return 8388608.0 + (2 if BITS == 16 else (1 << BITS) - 1)
+    elif BITS == 16:
+        q = tl.load(zeros + row.to(tl.int64) * zero_row_bytes + group // 5, mask=mask, other=0).to(tl.uint32)
+        return 8388608.0 + (2 * ternary_digit(q, group % 5)).to(tl.float32)
     else:
         start = group * BITS
         byte = zeros + row.to(tl.int64) * zero_row_bytes + start // 8

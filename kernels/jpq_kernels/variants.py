@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jpq_export.numerics.scheme import BIT_WIDTHS
+from jpq_export.numerics.scheme import ALL_WIDTHS, KERNEL_TERNARY, kernel_bits
 from jpq_kernels.low_bit_gather import GATHER_WARPS, gather_kernel, gather_units
 from jpq_kernels.low_bit_matmul import (
     ADD_SPLITS_BLOCK,
@@ -24,6 +24,7 @@ from jpq_kernels.low_bit_matmul import (
 )
 from jpq_kernels.weight import Layout, layout_of
 
+WIDTHS = tuple(kernel_bits(bits) for bits in ALL_WIDTHS)
 GROUP_SIZES = (32, 64, 128)
 X_TYPES = ("fp16", "fp32")
 X_BYTES = {"fp16": 2, "fp32": 4}
@@ -52,7 +53,7 @@ class Variant:
 
 def variants(
     *,
-    bits: Sequence[int] = BIT_WIDTHS,
+    bits: Sequence[int] = WIDTHS,
     group_sizes: Sequence[int] = GROUP_SIZES,
     x_types: Sequence[str] = X_TYPES,
     zero_points: Sequence[str] = ("symmetric", "asymmetric"),
@@ -79,8 +80,9 @@ def of_layout(layout: Layout, x_type: str) -> Iterator[Variant]:
 
 
 def suffix(layout: Layout, x_type: str) -> str:
-    """The part of a name that says the layout: `b4_g64_sym_fp16`."""
-    return f"b{layout.bits}_g{layout.group_size}_{'sym' if layout.symmetric else 'asym'}_{x_type}"
+    """The part of a name that says the layout: `b4_g64_sym_fp16`, `ternary_g64_sym_fp16`."""
+    width = "ternary" if layout.bits == KERNEL_TERNARY else f"b{layout.bits}"
+    return f"{width}_g{layout.group_size}_{'sym' if layout.symmetric else 'asym'}_{x_type}"
 
 
 def aligned(layout: Layout) -> frozenset[str]:

@@ -8,9 +8,9 @@ from math import gcd
 import torch
 
 from jpq_export.numerics.affine import QuantizedWeight
-from jpq_export.numerics.scheme import row_bytes
+from jpq_export.numerics.scheme import KERNEL_TERNARY, from_kernel_bits, kernel_bits, row_bytes
 
-WIDTHS = range(1, 9)  # what the kernels unpack; which of them a plan may choose is the scheme's business
+WIDTHS = (*range(1, 9), KERNEL_TERNARY)  # what the kernels unpack; which a plan may choose is the scheme's business
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Unit:
 
 
 def unit_of(bits: int, element_bits: int) -> Unit:
-    """Unit of codes of `bits` bits read in elements of `element_bits`."""
+    """Unit of codes of `bits` bits (not ternary) read in elements of `element_bits`."""
     shared = gcd(bits, element_bits)
     return Unit(element_bits, bits // shared, element_bits // shared)
 
@@ -47,8 +47,10 @@ class Layout:
 def layout_of(bits: int, group_size: int, *, symmetric: bool, word_aligned: bool = True) -> Layout:
     """Words where a group is made of whole words and rows start at one; else bytes (slower, the same numbers).
 
-    ValueError where a group would not be made of whole bytes either.
+    ValueError where a group would not be made of whole bytes either. Ternary codes are read a byte at a time.
     """
+    if bits == KERNEL_TERNARY:
+        return Layout(bits, group_size, symmetric, Unit(element_bits=8, elements=4, codes=gcd(group_size, 16)))
     words, octets = unit_of(bits, 32), unit_of(bits, 8)
     if group_size % octets.codes:
         raise ValueError(
@@ -63,8 +65,8 @@ def layout_of(bits: int, group_size: int, *, symmetric: bool, word_aligned: bool
 class DeviceWeight:
     """A weight [N, K] as stored (`QuantizedWeight`), in torch tensors of one device.
 
-    packed: uint8 [N, ceil(K*bits/8)]; scales: float16 [N, K/g]; zeros: None when symmetric, else packed integer zero
-    points uint8 [N, ceil(K/g*bits/8)].
+    `bits` as the operators state it: 16 means ternary. packed: uint8 [N, row_bytes(K, bits)]; scales: float16 [N, K/g];
+    zeros: None when symmetric, else packed integer zero points uint8 [N, row_bytes(K/g, bits)].
     """
 
     bits: int
@@ -78,15 +80,16 @@ class DeviceWeight:
         """Check: tensors that do not fit the scheme, or a group no unit divides, are a ValueError."""
         n, k = self.shape
         if self.bits not in WIDTHS:
-            raise ValueError(f"bits {self.bits} is not one of {min(WIDTHS)} .. {max(WIDTHS)}")
+            raise ValueError(f"bits {self.bits} is not one of {WIDTHS}")
         if self.group_size < 1 or k % self.group_size:
             raise ValueError(f"in_features {k} is not a multiple of group_size {self.group_size}")
         if min(self.shape) < 1:
             raise ValueError(f"shape {self.shape} has no weights")
-        expect("packed", self.packed, torch.uint8, (n, row_bytes(k, self.bits)), self.packed.device)
+        width = from_kernel_bits(self.bits)
+        expect("packed", self.packed, torch.uint8, (n, row_bytes(k, width)), self.packed.device)
         expect("scales", self.scales, torch.float16, (n, self.groups), self.packed.device)
         if self.zeros is not None:
-            expect("zeros", self.zeros, torch.uint8, (n, row_bytes(self.groups, self.bits)), self.packed.device)
+            expect("zeros", self.zeros, torch.uint8, (n, row_bytes(self.groups, width)), self.packed.device)
         _ = self.layout  # refuses what the kernels cannot read
 
     @classmethod
@@ -96,7 +99,8 @@ class DeviceWeight:
         packed, scales, zeros = (None if a is None else torch.from_numpy(a.copy()).to(device) for a in tensors)
         assert packed is not None
         assert scales is not None
-        return cls(weight.scheme.bits, weight.scheme.group_size, weight.shape, packed, scales, zeros)
+        bits = kernel_bits(weight.scheme.bits)
+        return cls(bits, weight.scheme.group_size, weight.shape, packed, scales, zeros)
 
     @property
     def groups(self) -> int:

@@ -16,7 +16,7 @@ constexpr int64_t MOST_GRID_Y = 65535;
 
 Weight weight_of(const jpq_weight &w) {
   const int64_t groups = w.k / w.group_size;
-  return {w.packed, w.zeros, w.scales, w.n, (w.k * w.bits + 7) / 8, (groups * w.bits + 7) / 8,
+  return {w.packed, w.zeros, w.scales, w.n, jpq_bytes(w.k, w.bits), jpq_bytes(groups, w.bits),
           (int)w.k, w.group_size, (int)groups, w.bits};
 }
 
@@ -127,7 +127,8 @@ int check_product(const jpq_cuda_product *p) {
 }  // namespace
 
 extern "C" int jpq_cuda_check(const jpq_weight *w) {
-  if (!w || !w->packed || !w->scales || w->n < 0 || w->k < 1 || w->bits < 1 || w->bits > 8) return JPQ_CUDA_BAD_WEIGHT;
+  if (!w || !w->packed || !w->scales || w->n < 0 || w->k < 1) return JPQ_CUDA_BAD_WEIGHT;
+  if ((w->bits < 1 || w->bits > 8) && w->bits != JPQ_TERNARY) return JPQ_CUDA_BAD_WEIGHT;
   if (w->group_size < 1 || w->k % w->group_size || w->k > INT32_MAX / 8) return JPQ_CUDA_BAD_WEIGHT;
   return w->group_size % UNIT ? JPQ_CUDA_BAD_GROUP : JPQ_CUDA_OK;
 }
@@ -153,7 +154,8 @@ extern "C" int jpq_cuda_matmul(const jpq_cuda_product *p) {
     case 5: return launch<5>(*p);
     case 6: return launch<6>(*p);
     case 7: return launch<7>(*p);
-    default: return launch<8>(*p);
+    case 8: return launch<8>(*p);
+    default: return launch<JPQ_TERNARY>(*p);
   }
 }
 

@@ -1,7 +1,8 @@
 /* What the CUDA kernels share: numbers in and out, units of 32 codes, tensor-core steps.
  *
  * 32 codes of b bits fill b words of 32 bits exactly, and a group is a whole number of such units. So a lane always
- * works on whole words, and rows (K * b / 8 bytes) start on a multiple of 4 bytes whatever the width.
+ * works on whole words, and rows (K * b / 8 bytes) start on a multiple of 4 bytes whatever the width; ternary codes
+ * are brought into that form when they are loaded (low_bit_ternary.cuh).
  */
 #ifndef JPQ_LOW_BIT_DEVICE_CUH
 #define JPQ_LOW_BIT_DEVICE_CUH
@@ -91,7 +92,7 @@ __device__ __forceinline__ uint32_t load_word(const uint8_t *p) {
   return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
-/* The zero of a group, in codes: packed at `bits` bits each, or the half-integer centre. */
+/* The zero of a group, in codes: packed at `bits` bits each, or the half-integer centre. Not for ternary codes. */
 __device__ __forceinline__ float load_zero(const Weight &w, int64_t row, int group) {
   const int top = (1 << w.bits) - 1;
   if (!w.zeros) return 0.5f * (float)top;

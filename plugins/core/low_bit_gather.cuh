@@ -2,7 +2,7 @@
 #ifndef JPQ_LOW_BIT_GATHER_CUH
 #define JPQ_LOW_BIT_GATHER_CUH
 
-#include "low_bit_device.cuh"
+#include "low_bit_ternary.cuh"
 
 namespace jpq {
 
@@ -17,6 +17,7 @@ struct Gather {
 
 /* Code j of a row; reads no byte past the one its last bit is in. */
 __device__ __forceinline__ uint32_t code_at(const uint8_t *row, int bits, int j) {
+  if (bits == JPQ_TERNARY) return ternary_at(row, j);
   const int64_t bit = (int64_t)j * bits;
   const int shift = (int)(bit & 7);
   uint32_t v = row[bit >> 3];
@@ -34,7 +35,9 @@ __global__ void __launch_bounds__(GATHER_THREADS) gather_rows(Gather a) {
     float value = __uint_as_float(0x7fc00000u); /* NaN: an index out of range must be seen */
     if (here) {
       const int group = k / a.w.group_size;
-      const float offset = offset_of(load_zero(a.w, row, group));
+      const bool ternary = a.w.bits == JPQ_TERNARY;
+      const float zero = ternary ? zero_of<JPQ_TERNARY>(a.w, row, group) : load_zero(a.w, row, group);
+      const float offset = offset_of(zero);
       value = centred(code_at(a.w.packed + row * a.w.row_bytes, a.w.bits, k), offset) * load_scale(a.w, row, group);
     }
     store_float(a.out, a.out_type, i * a.w.k + k, value);

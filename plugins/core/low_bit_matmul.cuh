@@ -1,7 +1,7 @@
 /* Y = X . dequant(W)^T for few rows of X (decode): memory-bound, each packed byte is read once.
  *
  * A warp owns ROWS rows of W and walks along K in chunks of 1024 codes, 32 a lane. Widths 1, 2, 4 and 8 are loaded by
- * the lane that needs them, in vectors; the others by 16-byte loads that are coalesced over the warp and exchanged
+ * the lane that needs them, in vectors, and so are ternary codes, word by word; the others by 16-byte loads that are coalesced over the warp and exchanged
  * through shared memory (a lane's words lie an odd number of words, or of pairs, apart: no bank conflicts).
  * X lies in shared memory as fp32. Long rows are split over blocks when N alone does not fill a GPU; the parts are
  * added in a fixed order by a second kernel.
@@ -9,7 +9,7 @@
 #ifndef JPQ_LOW_BIT_MATMUL_CUH
 #define JPQ_LOW_BIT_MATMUL_CUH
 
-#include "low_bit_device.cuh"
+#include "low_bit_ternary.cuh"
 
 namespace jpq {
 
@@ -27,7 +27,7 @@ struct Few {
 };
 
 template <int BITS>
-constexpr bool DIRECT = (BITS & (BITS - 1)) == 0;
+constexpr bool DIRECT = (BITS & (BITS - 1)) == 0; /* 1, 2, 4, 8 and ternary, which is 16 here */
 
 /* Bytes of shared memory: X, then a chunk of a row for each warp. */
 template <int BITS, int M>
@@ -110,16 +110,20 @@ struct Passing {
 /* The words of the lane's unit for each row of the warp; rows past the last repeat it and are not stored. */
 template <int BITS, int ROWS>
 __device__ __forceinline__ void load_rows(const Weight &w, int64_t first, int chunk, uint32_t *stage, int lane,
-                                          uint32_t (&words)[ROWS][BITS]) {
+                                          uint32_t (&words)[ROWS][HELD<BITS>]) {
   const int units = w.k / UNIT - chunk * 32; /* from here to the end of the row */
   if constexpr (DIRECT<BITS>) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
       const int64_t row = first + r < w.n ? first + r : w.n - 1;
 #pragma unroll
-      for (int i = 0; i < BITS; i++) words[r][i] = 0;
-      const uint8_t *unit = w.packed + row * w.row_bytes + ((int64_t)chunk * 32 + lane) * 4 * BITS;
-      if (lane < units) load_direct<BITS>(unit, words[r]);
+      for (int i = 0; i < HELD<BITS>; i++) words[r][i] = 0;
+      if constexpr (BITS == JPQ_TERNARY) {
+        if (lane < units) load_ternary(w, row, chunk * 32 + lane, words[r]);
+      } else {
+        const uint8_t *unit = w.packed + row * w.row_bytes + ((int64_t)chunk * 32 + lane) * 4 * BITS;
+        if (lane < units) load_direct<BITS>(unit, words[r]);
+      }
     }
   } else {
     Passing<BITS> passing[ROWS];
@@ -180,7 +184,7 @@ __global__ void __launch_bounds__(FEW_THREADS, FEW_BLOCKS) few_rows(Few a) {
   const int end = begin + a.chunks_per_split < chunks ? begin + a.chunks_per_split : chunks;
   float sum[ROWS][M] = {};
   for (int chunk = begin; chunk < end; chunk++) {
-    uint32_t words[ROWS][BITS];
+    uint32_t words[ROWS][HELD<BITS>];
     float scale[ROWS], offset[ROWS];
     load_rows<BITS, ROWS>(a.w, first, chunk, stage, lane, words);
     const int k = chunk * CHUNK + lane * UNIT, group = k / a.w.group_size;
@@ -188,12 +192,12 @@ __global__ void __launch_bounds__(FEW_THREADS, FEW_BLOCKS) few_rows(Few a) {
     for (int r = 0; r < ROWS; r++) {
       const int64_t row = first + r < a.w.n ? first + r : a.w.n - 1;
       scale[r] = k < a.w.k ? load_scale(a.w, row, group) : 0.f;
-      offset[r] = offset_of(k < a.w.k ? load_zero(a.w, row, group) : 0.f);
+      offset[r] = offset_of(k < a.w.k ? zero_of<BITS>(a.w, row, group) : 0.f);
     }
     __syncthreads(); /* everybody is done with the chunk before */
     stage_x<M>(a, xs, chunk);
     __syncthreads();
-    multiply<BITS, M, ROWS>(xs, words, scale, offset, lane, sum);
+    multiply<HELD<BITS>, M, ROWS>(xs, words, scale, offset, lane, sum);
   }
 #pragma unroll
   for (int r = 0; r < ROWS; r++)

@@ -7,7 +7,7 @@
 #ifndef JPQ_LOW_BIT_MATMUL_MANY_CUH
 #define JPQ_LOW_BIT_MATMUL_MANY_CUH
 
-#include "low_bit_device.cuh"
+#include "low_bit_ternary.cuh"
 
 namespace jpq {
 
@@ -50,20 +50,24 @@ __device__ __forceinline__ void stage_codes(const Many &a, int64_t first, int k0
   const int64_t row = first + n;
   uint16_t *to = out + n * STRIDE + half * UNIT;
   const bool here = row < a.w.n && k < a.w.k;
-  uint32_t words[BITS];
+  uint32_t words[HELD<BITS>] = {};
+  if constexpr (BITS == JPQ_TERNARY) {
+    if (here) load_ternary(a.w, row, k / UNIT, words);
+  } else {
 #pragma unroll
-  for (int i = 0; i < BITS; i++)
-    words[i] = here ? load_word(a.w.packed + row * a.w.row_bytes + (int64_t)(k / UNIT) * 4 * BITS + 4 * i) : 0;
+    for (int i = 0; i < BITS; i++)
+      if (here) words[i] = load_word(a.w.packed + row * a.w.row_bytes + (int64_t)(k / UNIT) * 4 * BITS + 4 * i);
+  }
   const int group = k / a.w.group_size;
-  const float offset = offset_of(here ? load_zero(a.w, row, group) : 0.f);
+  const float offset = offset_of(here ? zero_of<BITS>(a.w, row, group) : 0.f);
   scales[half * TILE + n] = here ? load_scale(a.w, row, group) : 0.f;
 #pragma unroll
   for (int j = 0; j < UNIT; j += 8) { /* 16 bytes a store: eight lanes hit all banks once */
     uint32_t pair[4];
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      pair[i] = pack_halves(centred(code<BITS>(words, j + 2 * i), offset),
-                            centred(code<BITS>(words, j + 2 * i + 1), offset));
+      pair[i] = pack_halves(centred(code<HELD<BITS>>(words, j + 2 * i), offset),
+                            centred(code<HELD<BITS>>(words, j + 2 * i + 1), offset));
     *(uint4 *)(to + j) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
   }
 }

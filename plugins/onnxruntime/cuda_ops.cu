@@ -184,8 +184,6 @@ bool is_matrix(const Tensor &t, int type, int64_t rows, int64_t columns) {
   return t.data && t.type == type && t.rank == 2 && t.dims[0] == rows && t.dims[1] == columns;
 }
 
-int64_t row_bytes(int64_t count, int bits) { return (count * bits + 7) / 8; }
-
 /* The weight of this run and the bias, checked against the attributes. */
 OrtStatus *read_weight(const Kernel &k, const OrtKernelContext *context, jpq_weight *w, const void **bias) {
   const OrtApi *api = k.api;
@@ -196,8 +194,8 @@ OrtStatus *read_weight(const Kernel &k, const OrtKernelContext *context, jpq_wei
   const int64_t groups = w->k / w->group_size;
   TRY(ORT(api, KernelContext_GetInputCount)(context, &inputs));
   TRY(input(api, context, 1, &t));
-  if (!is_matrix(t, ORT_UINT8, w->n, row_bytes(w->k, w->bits)))
-    return fail(api, "packed must be uint8 [N, K*bits/8]", "input 1");
+  if (!is_matrix(t, ORT_UINT8, w->n, jpq_bytes(w->k, w->bits)))
+    return fail(api, "packed must be uint8 [N, bytes of K codes]", "input 1");
   w->packed = static_cast<const uint8_t *>(t.data);
   TRY(input(api, context, 2, &t));
   if (!is_matrix(t, ORT_FLOAT16, w->n, groups)) return fail(api, "scales must be float16 [N, K/group_size]", "input 2");
@@ -205,8 +203,8 @@ OrtStatus *read_weight(const Kernel &k, const OrtKernelContext *context, jpq_wei
   w->zeros = nullptr;
   if (!k.symmetric) {
     TRY(input(api, context, at++, &t));
-    if (!is_matrix(t, ORT_UINT8, w->n, row_bytes(groups, w->bits)))
-      return fail(api, "zeros must be uint8 [N, K/group_size*bits/8]", "input 3");
+    if (!is_matrix(t, ORT_UINT8, w->n, jpq_bytes(groups, w->bits)))
+      return fail(api, "zeros must be uint8 [N, bytes of K/group_size codes]", "input 3");
     w->zeros = static_cast<const uint8_t *>(t.data);
   }
   if (at >= inputs || k.gather) return nullptr;

@@ -43,7 +43,7 @@ std::string check(Settings const &s) {
   switch (jpq_cuda_check(&w)) {
     case JPQ_CUDA_OK: return "";
     case JPQ_CUDA_BAD_GROUP: return "group_size " + std::to_string(s.group_size) + " is not a multiple of 32";
-    default: return "bits must be 1 to 8, K a multiple of group_size, N not negative";
+    default: return "bits must be 1 to 8 or 16 for ternary, K a multiple of group_size, N not negative";
   }
 }
 

@@ -65,14 +65,15 @@ bool LowBit::counts_fit(int32_t inputs, int32_t outputs) const {
 
 // Whether all inputs have the shapes the settings promise; dimensions that vary are -1.
 bool LowBit::shapes_fit(Dims const *const *dims, int32_t inputs) const {
-  const int64_t groups = settings_.K / settings_.group_size, bits = settings_.bits;
+  const int64_t groups = settings_.K / settings_.group_size;
+  const int32_t bits = settings_.bits;
   if (kind_ == Kind::matmul) {
     Dims const &x = *dims[0];
     if (x.nbDims < 1 || (x.d[x.nbDims - 1] != settings_.K && x.d[x.nbDims - 1] != -1)) return false;
   }
-  if (!is_matrix(*dims[1], settings_.N, (settings_.K * bits + 7) / 8)) return false;
+  if (!is_matrix(*dims[1], settings_.N, jpq_bytes(settings_.K, bits))) return false;
   if (!is_matrix(*dims[2], settings_.N, groups)) return false;
-  if (!settings_.symmetric && !is_matrix(*dims[3], settings_.N, (groups * bits + 7) / 8)) return false;
+  if (!settings_.symmetric && !is_matrix(*dims[3], settings_.N, jpq_bytes(groups, bits))) return false;
   return inputs <= first_bias() || (dims[first_bias()]->nbDims == 1 && dims[first_bias()]->d[0] == settings_.N);
 }
 

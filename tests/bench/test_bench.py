@@ -72,28 +72,35 @@ def test_what_is_compared_with_computes_the_same_model(tmp_path):
 
 
 def test_a_bundle_is_measured(bundle, kernels):
-    result = bench(bundle, Settings(rounds=2, prefill=8, decode=3), Stages())
+    result = bench(bundle, Settings(rounds=2, prefill=8, decode=3, widths=(3, 8)), Stages())
     assert set(result.bundle) == {"jpq", "jpq-fast"}
     assert set(result.baselines) == {"onnxruntime-fp32", "matmulnbits-4bit"}
-    assert "jpq kernels" in result.bundle["jpq"].runs
+    assert set(result.uniform) == {"jpq-3bit", "jpq-3bit-fast", "jpq-8bit", "jpq-8bit-fast"}
+    assert all("jpq kernels" in speed.runs for speed in (result.bundle | result.uniform).values())
+    assert result.uniform["jpq-8bit"].file_bytes > result.uniform["jpq-3bit"].file_bytes > 0
     assert "MatMulNBits" in result.baselines["matmulnbits-4bit"].runs
     for speed in (result.bundle | result.baselines).values():
         assert speed.decode_tokens_per_s > 1
         assert speed.peak_rss_bytes > 1e7
-    # q, k, v, o of one attention, gate, up, down of two MLPs, and the head
-    assert len(result.layers) == 4 + 3 + 3 + 1
-    assert by_bits(result)[4][0] == len(result.layers)
-    raw = json.loads(result.to_json())
+    # q, k, v, o of one attention, gate, up, down of two MLPs, and the head; the original has two of each
+    assert {bits: count for bits, (count, _) in by_bits(result).items()} == {3: 15, 4: 4 + 3 + 3 + 1, 8: 15}
+    raw = json.loads(rounds.to_json([result]))
     best = max(speed.decode_tokens_per_s for speed in result.bundle.values())
     assert raw["decode_tokens_per_s"] == best
     assert raw["weight_bytes"] == 77
-    shown = page(result, "a <b>")
+    shown = page([result, replace(result, settings=Settings(threads=2))], "a <b>")
     assert "a &lt;b&gt;" in shown
-    assert "matmulnbits-4bit" in shown
+    assert shown.count(">matmulnbits-4bit<") == 6  # three pictures for each
+    assert "2 thread(s)" in shown
+    several = json.loads(rounds.to_json([result, replace(result, settings=Settings(threads=2))]))
+    assert set(several["threads"]) == {"1", "2"}
+    assert several["decode_tokens_per_s"] == several["threads"]["1"]["decode_tokens_per_s"] == best
 
 
 def test_rates_are_medians_over_turns():
     class Known:
+        file_bytes = 7
+
         def __init__(self, *seconds):
             self.turns = iter(seconds)
 

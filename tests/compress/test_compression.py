@@ -12,12 +12,13 @@ from jpq_export.compress.apply import Compressor, LayerChoice, Recipe, all_kept,
 from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
 from jpq_export.compress.heldout import PartialForward
 from jpq_export.compress.permute import permuted
-from jpq_export.compress.prices import measure_prices, round_all
+from jpq_export.compress.prepared import Prepared, load_prepared, save_prepared
+from jpq_export.compress.prices import PriceList, RoundedCache, measure_prices, round_all
 from jpq_export.compress.student import dequantized, to_compressed, to_student
 from jpq_export.compress.tune import TuneSettings, distil_step, heldout_kl, start_training, teacher_hidden, tune
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
-from jpq_export.numerics.scheme import Scheme
+from jpq_export.numerics.scheme import BIT_WIDTHS, TERNARY, Scheme
 
 SPEC = ModelSpec(
     name="tiny", family="llama", vocab=96, hidden=64, head_dim=16, heads_per_group=2, layers=(LayerSpec(2, 128),) * 3,
@@ -206,6 +207,40 @@ def test_price_list_orders_widths_and_structures(teacher: Decoder, sequences: np
         assert structure.removal[0] == 0 < structure.removal[-1]
     prices.save(tmp_path / "prices.json")
     assert type(prices).load(tmp_path / "prices.json") == prices
+
+
+def test_narrow_widths_are_priced_when_asked_for_each_by_its_own_measurement(
+    teacher: Decoder, sequences: np.ndarray, tmp_path
+) -> None:
+    found = statistics.collect(teacher, sequences, seed=0)
+    forward = PartialForward(teacher, sequences[:4])
+
+    def priced(narrow: tuple[float, ...]) -> tuple[RoundedCache, PriceList]:
+        cache, raw = round_all(named_weights(teacher), SPEC, found, group_size=32, narrow=narrow)
+        return cache, measure_prices(teacher, found, raw, cache, forward, group_size=32)
+
+    (_, usual), (cache, prices) = priced(()), priced((1, TERNARY))
+    for name, per_width in prices.matrices.items():
+        assert set(per_width) == set(usual.matrices[name]) | {1, TERNARY}
+        assert [per_width[b] for b in BIT_WIDTHS] == pytest.approx([usual.matrices[name][b] for b in BIT_WIDTHS])
+        assert per_width[1] > per_width[TERNARY] > per_width[2]
+        assert int(cache.entries[name, TERNARY].codes.max()) == 2
+        assert int(cache.entries[name, 1].codes.max()) == 1
+    weights = dict(named_weights(teacher))
+    names = [f"layers.1.mlp.{part}" for part in ("gate", "up", "down")]
+    weights |= {name: cache.weight(name, TERNARY) for name in names}
+    measured = heldout_kl(teacher, build_decoder(SPEC, weights), sequences[:4])
+    for bits, near in ((TERNARY, True), (1, False)):
+        total = sum(prices.matrices[name][bits] for name in names)
+        assert (total == pytest.approx(measured, rel=0.05, abs=1e-3)) is near  # bf16 where the machine has it
+    prices.save(tmp_path / "prices.json")
+    assert PriceList.load(tmp_path / "prices.json") == prices
+    folder = tmp_path / "kept"
+    save_prepared(folder, Prepared(prices, cache, found))
+    again = load_prepared(folder)
+    assert again is not None
+    for key, rounded in cache.entries.items():
+        assert torch.equal(again.cache.entries[key].dequantize(), rounded.dequantize()), key
 
 
 def test_partial_forward_measures_the_same_kl_as_the_gate(teacher: Decoder, sequences: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from jpq_export.errors import BudgetError, PlanError
 from jpq_export.format.plan import Plan, load_plan
 from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
 from jpq_export.format.target import load_target
-from jpq_export.numerics.scheme import BIT_WIDTHS
+from jpq_export.numerics.scheme import ALL_WIDTHS, BIT_WIDTHS, TERNARY
 from jpq_export.pipeline import FINAL_SEQUENCES
 
 INF = float("inf")
@@ -59,9 +60,16 @@ def prices() -> PriceList:
     return PriceList(SMOLLM, 64, matrices, structures)
 
 
-def planned(prices: PriceList, request: BudgetRequest, *, knobs: Knobs | None = None, target: str = "jetson") -> Plan:
+def planned(
+    prices: PriceList,
+    request: BudgetRequest,
+    *,
+    knobs: Knobs | None = None,
+    target: str = "jetson",
+    widths: tuple[float, ...] = BIT_WIDTHS,
+) -> Plan:
     cost = CostModel(SMOLLM, load_target(target), 2048)
-    problem, knobs = Problem(prices, cost, request.resolve(SMOLLM)), knobs or Knobs()
+    problem, knobs = Problem(prices, cost, request.resolve(SMOLLM), widths), knobs or Knobs()
     return make_plan(problem, problem.solve(knobs), knobs, sha256="00", method="jpq", measured={})
 
 
@@ -76,6 +84,55 @@ def test_budgets_are_kept_and_used(prices: PriceList, kind: str, bits: float) ->
     assert 0.97 * asked <= stored <= asked
     assert plan.predicted.gap < 0.01
     plan.check(SMOLLM)
+
+
+@pytest.fixture(scope="module")
+def all_priced(prices: PriceList) -> PriceList:
+    """The same with 1 bit and ternary: by the same rule of a quarter per bit."""
+    matrices = {name: {b: each[2] * 4.0 ** (2 - b) for b in ALL_WIDTHS} for name, each in prices.matrices.items()}
+    return replace(prices, matrices=matrices)
+
+
+def test_narrow_widths_are_used_when_asked_for_and_never_else(all_priced: PriceList, tmp_path: Path) -> None:
+    request, whole = BudgetRequest("bits", 1.9), Knobs(removal=INF)
+    plan = planned(all_priced, request, knobs=whole, widths=ALL_WIDTHS)
+    assert {1, TERNARY} & {choice.bits for choice in plan.choices}
+    assert 0.97 * (plan.budget.bytes or 0) <= plan.predicted.bytes <= (plan.budget.bytes or 0)
+    plan.check(SMOLLM)
+    path = tmp_path / "plan.json"
+    path.write_text(plan.to_json(), encoding="utf-8")
+    assert '"bits": 1.6' in plan.to_json()
+    assert load_plan(path) == plan
+    with pytest.raises(BudgetError, match="smallest possible plan"):
+        planned(all_priced, request, knobs=whole)
+    forbidden = replace(whole, two_bit=INF)
+    wider = planned(all_priced, BudgetRequest("bits", 3.4), knobs=forbidden, widths=(1, TERNARY, 2, 3))
+    assert {choice.bits for choice in wider.choices} == {3}
+    with pytest.raises(BudgetError, match="--widths"):
+        planned(all_priced, request, knobs=forbidden, widths=(1, TERNARY, 2))
+
+
+@pytest.mark.parametrize("bits", [1.5, 1.58, 1.0, 16, 0, "3", True])
+def test_a_plan_with_a_width_there_is_none_of_is_refused(all_priced: PriceList, tmp_path: Path, bits: object) -> None:
+    plan = planned(all_priced, BudgetRequest("bits", 1.9), knobs=Knobs(removal=INF), widths=ALL_WIDTHS)
+    raw = json.loads(plan.to_json())
+    raw["choices"][0]["bits"] = bits
+    (tmp_path / "plan.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(PlanError, match="damaged plan"):
+        load_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("width", [1, TERNARY])
+def test_uniform_baseline_of_a_narrow_width_has_its_zero_between_the_levels(width: float) -> None:
+    cost = CostModel(SMOLLM, load_target("jetson"), 2048)
+    budget = BudgetRequest("bits", width + 1).resolve(SMOLLM)
+    plan = uniform_plan(SMOLLM, cost, budget, sha256="00", method="rtn", widths=(width,))
+    assert {choice.bits for choice in plan.choices} == {width}
+    assert all(choice.symmetric for choice in plan.choices)
+    usual = uniform_plan(SMOLLM, cost, BudgetRequest("bits", 3.0).resolve(SMOLLM), sha256="00", method="rtn")
+    assert not any(choice.symmetric for choice in usual.choices)
+    with pytest.raises(BudgetError, match="cannot be met"):
+        uniform_plan(SMOLLM, cost, budget, sha256="00", method="rtn", widths=(4,))
 
 
 @pytest.mark.parametrize("bits", [2.5, 3.0, 4.0, 6.0])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jpq_export.numerics.packing import pack_codes
+from jpq_export.numerics.scheme import levels
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,8 +64,9 @@ def compiler_environment(tmp_path_factory):
 
 def random_weight(n, groups, bits, group_size, *, symmetric, rng):
     """A stored weight [n, groups * group_size], as `DeviceWeight`'s arrays; also of widths no scheme has yet."""
-    codes = rng.integers(0, 1 << bits, (n, groups * group_size)).astype(np.uint8)
-    zeros = None if symmetric else pack_codes(rng.integers(0, 1 << bits, (n, groups)).astype(np.uint8), bits)
+    count = levels(bits)
+    codes = rng.integers(0, count, (n, groups * group_size)).astype(np.uint8)
+    zeros = None if symmetric else pack_codes(rng.integers(0, count, (n, groups)).astype(np.uint8), bits)
     return {
         "bits": bits,
         "group_size": group_size,

@@ -84,6 +84,15 @@ def test_no_tile_spills_registers_at_the_width_that_needs_most(compiler_environm
     assert {k["name"]: k["spill_bytes"] for k in kernels if k["spill_bytes"]} == {}
 
 
+def test_no_ternary_kernel_spills_registers(compiler_environment, tmp_path):
+    ternary = ("--bits", "1.6", "--group-size", "64", "--zero-points", "asymmetric", "--x", "fp32", "--sm", "87")
+    kernels = compiled(compiler_environment, tmp_path, *ternary)
+    assert len(kernels) == len(FP32)
+    assert {k["constants"]["BITS"] for k in kernels if k["name"] != "add_splits_fp32"} == {16}
+    assert {k["name"]: k["spill_bytes"] for k in kernels if k["spill_bytes"]} == {}
+    assert "few_rows_1_ternary_g64_asym_fp32" in {k["name"] for k in kernels}
+
+
 def test_twin_a_tile_that_is_too_large_is_seen_to_spill(compiler_environment):
     code = """
 from jpq_kernels.compile import compile_variant

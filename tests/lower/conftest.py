@@ -8,7 +8,7 @@ import pytest
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
 from jpq_export.numerics.affine import QuantizedWeight, store
-from jpq_export.numerics.scheme import Scheme
+from jpq_export.numerics.scheme import TERNARY, Scheme
 
 VOCAB, HIDDEN, HEAD_DIM = 96, 64, 16
 
@@ -73,7 +73,7 @@ def round_to_nearest(matrix: np.ndarray, scheme: Scheme) -> QuantizedWeight:
 def mixed(name: str, index: int) -> Scheme:
     """All widths in one model, both kinds of zero."""
     del name
-    return Scheme((4, 3, 8, 2, 5, 6)[index % 6], 16, symmetric=index % 4 < 2)
+    return Scheme((4, 3, 8, 2, 5, TERNARY, 6, 1)[index % 8], 16, symmetric=index % 3 < 2)
 
 
 def random_model(spec: ModelSpec, scheme_of=mixed, seed: int = 0) -> CompressedModel:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jpq_export.lower.export import export_onnx
-from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme
+from jpq_export.numerics.scheme import ALL_WIDTHS, Scheme
 from jpq_export.runtime.session import OrtModel
 
 torch = pytest.importorskip("torch")
@@ -160,7 +160,7 @@ def damage(model, fault):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("form", ["custom_op", "qdq"])
-@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("bits", ALL_WIDTHS)
 def test_every_width_through_a_whole_model(tiny, tmp_path, bits, form, symmetric):
     model = tiny.model(tiny.specs["llama"], lambda name, index: Scheme(bits, 32, symmetric))
     export_onnx(model, tmp_path / "model.onnx", form=form)

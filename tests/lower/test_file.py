@@ -13,7 +13,7 @@ from jpq_export.format.spec import ModelSpec
 from jpq_export.lower.export import check_graph, dialect_for, export_onnx, share_data, weight_bytes
 from jpq_export.lower.functions import FIELDS
 from jpq_export.numerics.packing import unpack_codes
-from jpq_export.numerics.scheme import Scheme, row_bytes
+from jpq_export.numerics.scheme import Scheme, kernel_bits, row_bytes
 
 # What TensorRT 10.3 parses (its operator list), as far as a decoder needs it.
 BASIC = {
@@ -102,7 +102,8 @@ def test_operators_are_stamped(write):
         n, k = weight.shape
         scheme = weight.scheme
         assert got == {
-            "bits": scheme.bits, "K": k, "N": n, "group_size": scheme.group_size, "symmetric": int(scheme.symmetric),
+            "bits": kernel_bits(scheme.bits), "K": k, "N": n,
+            "group_size": scheme.group_size, "symmetric": int(scheme.symmetric),
             "plugin_namespace": b"jpq", "plugin_version": b"1",
         }  # fmt: skip
         assert len(node.input) == 3 + (not scheme.symmetric) + (node.input[-1].endswith(".bias"))
@@ -201,7 +202,9 @@ def test_codes_of_the_standard_form_are_the_transposed_ones(write):
     model, proto, path = write("qwen3", "qdq")
     weight = model.quantized["layers.0.attn.q"]
     assert (weight.scheme.bits, weight.scheme.symmetric) == (3, True)  # not standard: stays packed
-    for name in ("layers.0.mlp.up", "layers.0.attn.k", "layers.1.mlp.gate", "layers.1.attn.q"):
+    standard = [n for n, w in model.quantized.items() if w.scheme.bits in (4, 8) and n != "embed"]
+    assert {model.quantized[n].scheme.symmetric for n in standard} == {True, False}
+    for name in standard:
         weight, tensor = model.quantized[name], next(t for t in proto.graph.initializer if t.name == f"{name}.packed")
         location = {entry.key: entry.value for entry in tensor.external_data}
         with path.with_name(location["location"]).open("rb") as file:

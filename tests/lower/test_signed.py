@@ -9,7 +9,7 @@ from jpq_export.errors import PlanError
 from jpq_export.lower.export import export_onnx, weight_bytes
 from jpq_export.lower.signed import signed
 from jpq_export.numerics.affine import QuantizedWeight
-from jpq_export.numerics.scheme import Scheme
+from jpq_export.numerics.scheme import TERNARY, Scheme
 from jpq_export.parity.runners import OrtRunner, TorchRunner
 
 SCHEMES = (
@@ -21,6 +21,9 @@ SCHEMES = (
     Scheme(4, 16),
     Scheme(5, 16, symmetric=False),
 )
+
+
+NARROW = tuple(Scheme(bits, 16, **kind) for bits in (1, TERNARY) for kind in ({}, {"symmetric": False}))
 
 
 def mixed(name, index):
@@ -39,7 +42,7 @@ def write(tiny, tmp_path):
     return do
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, Scheme(2, 16), Scheme(5, 16), Scheme(3, 16, symmetric=False)])
+@pytest.mark.parametrize("scheme", [*SCHEMES, Scheme(2, 16), Scheme(5, 16), Scheme(3, 16, symmetric=False), *NARROW])
 def test_signed_codes_are_exactly_the_weight_in_the_narrowest_width(tiny, scheme):
     weight = tiny.round(np.random.default_rng(0).normal(size=(24, 64)).astype(np.float32), scheme)
     parts = signed("w", weight)
@@ -122,3 +125,17 @@ def test_other_forms_store_integer_zeros(tiny, tmp_path):
         external_data_helper.load_external_data_for_model(proto, str(tmp_path))
         zeros = [numpy_helper.to_array(t) for t in proto.graph.initializer if t.name == "embed.zeros"]
         assert [set(z.ravel().tolist()) for z in zeros] == [{0x88}]  # two zero points of 8 a byte
+
+
+def test_one_bit_and_ternary_are_stored_as_int4_and_computed(write, tiny):
+    model, path = write(scheme_of=lambda name, index: NARROW[index % len(NARROW)])
+    stored = {
+        i.data_type for i in onnx.load(str(path), load_external_data=False).graph.initializer if ".codes" in i.name
+    }
+    assert stored == {TensorProto.INT4}
+    ids = np.random.default_rng(1).integers(0, 96, (1, 20))
+    expected, got = (
+        TorchRunner(model).forward(ids, values=True),
+        OrtRunner(path, with_points=True).forward(ids, values=True),
+    )
+    assert 1e-5 < tiny.relative_rms(got.logits, expected.logits) < 2e-3  # as above: fp16 products

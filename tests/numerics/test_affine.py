@@ -7,7 +7,7 @@ import pytest
 
 from jpq_export.numerics.affine import QuantizedWeight, store, with_stored_zeros
 from jpq_export.numerics.reference import low_bit_gather, low_bit_matmul
-from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme
+from jpq_export.numerics.scheme import ALL_WIDTHS, TERNARY, Scheme
 
 
 def random_weight(scheme, n=5, k=24, seed=0):
@@ -29,7 +29,7 @@ def by_hand(codes, scales, zeros, scheme):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("bits", ALL_WIDTHS)
 @pytest.mark.parametrize("group_size", [8, 3, 24])
 def test_dequantize_is_scale_times_code_minus_zero(bits, group_size, symmetric):
     scheme = Scheme(bits, group_size, symmetric)
@@ -51,6 +51,13 @@ def test_scales_shifted_by_one_group_are_another_weight():
 def test_two_bit_symmetric_levels_are_centred():
     weight = store(np.array([[0, 1, 2, 3]], np.uint8), np.array([[2.0]], np.float16), None, Scheme(2, 4))
     assert weight.dequantize().tolist() == [[-3.0, -1.0, 1.0, 3.0]]
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(1, [-1.0, 1.0]), (TERNARY, [-2.0, 0.0, 2.0])])
+def test_the_symmetric_levels_of_the_narrowest_widths(bits, expected):
+    codes = np.arange(len(expected), dtype=np.uint8)[None]
+    weight = store(codes, np.array([[2.0]], np.float16), None, Scheme(bits, len(expected)))
+    assert weight.dequantize().tolist() == [expected]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +104,14 @@ def test_reference_gather_looks_rows_up():
     np.testing.assert_allclose(rows, by_hand(*parts, scheme)[[[4, 0], [1, 1]]], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_ternary_with_an_integer_zero_is_the_symmetric_kind():
+    weight = store(*random_weight(Scheme(TERNARY, 8, integer_zero=True)), Scheme(TERNARY, 8, integer_zero=True))
+    again = with_stored_zeros(weight)
+    assert again.scheme == Scheme(TERNARY, 8)
+    np.testing.assert_array_equal(again.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_stored_zeros_mean_the_same_numbers(bits):
     scheme = Scheme(bits, 8, integer_zero=True)
     weight = store(*random_weight(scheme), scheme)

@@ -50,7 +50,7 @@ SPECS = {
 PROMPTS = [np.random.default_rng(i).integers(0, 96, size=30).tolist() for i in range(3)]
 
 
-def quantize(matrix: np.ndarray, bits: int) -> QuantizedWeight:
+def quantize(matrix: np.ndarray, bits: float) -> QuantizedWeight:
     """Round to nearest in symmetric groups of 16."""
     scheme = Scheme(bits, 16)
     grouped = matrix.reshape(len(matrix), -1, 16)
@@ -59,12 +59,12 @@ def quantize(matrix: np.ndarray, bits: int) -> QuantizedWeight:
     return store(np.clip(codes, 0, scheme.max_code).reshape(matrix.shape).astype(np.uint8), scales, None, scheme)
 
 
-def random_model(spec: ModelSpec, seed: int = 0) -> CompressedModel:
+def random_model(spec: ModelSpec, seed: int = 0, widths: tuple[float, ...] = (4, 3, 8, 2, 3)) -> CompressedModel:
     rng = np.random.default_rng(seed)
     quantized = {}
     for index, (name, shape) in enumerate(spec.matrices().items()):
         matrix = rng.normal(size=shape) * (0.5 if name == "embed" else 1.5 * shape[1] ** -0.5)
-        quantized[name] = quantize(matrix.astype(np.float32), (4, 3, 8, 2, 3)[index % 5])
+        quantized[name] = quantize(matrix.astype(np.float32), widths[index % len(widths)])
     vectors = {
         name: (rng.normal(size=n) * 0.2 + ("norm" in name)).astype(np.float32) for name, n in spec.vectors().items()
     }

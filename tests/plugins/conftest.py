@@ -12,7 +12,7 @@ import pytest
 
 from jpq_export.numerics.affine import QuantizedWeight, store
 from jpq_export.numerics.packing import pack_codes
-from jpq_export.numerics.scheme import Scheme
+from jpq_export.numerics.scheme import Scheme, kernel_bits, levels
 from jpq_export.runtime import native
 
 FP32, INT8, INT16 = 0, 1, 2
@@ -52,15 +52,16 @@ def make_weight(stored: QuantizedWeight, **changes):
     fields = {
         **{name: address(getattr(stored, name)) for name in ("packed", "scales", "zeros")},
         **dict(zip(("n", "k"), stored.shape, strict=True)),
-        **{name: getattr(stored.scheme, name) for name in ("bits", "group_size")},
+        "bits": kernel_bits(stored.scheme.bits),
+        "group_size": stored.scheme.group_size,
     }
     return Weight(**(fields | changes))
 
 
 def flipped(stored, row, column):
-    """The weight with the lowest bit of one code changed."""
+    """The weight with one code changed by one."""
     codes = stored.codes()
-    codes[row, column] ^= 1
+    codes[row, column] = codes[row, column] - 1 if codes[row, column] else 1
     return replace(stored, packed=pack_codes(codes, stored.scheme.bits))
 
 
@@ -201,9 +202,9 @@ def core_of(core, request):
 
 
 def random_weight(n, k, bits, group_size, symmetric, rng):
-    codes = rng.integers(0, 1 << bits, (n, k)).astype(np.uint8)
+    codes = rng.integers(0, levels(bits), (n, k)).astype(np.uint8)
     scales = (rng.random((n, k // group_size)) * 0.1 + 0.01).astype(np.float16)
-    zeros = None if symmetric else rng.integers(0, 1 << bits, scales.shape).astype(np.uint8)
+    zeros = None if symmetric else rng.integers(0, levels(bits), scales.shape).astype(np.uint8)
     return store(codes, scales, zeros, Scheme(bits, group_size, symmetric))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from jpq_export.numerics.packing import pack_codes
 from jpq_export.numerics.reference import low_bit_gather, low_bit_matmul
-from jpq_export.numerics.scheme import BIT_WIDTHS
+from jpq_export.numerics.scheme import ALL_WIDTHS, TERNARY
 from jpq_export.runtime import native
 
 SHIM = Path(__file__).parent / "cuda_shim"
@@ -103,11 +103,11 @@ def distance(got, expected):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("group_size", SHAPES)
-@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("bits", ALL_WIDTHS)
 def test_a_product_is_the_references(cuda, random, flip, bits, group_size, dtype):
-    rng, k, n = np.random.default_rng([bits, group_size]), SHAPES[group_size], 13
+    rng, k, n = np.random.default_rng([int(10 * bits), group_size]), SHAPES[group_size], 13
     for m in ROWS:
-        stored = random(n, k, bits, group_size, bool((m + bits) % 2), rng)
+        stored = random(n, k, bits, group_size, bool((m + int(bits)) % 2), rng)
         x = rng.normal(size=(m, k)).astype(dtype)
         bias = rng.normal(size=n).astype(dtype) if m % 3 else None
         expected = low_bit_matmul(x.astype(np.float64), stored, bias)
@@ -122,10 +122,23 @@ def test_a_product_is_the_references(cuda, random, flip, bits, group_size, dtype
             assert distance(cuda.matmul(x, wrong, bias=bias, y_type=np.float32)[1], expected) > 4e-6
 
 
-@pytest.mark.parametrize("bits", [1, 7])
+# 32 codes begin at each of the five places in a byte; the last group ends in one that is not full.
+@pytest.mark.parametrize("path", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("k", [32, 160, 1056, 2080])
+def test_ternary_codes_at_every_place_of_a_byte(cuda, random, path, k):
+    rng = np.random.default_rng(k)
+    stored = random(6, k, TERNARY, 32, False, rng)
+    x = np.eye(k, dtype=np.float32)[rng.permutation(k)[:16]]  # a product is one code, so every code can be read off
+    status, y = cuda.matmul(x, stored, path=path)
+    assert status == OK
+    assert np.array_equal(y, low_bit_matmul(x, stored))
+    shifted = stored.packed[:, ::-1].copy()
+    assert not np.array_equal(cuda.matmul(x, stored, path=path, packed=shifted.ctypes.data)[1], y)
+
+
 @pytest.mark.parametrize("m", [1, 3, 16, 17])
-def test_widths_no_scheme_has_yet(cuda, random, bits, m):
-    rng = np.random.default_rng(bits)
+def test_a_width_no_scheme_has(cuda, random, m):
+    bits, rng = 7, np.random.default_rng(7)
     stored, x = random(5, 96, 8, 32, True, rng), rng.normal(size=(m, 96)).astype(np.float32)
     codes = rng.integers(0, 1 << bits, (5, 96)).astype(np.uint8)
     packed = pack_codes(codes, bits)
@@ -152,10 +165,10 @@ def test_long_rows_are_split_and_added_in_order(cuda, random, k, m):
     assert np.isnan(untouched).all()
 
 
-@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("bits", ALL_WIDTHS)
 @pytest.mark.parametrize("path", [FEW, MANY], ids=["few", "many"])
 def test_rows_and_buffers_off_a_multiple_of_16_bytes(cuda, random, bits, path):
-    rng = np.random.default_rng(bits)
+    rng = np.random.default_rng(int(10 * bits))
     stored = random(9, 96, bits, 32, False, rng)
     space = np.zeros(stored.packed.nbytes + 1, np.uint8)
     space[1:] = stored.packed.reshape(-1)  # an odd address: not even words lie straight
@@ -186,10 +199,10 @@ def test_more_than_16_rows_through_the_few_row_kernel(cuda, random):
     assert not np.array_equal(few, many), "the same kernel twice"
 
 
-@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("bits", ALL_WIDTHS)
 @pytest.mark.parametrize("index_type", [np.int32, np.int64])
 def test_rows_are_looked_up_bit_for_bit(cuda, random, flip, bits, index_type):
-    rng = np.random.default_rng(bits)
+    rng = np.random.default_rng(int(10 * bits))
     for group_size, k in SHAPES.items():
         stored = random(11, k, bits, group_size, group_size == 32, rng)
         indices = np.array([10, 0, 3, -1, -11], index_type)
@@ -210,7 +223,10 @@ def test_an_index_out_of_range_gives_a_row_that_is_no_number(cuda, random):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        *(({name: value}, BAD_WEIGHT) for name, value in (("bits", 0), ("bits", 9), ("k", 0), ("packed", None))),
+        *(
+            ({name: value}, BAD_WEIGHT)
+            for name, value in (("bits", 0), ("bits", 9), ("bits", 15), ("k", 0), ("packed", None))
+        ),
         ({"group_size": 24, "k": 48}, BAD_GROUP),
         ({"group_size": 33}, BAD_WEIGHT),
     ],
@@ -247,7 +263,7 @@ def checked(tmp_path_factory):
 def test_no_byte_outside_a_buffer_is_touched(checked):
     done = subprocess.run([checked], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[:2000]
-    assert done.stdout.strip() == "ran 96 products and 32 look-ups"
+    assert done.stdout.strip() == "ran 108 products and 36 look-ups"
 
 
 @pytest.mark.parametrize("buffer", ["packed", "scales", "zeros", "x", "y", "indices"])

@@ -22,7 +22,7 @@ from jpq_export.format.spec import LayerSpec
 from jpq_export.lower.export import export_onnx
 from jpq_export.numerics.affine import store
 from jpq_export.numerics.reference import low_bit_gather, low_bit_matmul
-from jpq_export.numerics.scheme import Scheme
+from jpq_export.numerics.scheme import TERNARY, Scheme, kernel_bits
 from jpq_export.runtime import native, native_cuda
 from jpq_export.runtime import session as session_module
 from jpq_export.runtime.session import OrtModel
@@ -63,7 +63,7 @@ def one_node(op, stored, bias=None, **changes):
     """A model of one operator, its attributes changed at will."""
     arrays = {"packed": stored.packed, "scales": stored.scales, "zeros": stored.zeros, "bias": bias}
     arrays = {name: array for name, array in arrays.items() if array is not None}
-    attributes = {"bits": stored.scheme.bits, "K": stored.shape[1], "N": stored.shape[0]}
+    attributes = {"bits": kernel_bits(stored.scheme.bits), "K": stored.shape[1], "N": stored.shape[0]}
     attributes |= {"group_size": stored.scheme.group_size, "symmetric": int(stored.scheme.symmetric)} | changes
     x_type = TensorProto.FLOAT if op == "LowBitMatMul" else TensorProto.INT64
     graph = helper.make_graph(
@@ -82,10 +82,10 @@ def distance(got, expected):
 
 
 @pytest.mark.parametrize("shape", [(1120,), (1, 1120), (2, 0, 1120), (2, 3, 1120), (20, 1120)])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_a_product_inside_onnxruntime(shim, random, flip, shape, symmetric):
+@pytest.mark.parametrize(("bits", "symmetric"), [(3, True), (3, False), (TERNARY, True), (TERNARY, False), (1, True)])
+def test_a_product_inside_onnxruntime(shim, random, flip, shape, bits, symmetric):
     rng = np.random.default_rng(8)
-    stored, bias = random(9, 1120, 3, 32, symmetric, rng), rng.normal(size=9).astype(np.float32)
+    stored, bias = random(9, 1120, bits, 32, symmetric, rng), rng.normal(size=9).astype(np.float32)
     x = rng.normal(size=shape).astype(np.float32)
     y = session(one_node("LowBitMatMul", stored, bias), shim).run(None, {"X": x})[0]
     expected = low_bit_matmul(x.astype(np.float64), stored, bias)
@@ -98,8 +98,9 @@ def test_a_product_inside_onnxruntime(shim, random, flip, shape, symmetric):
         assert distance(session(one_node("LowBitMatMul", stored), shim).run(None, {"X": x})[0], expected) > 1e-3
 
 
-def test_rows_are_looked_up(shim, random):
-    stored = random(11, 96, 5, 32, False, np.random.default_rng(1))
+@pytest.mark.parametrize("bits", [1, TERNARY, 5])
+def test_rows_are_looked_up(shim, random, bits):
+    stored = random(11, 96, bits, 32, False, np.random.default_rng(1))
     indices = np.array([[10, 0, 3], [-1, -11, 5]])
     rows = session(one_node("LowBitGather", stored), shim).run(None, {"X": indices})[0]
     assert np.array_equal(rows, low_bit_gather(indices, stored))

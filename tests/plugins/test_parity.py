@@ -7,17 +7,24 @@ import pytest
 
 from jpq_export.format.bundle import Manifest, write_manifest
 from jpq_export.lower.export import export_onnx
+from jpq_export.numerics.scheme import TERNARY
 from jpq_export.parity.check import check_parity
 from jpq_export.parity.vectors import record_vectors
 from jpq_export.parity.verify import verify_bundle
 from jpq_export.runtime import native
 from jpq_export.runtime.session import OrtModel
 
+NARROW = (TERNARY, 1, 4, 1, TERNARY)  # the 4: where no half is added, body and kernel agree to the last bit
 
-@pytest.fixture(scope="module", params=["llama", "pruned", "gemma"])
+
+@pytest.fixture(scope="module", params=["llama", "pruned", "gemma", "1 bit and ternary"])
 def exported(request, tmp_path_factory, conftest_of):
     tiny = conftest_of("parity")
-    model, path = tiny.random_model(tiny.SPECS[request.param]), tmp_path_factory.mktemp("model") / "model.onnx"
+    if request.param in tiny.SPECS:
+        model = tiny.random_model(tiny.SPECS[request.param])
+    else:
+        model = tiny.random_model(tiny.SPECS["llama"], widths=NARROW)
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
     export_onnx(model, path, form="custom_op")
     return model, path, tiny.PROMPTS
 

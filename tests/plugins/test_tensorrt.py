@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from jpq_export.numerics.reference import low_bit_gather, low_bit_matmul
+from jpq_export.numerics.scheme import TERNARY, kernel_bits
 from jpq_export.runtime import native
 
 HERE = Path(__file__).parent
@@ -117,7 +118,7 @@ def harness(plugin):
     def run(op, stored, inputs, output, **changes):
         """Step that failed (0: none), the finished call, the plugin's last word; `output` is written."""
         scheme = stored.scheme
-        fields = {"bits": scheme.bits, "K": stored.shape[1], "N": stored.shape[0]}
+        fields = {"bits": kernel_bits(scheme.bits), "K": stored.shape[1], "N": stored.shape[0]}
         fields |= {"group_size": scheme.group_size, "symmetric": scheme.symmetric}
         call = Call(str(plugin).encode(), op.encode(), inputs=len(inputs), **(fields | changes))
         for i, array in enumerate((*inputs, output)):
@@ -138,9 +139,19 @@ def distance(got, expected):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("rows", [1, 3, 20])
-@pytest.mark.parametrize(("bits", "symmetric", "biased"), [(4, True, True), (3, False, True), (6, False, False)])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "biased"),
+    [
+        (4, True, True),
+        (3, False, True),
+        (6, False, False),
+        (TERNARY, True, False),
+        (TERNARY, False, True),
+        (1, True, True),
+    ],
+)
 def test_a_product_through_build_serialisation_and_run(harness, random, flip, bits, symmetric, biased, rows, dtype):
-    rng = np.random.default_rng([bits, rows])
+    rng = np.random.default_rng([int(10 * bits), rows])
     stored = random(9, 1120, bits, 32, symmetric, rng)
     x = rng.normal(size=(1, rows, 1120)).astype(dtype)
     bias = [rng.normal(size=9).astype(dtype)] if biased else []
@@ -157,8 +168,9 @@ def test_a_product_through_build_serialisation_and_run(harness, random, flip, bi
 
 
 @pytest.mark.parametrize("index_type", [np.int32, np.int64])
-def test_rows_are_looked_up(harness, random, index_type):
-    stored = random(11, 96, 5, 32, False, np.random.default_rng(1))
+@pytest.mark.parametrize("bits", [5, TERNARY])
+def test_rows_are_looked_up(harness, random, index_type, bits):
+    stored = random(11, 96, bits, 32, False, np.random.default_rng(1))
     indices = np.array([[10, 0, 3]], index_type)
     out = np.full((1, 3, 96), np.nan, np.float32)
     step, call, log = harness("LowBitGather", stored, [indices, *weight_inputs(stored)], out)
@@ -188,6 +200,7 @@ CREATE, CONFIGURE, RUN, FORMAT = 2, 6, 10, 100
         ({"N": 6}, CONFIGURE, ""),
         ({"K": 1184}, CONFIGURE, ""),
         ({"bits": 3}, CONFIGURE, ""),
+        ({"bits": 16}, CONFIGURE, ""),
         ({"workspace_missing": 1}, RUN, ""),
     ],
 )

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from jpq_export.numerics.packing import pack_codes
+from jpq_export.numerics.scheme import KERNEL_TERNARY, from_kernel_bits, levels
 
-BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+TERNARY = KERNEL_TERNARY
+BITS = (1, TERNARY, 2, 3, 4, 5, 6, 7, 8)  # as the kernels count them
 GROUP_SIZES = (32, 64, 128)
 ROWS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 63, 64, 65, 129, 300)
 QUICK_ROWS = (1, 3, 17, 129)
@@ -46,12 +48,17 @@ class Shape:
         """Columns of W."""
         return self.groups * self.group_size
 
+    @property
+    def levels(self) -> int:
+        """Number of different codes."""
+        return levels(from_kernel_bits(self.bits))
+
     def __str__(self) -> str:
         """For a report."""
         kind = "symmetric" if self.symmetric else "asymmetric"
         return (
-            f"{self.bits} bits, groups of {self.group_size}, {kind}, W [{self.n}, {self.k}], {self.rows} rows of "
-            f"{self.dtype}{', bias' if self.biased else ''}"
+            f"{width_name(self.bits)}, groups of {self.group_size}, {kind}, W [{self.n}, {self.k}], "
+            f"{self.rows} rows of {self.dtype}{', bias' if self.biased else ''}"
         )
 
 
@@ -70,7 +77,7 @@ FP32_SUMS = Rounding()
 class Stored:
     """A weight [n, k] as stored, on a device, beside what it was made of.
 
-    packed: uint8 [n, ceil(k*bits/8)]; scales: float16 [n, k/g]; zeros: packed like codes, or None when symmetric.
+    packed: uint8 [n, bytes of k codes]; scales: float16 [n, k/g]; zeros: packed like codes, or None when symmetric.
     codes: uint8 [n, k] and zero_points: float64 [n, k/g], for the reference only; nothing unpacks what was packed.
     """
 
@@ -113,9 +120,9 @@ class Problem:
 
 def store(shape: Shape, codes: np.ndarray, zeros: np.ndarray | None, scales: np.ndarray, device: str) -> Stored:
     """Pack codes uint8 [n, k], zero points uint8 [n, k/g] (None: the centre) and scales float16 [n, k/g]."""
-    centre = np.full(scales.shape, ((1 << shape.bits) - 1) / 2)
-    packed = torch.from_numpy(pack_codes(codes, shape.bits)).to(device)
-    packed_zeros = None if zeros is None else torch.from_numpy(pack_codes(zeros, shape.bits)).to(device)
+    centre, width = np.full(scales.shape, (shape.levels - 1) / 2), from_kernel_bits(shape.bits)
+    packed = torch.from_numpy(pack_codes(codes, width)).to(device)
+    packed_zeros = None if zeros is None else torch.from_numpy(pack_codes(zeros, width)).to(device)
     points = centre if zeros is None else zeros.astype(np.float64)
     return Stored(
         shape.bits, shape.group_size, codes, points, packed, torch.from_numpy(scales).to(device), packed_zeros
@@ -124,8 +131,8 @@ def store(shape: Shape, codes: np.ndarray, zeros: np.ndarray | None, scales: np.
 
 def random_weight(shape: Shape, rng: np.random.Generator, device: str) -> Stored:
     """Every code equally likely; scales 0.01 to 0.11."""
-    codes = rng.integers(0, 1 << shape.bits, (shape.n, shape.k)).astype(np.uint8)
-    zeros = None if shape.symmetric else rng.integers(0, 1 << shape.bits, (shape.n, shape.groups)).astype(np.uint8)
+    codes = rng.integers(0, shape.levels, (shape.n, shape.k)).astype(np.uint8)
+    zeros = None if shape.symmetric else rng.integers(0, shape.levels, (shape.n, shape.groups)).astype(np.uint8)
     scales = (rng.random((shape.n, shape.groups)) * 0.1 + 0.01).astype(np.float16)
     return store(shape, codes, zeros, scales, device)
 
@@ -138,19 +145,30 @@ def random_problem(shape: Shape, rng: np.random.Generator, device: str) -> Probl
     return Problem(shape, x, weight, bias)
 
 
+def far(code: int, shape: Shape) -> int:
+    """The code with its highest bit flipped; of ternary ones 2 for 0 and 0 for the others."""
+    return (0 if code else 2) if shape.bits == TERNARY else code ^ 1 << (shape.bits - 1)
+
+
+def width_name(bits: int) -> str:
+    """For people: "3 bits", "ternary"."""
+    return "ternary" if bits == TERNARY else f"{bits} bits"
+
+
 def wrong_weights(problem: Problem) -> Iterator[tuple[str, Stored]]:
     """The same weight with one thing wrong, which a check worth its name must see."""
     shape, weight, device = problem.shape, problem.weight, str(problem.x.device)
     zeros = None if weight.zeros is None else weight.zero_points.astype(np.uint8)
     scales = weight.scales.cpu().numpy()
     codes = weight.codes.copy()
-    codes[-1, int(problem.x.abs().amax(0).argmax())] ^= 1 << (shape.bits - 1)
+    column = int(problem.x.abs().amax(0).argmax())
+    codes[-1, column] = far(int(codes[-1, column]), shape)
     yield "one code's highest bit", store(shape, codes, zeros, scales, device)
     if shape.groups > 1:
         yield "scales of the next group", store(shape, weight.codes, zeros, np.roll(scales, 1, 1), device)
     if zeros is not None:
         other = zeros.copy()
-        other[-1, 0] ^= 1 << (shape.bits - 1)
+        other[-1, 0] = far(int(other[-1, 0]), shape)
         yield "one zero point's highest bit", store(shape, weight.codes, other, scales, device)
 
 

@@ -67,14 +67,12 @@ struct Made {
   }
 };
 
-static size_t row_bytes(int64_t count, int bits) { return (size_t)((count * bits + 7) / 8); }
-
 static Made make(int64_t n, int64_t k, int bits, int group_size, bool symmetric) {
   const int64_t groups = k / group_size;
   Made out;
-  out.parts[0] = buffer("packed", n * row_bytes(k, bits), 1);
+  out.parts[0] = buffer("packed", (size_t)(n * jpq_bytes(k, bits)), 1);
   out.parts[1] = buffer("scales", n * groups, 2);
-  out.parts[2] = symmetric ? nullptr : buffer("zeros", n * row_bytes(groups, bits), 1);
+  out.parts[2] = symmetric ? nullptr : buffer("zeros", (size_t)(n * jpq_bytes(groups, bits)), 1);
   out.weight = {(uint8_t *)out.parts[0], (uint16_t *)out.parts[1], (uint8_t *)out.parts[2], n, k, bits, group_size};
   return out;
 }
@@ -123,7 +121,7 @@ int main(int argc, char **argv) {
   if (argc > 1) fault = argv[1];
   if (fault == "race") return race();
   int products = 0, look_ups = 0;
-  for (int bits = 1; bits <= 8; bits++)
+  for (const int bits : {1, 2, 3, 4, 5, 6, 7, 8, JPQ_TERNARY})
     for (const int64_t k : {96, 1120}) {
       const Made made = make(5, k, bits, 32, k == 1120);
       for (const int64_t m : {1, 4, 16, 67})

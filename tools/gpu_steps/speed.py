@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu_steps.cases import DTYPES, Shape, Stored, random_weight
+from gpu_steps.cases import DTYPES, TERNARY, Shape, Stored, random_weight
 from gpu_steps.cuda_set import CudaKernels, built_library, describe
 from gpu_steps.outcome import FAILED, PASSED, Outcome, Settings
+from jpq_export.numerics.scheme import from_kernel_bits
 
 Call = Callable[[], Any]
 LAYERS = ((4096, 4096), (4096, 14336))  # [N, K]
 TINY_LAYERS = ((32, 64),)
-WIDTHS = (1, 2, 3, 4, 5, 6, 8)
+WIDTHS = (1, TERNARY, 2, 3, 4, 5, 6, 8)
 FEW = (1, 4, 16)
 MANY = (512, 2048)
 GROUP_SIZE = 128
@@ -161,7 +162,7 @@ def timed(settings: Settings, rows_of: Sequence[int], row: Callable[..., dict[st
                 x = torch.randn(rows, k, device=settings.device).to(DTYPES["fp16"])
                 for name, calls in (("triton", triton_calls(weights, x)), ("cuda", cuda_calls(cuda, weights, x))):
                     seconds = clock.seconds(calls)
-                    named = {"kernels": name, "layer": f"{n} x {k}", "bits": bits, "rows": rows}
+                    named = {"kernels": name, "layer": f"{n} x {k}", "bits": from_kernel_bits(bits), "rows": rows}
                     out.append(named | row(weight, rows, seconds, rivals[rows]))
     return out
 

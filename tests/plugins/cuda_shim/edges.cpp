@@ -24,9 +24,9 @@ struct Made {
 static Made make(int64_t n, int64_t k, int bits, int group_size, bool symmetric) {
   const size_t groups = k / group_size;
   Made out;
-  out.parts[0] = buffer("packed", n * ((k * bits + 7) / 8), 1);
+  out.parts[0] = buffer("packed", n * jpq_bytes(k, bits), 1);
   out.parts[1] = buffer("scales", n * groups, 2);
-  out.parts[2] = symmetric ? nullptr : buffer("zeros", n * ((groups * bits + 7) / 8), 1);
+  out.parts[2] = symmetric ? nullptr : buffer("zeros", n * jpq_bytes(groups, bits), 1);
   out.weight = {(uint8_t *)out.parts[0], (uint16_t *)out.parts[1], (uint8_t *)out.parts[2], n, k, bits, group_size};
   return out;
 }
@@ -55,7 +55,7 @@ int main(int argc, char **argv) {
   if (argc > 1) short_buffer = argv[1];
   const int64_t rows[] = {1, 4, 16};
   int products = 0, look_ups = 0;
-  for (int bits = 1; bits <= 8; bits++) {
+  for (const int bits : {1, 2, 3, 4, 5, 6, 7, 8, JPQ_TERNARY}) {
     for (const int64_t k : {96, 1120}) {
       const Made made = make(5, k, bits, 32, k == 1120);
       for (const int64_t m : rows)

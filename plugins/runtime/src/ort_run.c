@@ -1,0 +1,181 @@
+/* Running the graph. The cache lies in two blocks of the sequence's own: onnxruntime reads one and writes the other, so
+ * that nothing is copied or allocated from token to token. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "ort_backend.h"
+
+enum { ALIGNMENT = 64 };
+
+struct backend_cache {
+  const ort_backend *owner;
+  int64_t capacity;
+  size_t *offsets; /* [cached_count], in floats */
+  float *sides[2];
+  int current; /* the side that holds what is valid */
+  int64_t *positions, *mask; /* [capacity] each */
+  const char **input_names, **output_names;
+  OrtValue **inputs, **outputs; /* NULL between steps */
+};
+
+static jpq_result tensor(const ort_backend *self, void *data, size_t bytes, const int64_t *dims, size_t rank, int type,
+                         OrtValue **out, jpq_error *error) {
+  return ort_check(self->api, ORT(self->api, CreateTensorWithDataAsOrtValue)(self->cpu, data, bytes, dims, rank, type, out),
+                   "tensor", error);
+}
+
+static void release(const ort_backend *self, OrtValue **values, size_t count) {
+  for (size_t i = 0; i < count; i++) {
+    if (values[i]) ORT(self->api, ReleaseValue)(values[i]);
+    values[i] = NULL;
+  }
+}
+
+void ort_cache_free(backend_cache *cache) {
+  if (!cache) return;
+  free(cache->sides[0]), free(cache->sides[1]);
+  free(cache->offsets), free(cache->positions), free(cache->mask);
+  free(cache->input_names), free(cache->output_names);
+  free(cache->inputs), free(cache->outputs);
+  free(cache);
+}
+
+static float *block(size_t floats) {
+  void *made = NULL; /* not cleared: pages are touched only as far as they are used */
+  return posix_memalign(&made, ALIGNMENT, (floats + ALIGNMENT) * sizeof(float)) ? NULL : made;
+}
+
+jpq_result ort_cache_new(const backend *base, int64_t capacity, backend_cache **out, jpq_error *error) {
+  const ort_backend *self = (const ort_backend *)base;
+  const size_t count = self->cached_count;
+  backend_cache *cache = calloc(1, sizeof *cache);
+  if (!cache) return jpq_no_memory(error);
+  cache->owner = self, cache->capacity = capacity;
+  cache->offsets = calloc(count + 1, sizeof *cache->offsets);
+  size_t floats = 0;
+  for (size_t i = 0; cache->offsets && i < count; i++) {
+    cache->offsets[i] = floats;
+    /* Below 2^48 each, see the limits in spec.c; a multiple of the alignment. */
+    const uint64_t one = (uint64_t)capacity * (uint64_t)self->cached[i].kv_heads * (uint64_t)base->spec.head_dim;
+    floats += (size_t)((one + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+  }
+  cache->sides[0] = block(floats), cache->sides[1] = block(floats);
+  cache->positions = malloc((size_t)capacity * sizeof(int64_t));
+  cache->mask = malloc((size_t)capacity * sizeof(int64_t));
+  cache->input_names = calloc(count + FIXED_INPUTS, sizeof(char *));
+  cache->output_names = calloc(count + FIXED_OUTPUTS, sizeof(char *));
+  cache->inputs = calloc(count + FIXED_INPUTS, sizeof(OrtValue *));
+  cache->outputs = calloc(count + FIXED_OUTPUTS, sizeof(OrtValue *));
+  if (!cache->offsets || !cache->sides[0] || !cache->sides[1] || !cache->positions || !cache->mask || !cache->input_names ||
+      !cache->output_names || !cache->inputs || !cache->outputs)
+    return ort_cache_free(cache), jpq_no_memory(error);
+  for (int64_t i = 0; i < capacity; i++) cache->positions[i] = i, cache->mask[i] = 1;
+  return *out = cache, JPQ_SUCCESS;
+}
+
+/* ids, mask and positions as far as the graph takes them; `used` counts them. */
+static jpq_result bind_tokens(backend_cache *c, int64_t past, const int64_t *ids, int64_t count, size_t *used,
+                              jpq_error *error) {
+  const ort_backend *self = c->owner;
+  const int64_t row[2] = {1, count}, whole[2] = {1, past + count};
+  const size_t bytes = (size_t)count * sizeof(int64_t), all = (size_t)(past + count) * sizeof(int64_t);
+  /* onnxruntime does not write to inputs. */
+  c->input_names[*used] = "input_ids";
+  JPQ_TRY(tensor(self, (void *)(uintptr_t)ids, bytes, row, 2, ORT_INT64, c->inputs + (*used)++, error));
+  if (self->takes_mask) {
+    c->input_names[*used] = "attention_mask";
+    JPQ_TRY(tensor(self, c->mask, all, whole, 2, ORT_INT64, c->inputs + (*used)++, error));
+  }
+  if (self->takes_positions) {
+    c->input_names[*used] = "position_ids";
+    JPQ_TRY(tensor(self, c->positions + past, bytes, row, 2, ORT_INT64, c->inputs + (*used)++, error));
+  }
+  return JPQ_SUCCESS;
+}
+
+static jpq_result bind_cache(backend_cache *c, int64_t past, int64_t count, size_t first, jpq_error *error) {
+  const ort_backend *self = c->owner;
+  for (size_t i = 0; i < self->cached_count; i++) {
+    const int64_t heads = self->cached[i].kv_heads, dim = self->base.spec.head_dim;
+    const int64_t before[4] = {1, heads, past, dim}, after[4] = {1, heads, past + count, dim};
+    float *from = c->sides[c->current] + c->offsets[i], *to = c->sides[!c->current] + c->offsets[i];
+    const size_t row = (size_t)(heads * dim) * sizeof(float);
+    c->input_names[first + i] = self->cached[i].past;
+    c->output_names[FIXED_OUTPUTS + i] = self->cached[i].present;
+    JPQ_TRY(tensor(self, from, row * (size_t)past, before, 4, ORT_FLOAT, c->inputs + first + i, error));
+    JPQ_TRY(tensor(self, to, row * (size_t)(past + count), after, 4, ORT_FLOAT, c->outputs + FIXED_OUTPUTS + i, error));
+  }
+  return JPQ_SUCCESS;
+}
+
+/* The output's floats, after checking that there are as many as we are going to read. */
+static jpq_result read_floats(const ort_backend *self, OrtValue *value, size_t expected, const char *name,
+                              const float **out, jpq_error *error) {
+  const OrtApi *api = self->api;
+  OrtTensorInfo *info;
+  size_t count = 0;
+  int type = 0;
+  void *data = NULL;
+  ORT_TRY(self, ORT(api, GetTensorTypeAndShape)(value, &info), name);
+  OrtStatus *status = ORT(api, GetTensorShapeElementCount)(info, &count);
+  if (!status) status = ORT(api, GetTensorElementType)(info, &type);
+  ORT(api, ReleaseTensorTypeAndShapeInfo)(info);
+  ORT_TRY(self, status, name);
+  if (count != expected || type != ORT_FLOAT)
+    return jpq_fail(error, JPQ_BAD_BUNDLE, "model.onnx: %s has %zu values, expected %zu floats; export the bundle again", name,
+                    count, expected);
+  ORT_TRY(self, ORT(api, GetTensorMutableData)(value, &data), name);
+  return *out = data, JPQ_SUCCESS;
+}
+
+static jpq_result run_step(backend_cache *c, int64_t past, const int64_t *ids, int64_t count, float *logits, jpq_error *error) {
+  const ort_backend *self = c->owner;
+  const int64_t vocab = self->base.spec.vocab, one[3] = {1, 1, vocab};
+  size_t inputs = 0;
+  const float *got;
+  JPQ_TRY(bind_tokens(c, past, ids, count, &inputs, error));
+  JPQ_TRY(bind_cache(c, past, count, inputs, error));
+  inputs += self->cached_count;
+  c->output_names[0] = "logits";
+  if (count == 1) JPQ_TRY(tensor(self, logits, (size_t)vocab * sizeof(float), one, 3, ORT_FLOAT, c->outputs, error));
+  ORT_TRY(self,
+          ORT(self->api, Run)(self->session, NULL, c->input_names, (const OrtValue *const *)c->inputs, inputs,
+                              c->output_names, FIXED_OUTPUTS + self->cached_count, c->outputs),
+          "model.onnx");
+  if (count == 1) return JPQ_SUCCESS;
+  JPQ_TRY(read_floats(self, c->outputs[0], (size_t)(count * vocab), "logits", &got, error));
+  memcpy(logits, got + (count - 1) * vocab, (size_t)vocab * sizeof(float));
+  return JPQ_SUCCESS;
+}
+
+jpq_result ort_step(const backend *base, backend_cache *cache, int64_t past, const int64_t *ids, int64_t count, float *logits,
+                    jpq_error *error) {
+  const ort_backend *self = (const ort_backend *)base;
+  if (past + count > cache->capacity) return jpq_fail(error, JPQ_BAD_ARGUMENT, "cache: full");
+  const jpq_result result = run_step(cache, past, ids, count, logits, error);
+  release(self, cache->inputs, self->cached_count + FIXED_INPUTS);
+  release(self, cache->outputs, self->cached_count + FIXED_OUTPUTS);
+  if (!result) cache->current = !cache->current;
+  return result;
+}
+
+jpq_result ort_embed(const backend *base, const int64_t *ids, const int64_t *mask, int64_t batch, int64_t seq, float *out,
+                     jpq_error *error) {
+  const ort_backend *self = (const ort_backend *)base;
+  const int64_t dims[2] = {batch, seq};
+  const size_t bytes = (size_t)(batch * seq) * sizeof(int64_t), floats = (size_t)(batch * base->embedding);
+  static const char *const inputs[] = {"input_ids", "attention_mask"}, *const outputs[] = {"embedding"};
+  OrtValue *values[3] = {NULL, NULL, NULL};
+  const float *got;
+  jpq_result result = tensor(self, (void *)(uintptr_t)ids, bytes, dims, 2, ORT_INT64, values, error);
+  if (!result) result = tensor(self, (void *)(uintptr_t)mask, bytes, dims, 2, ORT_INT64, values + 1, error);
+  if (!result)
+    result = ort_check(self->api,
+                       ORT(self->api, Run)(self->session, NULL, inputs, (const OrtValue *const *)values,
+                                           self->takes_mask ? 2 : 1, outputs, 1, values + 2),
+                       "model.onnx", error);
+  if (!result) result = read_floats(self, values[2], floats, "embedding", &got, error);
+  if (!result) memcpy(out, got, floats * sizeof(float));
+  release(self, values, 3);
+  return result;
+}

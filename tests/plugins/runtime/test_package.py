@@ -1,0 +1,114 @@
+"""plugins/runtime as an installed package: the examples built outside the tree, under the sanitizers."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from jpq_export.runtime import native
+from jpq_export.runtime.generate import generate
+from jpq_export.runtime.session import OrtModel
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    """The two commands of the README, then the examples as a project outside the tree: their folder."""
+    if not shutil.which("cmake") or not shutil.which("gcc"):
+        pytest.skip("no cmake or no gcc")
+    folder = tmp_path_factory.mktemp("package")
+    source = native.sources_folder() / "runtime"
+    shutil.copytree(source / "examples", folder / "consumer")
+
+    def step(*command):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+    sanitize = ("-DJPQ_SANITIZE=ON", "-DJPQ_KERNELS=OFF", "-DJPQ_EXAMPLES=OFF")
+    step("cmake", "-S", source, "-B", folder / "build", f"-DCMAKE_INSTALL_PREFIX={folder / 'prefix'}", *sanitize)
+    step("cmake", "--build", folder / "build", "--target", "install", "-j", "2")
+    step("cmake", "-S", folder / "consumer", "-B", folder / "out", f"-DCMAKE_PREFIX_PATH={folder / 'prefix'}")
+    step("cmake", "--build", folder / "out", "-j", "2")
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def words(bundle_folder, tmp_path_factory):
+    """The tiny bundle with the same words in a kind of tokenizer that the library knows: (folder, tokenizer)."""
+    folder = shutil.copytree(bundle_folder, tmp_path_factory.mktemp("words") / "tiny")
+    vocabulary = Tokenizer.from_file(str(bundle_folder / "tokenizer.json")).get_vocab()
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder, tokenizer
+
+
+@pytest.fixture
+def run(examples, onnxruntime_library):
+    """`run("generate", bundle, prompt, ..., JPQ_IDS="1")`: the finished process."""
+
+    def run(name, *arguments, **environment):
+        if not (examples / name).exists():
+            pytest.skip(f"{name} was not built: no C++ compiler")
+        own = {"JPQ_ONNXRUNTIME": str(onnxruntime_library.parent), "JPQ_THREADS": "1"}
+        return subprocess.run(
+            [str(examples / name), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env={**os.environ, **own, **environment},
+        )
+
+    return run
+
+
+def test_a_project_outside_the_tree_generates_the_tokens_of_python(run, words):
+    prompt, (folder, tokenizer) = "w3 w9 w4", words
+    ids = tokenizer.encode(prompt).ids
+    model = OrtModel(folder / "model.onnx", threads=1)
+    expected = list(generate(model, ids, max_new_tokens=12, stop_ids=model.spec.eos_ids))
+    done = run("generate", folder, prompt, 12, JPQ_IDS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [int(line) for line in done.stdout.split()] == expected
+    assert len(expected) > 2
+    other = run("generate", folder, "w9 w3 w4", 12, JPQ_IDS="1")
+    assert other.stdout != done.stdout
+
+
+def test_a_seed_chooses_the_sample(run, words):
+    drawn = [run("generate", words[0], "w3 w9", 15, 1.5, seed, JPQ_IDS="1").stdout for seed in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["nowhere", "w3"], 1, "nowhere"),
+        (["{bundle}", "w3 " * 30, 4], 1, "more than the model's 24 positions"),
+        (["{bundle}", "w3", 4, -1], 1, "temperature"),
+        (["{bundle}"], 2, "usage"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_a_code(run, words, arguments, code, says):
+    given = [str(a).replace("{bundle}", str(words[0])) for a in arguments]
+    done = run("generate", *given)
+    assert done.returncode == code, done.stderr[-3000:]
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_decoder_is_no_encoder(run, bundle_folder):
+    done = run("embed", bundle_folder, "w3", "w4")
+    assert done.returncode == 1
+    assert "is a decoder" in done.stderr
+
+
+def test_a_manifest_of_another_format_is_refused(run, own_bundle):
+    raw = json.loads((own_bundle / "manifest.json").read_text())
+    (own_bundle / "manifest.json").write_text(json.dumps(raw | {"format": "jpq-bundle/9"}))
+    done = run("generate", own_bundle, "w3")
+    assert done.returncode == 1
+    assert "jpq-bundle/9" in done.stderr
