@@ -25,7 +25,7 @@ class Peer:
     """A quantizer: package, and what its format stores: zero points of 16 bits, or of the codes' own width (None).
 
     `binary_groups`: its kernels take groups of powers of two only. `program`: it is one, not a Python package, and
-    mixes the types of a whole file by itself.
+    mixes the types of a whole file by itself. `install`: what to do where it is missing.
     """
 
     package: str
@@ -34,18 +34,21 @@ class Peer:
     iterations: int = 0
     binary_groups: bool = False
     program: str | None = None
+    install: str = "pip install 'jpq-export[peers]'"
 
     def group_size(self, columns: int, wanted: int) -> int:
         """The group of a matrix of so many columns."""
         return gcd(columns, wanted) if self.binary_groups else choose_group_size(columns, wanted)
 
 
+# 7.7 asks for a newer torch than ours, and runs with 2.13
+GPTQMODEL = "pip install --no-deps gptqmodel, then what its import misses"
 PEERS = {
     "hqq": Peer("hqq", (2, 3, 4, 5, 6, 8), 16),
     "auto-round-rtn": Peer("auto-round", (2, 3, 4, 8), None),
     "auto-round": Peer("auto-round", (2, 3, 4, 8), None, iterations=200),
-    "gptqmodel": Peer("gptqmodel", (2, 3, 4, 8), None, binary_groups=True),
-    "llama.cpp": Peer("llama.cpp", (), None, program="llama-quantize"),
+    "gptqmodel": Peer("gptqmodel", (2, 3, 4, 8), None, binary_groups=True, install=GPTQMODEL),
+    "llama.cpp": Peer("llama.cpp", (), None, program="llama-quantize", install="build llama.cpp"),
 }
 
 

@@ -63,12 +63,12 @@ def peer_model(name: str, teacher: Decoder, calibration: np.ndarray, budget_byte
 def _check_installed(name: str, peer: Peer) -> None:
     if peer.program:
         if shutil.which(peer.program) is None:
-            raise PeerError(f"{name}: {peer.program} is not on the PATH; install llama.cpp")
+            raise PeerError(f"{name}: {peer.program} is not on the PATH; {peer.install}")
         return
     try:
         metadata.version(peer.package)
     except metadata.PackageNotFoundError:
-        raise PeerError(f"{name}: {peer.package} is not installed; pip install 'jpq-export[peers]'") from None
+        raise PeerError(f"{name}: {peer.package} is not installed; {peer.install}") from None
 
 
 def saved_model(folder: Path, spec: ModelSpec) -> Decoder:

@@ -86,7 +86,7 @@ def test_a_table_narrower_than_all_linears_is_left_out():
 
 def test_without_the_program_the_row_says_so(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr("jpq_export.peers.run.shutil.which", lambda _: None)
-    with pytest.raises(PeerError, match=r"llama\.cpp: llama-quantize is not on the PATH; install llama\.cpp"):
+    with pytest.raises(PeerError, match=r"llama\.cpp: llama-quantize is not on the PATH; build llama\.cpp"):
         peer_model("llama.cpp", loaded.model, TOKENS, 10**6, tmp_path / "cell")
 
 
