@@ -41,6 +41,13 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+def release(nvcc: str) -> str:
+    """'nvcc 13.0'."""
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", version)
+    return f"nvcc {found[1] if found else '?'}"
+
+
 def sources_sha256() -> str:
     """Digest of everything the kernels are made of."""
     digest = hashlib.sha256()
@@ -121,9 +128,7 @@ def main() -> None:
     nvcc = find_nvcc()
     if nvcc is None:
         raise SystemExit("no nvcc: install CUDA 13 or put nvcc on PATH")
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release ([\d.]+)", version)
-    record = {"nvcc": f"nvcc {release[1] if release else '?'}", "sources_sha256": sources_sha256(), "architectures": {}}
+    record = {"nvcc": release(nvcc), "sources_sha256": sources_sha256(), "architectures": {}}
     for name in parser.parse_args().architectures:
         sys.stderr.write(f"{name} ({ARCHITECTURES.get(name, '?')})\n")
         record["architectures"][name] = compile_for(nvcc, name)

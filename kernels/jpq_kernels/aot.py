@@ -27,7 +27,6 @@ from triton.backends.nvidia.compiler import get_ptxas
 from jpq_export.engine.aot import FOLDER, FORMAT, INPUTS, LAYOUT, MANIFEST
 from jpq_export.errors import JpqError
 from jpq_export.format.bundle import hash_file, read_manifest, write_manifest
-from jpq_export.numerics.scheme import from_kernel_bits
 from jpq_kernels.compile import TARGETS, compile_variant, resources
 from jpq_kernels.low_bit_matmul import FEW_ROWS_TILES
 from jpq_kernels.variants import Variant, few_rows, gather
@@ -60,11 +59,10 @@ def layouts_of(graph: Path) -> list[dict[str, Any]]:
 
 def variants_of(layout: Mapping[str, Any]) -> list[Variant]:
     """The kernels of one layout, fp32 in and out; TensorRT's tactic 1 is the first."""
-    bits = from_kernel_bits(layout["bits"])
-    if bits not in WIDTHS:
-        raise CompileError(f"{layout['op']}: no Triton kernel at {bits} bits; build with --plugin library")
+    if layout["bits"] not in WIDTHS:
+        raise CompileError(f"{layout['op']}: no kernel for bits {layout['bits']}; known are {WIDTHS}")
     try:
-        form = layout_of(int(bits), layout["group_size"], symmetric=layout["symmetric"])
+        form = layout_of(layout["bits"], layout["group_size"], symmetric=layout["symmetric"])
     except ValueError as error:
         raise CompileError(f"{layout['op']}: {error}; build with --plugin library") from error
     if layout["op"] == "LowBitGather":

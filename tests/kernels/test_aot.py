@@ -25,7 +25,7 @@ nodes = [
     helper.make_node("LowBitMatMul", inputs[:3], ["a"], symmetric=1, **attributes),
     helper.make_node("LowBitMatMul", inputs, ["b"], symmetric=0, **attributes),
     helper.make_node("LowBitMatMul", inputs[:3], ["c"], symmetric=1, **{**attributes, "N": 9}),
-    helper.make_node("LowBitGather", inputs[:4], ["d"], symmetric=0, **attributes),
+    helper.make_node("LowBitGather", inputs[:4], ["d"], symmetric=0, **{**attributes, "bits": 16}),
     helper.make_node("Add", ["a", "b"], ["e"]),
 ]
 onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [])), folder / "model.trt.onnx")

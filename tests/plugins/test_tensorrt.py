@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jpq_export.engine.contents import add_device_files
+from jpq_export.engine.plugin import PluginError, choose, compile_plugin
+from jpq_export.engine.settings import Settings
 from jpq_export.numerics.reference import low_bit_gather, low_bit_matmul
 from jpq_export.numerics.scheme import TERNARY, kernel_bits
 from jpq_export.runtime import native
@@ -238,10 +241,11 @@ print(registry.get_creator("LowBitMatMul", "2", "jpq") is None)
 """
 
 
-def test_nvidias_registry_loads_it(plugin):
+def registered(library):
+    """Load a library into NVIDIA's registry; skips without it."""
     if importlib.util.find_spec(DISPATCH) is None:
         pytest.skip("no TensorRT registry: pip install tensorrt-dispatch-cu13-bindings tensorrt-dispatch-cu13-libs")
-    done = subprocess.run([sys.executable, "-c", REGISTRY, plugin], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", REGISTRY, library], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     fields = "['bits', 'K', 'N', 'group_size', 'symmetric']"
     assert done.stdout.splitlines() == [
@@ -250,6 +254,64 @@ def test_nvidias_registry_loads_it(plugin):
         f"LowBitGather 1 jpq {fields}",
         "True",
     ]
+
+
+def test_nvidias_registry_loads_it(plugin):
+    registered(plugin)
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    """A bundle's sources, where the compilers and headers of a board are; skips where one is missing."""
+    tools = {"cmake": shutil.which("cmake"), "nvcc": shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")}
+    if missing := [name for name, path in tools.items() if path is None]:
+        pytest.skip(f"no {' and '.join(missing)}: the plugin is NOT compiled for a GPU in this run")
+    folder = tmp_path_factory.mktemp("bundle")
+    add_device_files(folder, native.sources_folder(), tensorrt="10.3", bounds={}, prompt=1, tokens=2)
+    return Settings(folder, folder / "device" / "model.engine"), tools
+
+
+@pytest.fixture(scope="module")
+def built(board):
+    """The whole plugin as `jpq-export build` compiles it: by its own commands, kernels of every width, for sm_87."""
+    settings, tools = board
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CMAKE_INCLUDE_PATH", tensorrt_headers())  # on a board they lie where CMake looks
+        return compile_plugin(settings, tools, sm=87, machine="here", say=lambda _text: None)
+
+
+def test_the_whole_plugin_builds_as_on_a_board_and_is_registered(board, built):
+    settings, _ = board
+    assert built.reason_against(87, "here") is None
+    assert built.reason_against(110, "here") == "for sm_87"
+    assert choose(settings, {}, sm=87, machine="here") == built  # not compiled a second time
+    registered(built.path)
+
+
+def test_it_holds_code_for_the_gpu_it_was_built_for_only(built):
+    triton = importlib.util.find_spec("triton")
+    folders = triton.submodule_search_locations if triton else []
+    places = [Path(folder) / "backends" / "nvidia" / "bin" / "cuobjdump" for folder in folders]
+    tool = shutil.which("cuobjdump") or next((str(place) for place in places if place.is_file()), None)
+    if tool is None:
+        pytest.skip("no cuobjdump, neither CUDA's nor Triton's")
+    elf = subprocess.run([tool, "--list-elf", built.path], capture_output=True, text=True, check=True).stdout
+    assert "sm_87" in elf
+    assert not [line for line in elf.splitlines() if "sm_" in line and "sm_87" not in line]
+
+
+def test_twin_changed_sources_are_compiled_again_and_broken_ones_said(board, built, monkeypatch):
+    settings, tools = board
+    source = settings.bundle / "plugins" / "tensorrt" / "creators.cpp"
+    whole = source.read_text()
+    monkeypatch.setenv("CMAKE_INCLUDE_PATH", tensorrt_headers())
+    try:
+        source.write_text(whole + "\nbroken\n")
+        assert choose(settings, {}, sm=87, machine="here") is None
+        with pytest.raises(PluginError, match=r"creators\.cpp.*error"):
+            compile_plugin(settings, tools, sm=87, machine="here", say=lambda _text: None)
+    finally:
+        source.write_text(whole)
 
 
 def test_no_symbol_of_tensorrt_or_its_registry_is_needed(plugin):
