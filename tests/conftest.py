@@ -75,7 +75,7 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bge": ("bert", {"pad_token_id": 0, "hidden_act": "gelu_new"}),
     "roberta": ("roberta", {}),
     "xlm_roberta": ("xlm-roberta", {"layer_norm_eps": 1e-5}),
-    "mpnet": ("mpnet", {"relative_attention_num_buckets": 16}),
+    "mpnet": ("mpnet", {}),
 }
 
 SENTENCE_MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
@@ -190,9 +190,7 @@ def save_encoder(tiny_encoder: Callable[..., Any]) -> Callable[..., Path]:
             modules = [{"type": f"st.{kind}", "path": path} for kind, path in SENTENCE_MODULES.items()]
             (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
             (folder / "1_Pooling").mkdir(exist_ok=True)
-            pooling = (
-                '{"word_embedding_dimension": 64, "pooling_mode_cls_token": true, "pooling_mode_max_tokens": false}'
-            )
+            pooling = '{"word_embedding_dimension": 64, "pooling_mode_cls_token": true, "pooling_mode_x": false}'
             (folder / "1_Pooling" / "config.json").write_text(pooling, encoding="utf-8")
         return folder
 

@@ -1,4 +1,4 @@
-"""The sentence encoder every stage computes with: one small PyTorch module driven by `EncoderSpec`, any width per layer.
+"""The sentence encoder every stage computes with: a PyTorch module driven by `EncoderSpec`, any width per layer.
 
 It equals transformers' BERT, RoBERTa, XLM-RoBERTa and MPNet (tests/compress/test_encoder.py) with the pooling of
 sentence-transformers, and is the reference of every encoder's parity report. Layers have the same parts under the same

@@ -35,9 +35,7 @@ TOP = {
     "encoder.relative_attention_bias.weight": "distances",
 }
 MLP = {"intermediate.dense": "mlp.up", "output.dense": "mlp.down", "output.LayerNorm": "mlp_norm"}
-BERT = {
-    f"attention.self.{theirs}": f"attn.{ours}" for ours, theirs in zip("qkv", ("query", "key", "value"), strict=True)
-}
+BERT = {f"attention.self.{theirs}": f"attn.{theirs[0]}" for theirs in ("query", "key", "value")}
 BERT |= {"attention.output.dense": "attn.o", "attention.output.LayerNorm": "attn_norm"} | MLP
 MPNET = {f"attention.attn.{part}": f"attn.{part}" for part in "qkvo"} | {"attention.LayerNorm": "attn_norm"} | MLP
 # Parts that a sentence embedding does not use.
@@ -97,14 +95,13 @@ def parse(raw: Mapping[str, Any], where: str) -> Any:
 
 
 def spec_of(config: Any, family: EncoderFamily, folder: Path, *, name: str, where: str) -> EncoderSpec:
-    """`EncoderSpec` of a configuration and of the pooling files beside it; ModelError names what cannot be expressed."""
+    """`EncoderSpec` of a configuration and the pooling files beside it; ModelError says what cannot be expressed."""
     heads, hidden = config.num_attention_heads, config.hidden_size
     if min(heads, hidden, config.intermediate_size, config.vocab_size, config.num_hidden_layers) < 1 or hidden % heads:
         raise ModelError(f"{where}: {heads} heads do not divide hidden size {hidden}; download the model again")
     if config.hidden_act not in HIDDEN_ACT:
-        raise ModelError(
-            f"{where}: activation {config.hidden_act!r} is not supported; supported: {', '.join(HIDDEN_ACT)}"
-        )
+        known = ", ".join(HIDDEN_ACT)
+        raise ModelError(f"{where}: activation {config.hidden_act!r} is not supported; supported: {known}")
     kind = getattr(config, "position_embedding_type", None) or "absolute"
     if kind != "absolute":
         raise ModelError(f"{where}: position_embedding_type {kind!r} is not supported, expected 'absolute'")

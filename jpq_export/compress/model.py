@@ -16,5 +16,5 @@ AnyContext = Context | EncoderContext
 
 
 def build_model(spec: Spec, weights: Mapping[str, Tensor]) -> Model:
-    """A frozen model of the spec's kind holding `weights` by canonical name; ValueError names a wrong or missing one."""
+    """A frozen model holding `weights` by canonical name; ValueError names a wrong or missing one."""
     return build_encoder(spec, weights) if isinstance(spec, EncoderSpec) else build_decoder(spec, weights)

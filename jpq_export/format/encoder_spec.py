@@ -20,7 +20,7 @@ class EncoderSpec:
         positions                              [max_positions, hidden], the embedding of segment 0 added in
         embed_norm                             [hidden], bias at embed_norm.bias; likewise every norm
         layers.{i}.attn.{q,k,v,o}              [out, in], bias at layers.{i}.attn.{q,k,v,o}.bias
-        layers.{i}.attn.distance               [heads * buckets], only with buckets: added to scores by relative position
+        layers.{i}.attn.distance               [heads * buckets], with buckets: added to scores by relative position
         layers.{i}.mlp.{up,down}               [out, in], with biases
         layers.{i}.attn_norm, layers.{i}.mlp_norm    [hidden]; they stay when their sub-layer is removed
 
