@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from jpq_export.compress.decoder import TableLookUp, Tap, fill
 from jpq_export.format.encoder_spec import EncoderSpec
+from jpq_export.numerics.reference import distance_bucket
 
-MAX_DISTANCE = 128  # MPNet's largest bucket starts here, as T5's
 SHORTEST = 1e-9  # a shorter embedding is not divided by its length, as in sentence-transformers
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,17 +25,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-
-
-def distance_bucket(distance: int, buckets: int) -> int:
-    """Bucket of key position minus query position: exact when near, logarithmic when far (Raffel et al., 2020)."""
-    half = buckets // 2
-    exact, n = half // 2, abs(distance)
-    if n >= exact:
-        # fp32, as the models were trained: at a border another precision would choose another bucket.
-        ratio = torch.log(torch.tensor(n / exact, dtype=torch.float32)) / math.log(MAX_DISTANCE / exact)
-        n = min(half - 1, exact + int(ratio * (half - exact)))
-    return n + (half if distance > 0 else 0)
 
 
 class EncoderContext:

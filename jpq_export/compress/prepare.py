@@ -6,18 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from jpq_export.compress.decoder import Decoder, named_weights
+from jpq_export.compress.decoder import named_weights
 from jpq_export.compress.heldout import PartialForward
+from jpq_export.compress.model import Model
 from jpq_export.compress.prepared import Prepared, load_prepared, save_prepared
 from jpq_export.compress.prices import measure_prices, round_all
-from jpq_export.compress.statistics import Statistics, collect
+from jpq_export.compress.statistics import Statistics
+from jpq_export.compress.teaching import teaching_of
+from jpq_export.format.encoder_spec import is_table
 from jpq_export.progress import Stages
 
 GROUP_SIZE = 64
 
 
 def prepare(
-    teacher: Decoder, calibration: np.ndarray, heldout: np.ndarray, folder: Path, *, seed: int, stages: Stages
+    teacher: Model, calibration: np.ndarray, heldout: np.ndarray, folder: Path, *, seed: int, stages: Stages
 ) -> Prepared:
     """The prepared state for these inputs; `folder` names them (see prepared_folder)."""
     device = str(teacher.embed.weight.device)
@@ -26,12 +29,12 @@ def prepare(
         stages.resumed("prices", "statistics and price list")
         return found
     with stages.stage("statistics", "collecting Fisher statistics") as report:
-        stats = collect(teacher, calibration, seed=seed, progress=report)
+        stats = teaching_of(teacher).collect(teacher, calibration, seed=seed, progress=report)
     with stages.stage("round", "rounding every matrix at 2, 3 and 4 bits") as report:
         cache, raw = round_all(named_weights(teacher), teacher.spec, stats, group_size=GROUP_SIZE, progress=report)
         drop_layer_hessians(stats)
     with stages.stage("prices", "measuring what each sub-layer costs") as report:
-        forward = PartialForward(teacher, heldout[: max(1, len(heldout) // 2)])
+        forward = PartialForward(teacher, teaching_of(teacher).heldout(teacher, heldout[: max(1, len(heldout) // 2)]))
         prices = measure_prices(teacher, stats, raw, cache, forward, group_size=GROUP_SIZE, progress=report)
     prepared = Prepared(prices, cache, stats)
     save_prepared(folder, prepared)
@@ -40,4 +43,4 @@ def prepare(
 
 def drop_layer_hessians(stats: Statistics) -> None:
     """Half a gigabyte at 135M parameters that nothing reads again: compression makes its own from the prefix."""
-    stats.hessians = {name: H for name, H in stats.hessians.items() if name in ("embed", "head")}
+    stats.hessians = {name: H for name, H in stats.hessians.items() if is_table(name)}

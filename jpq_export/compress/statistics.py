@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jpq_export.compress.decoder import Decoder
+from jpq_export.compress.model import Model
 from jpq_export.compress.precision import autocast
 
 HEAD_ROWS_PER_CHUNK = 128  # tokens whose logits exist at once: 128 x 49152 x 4 bytes = 25 MB
@@ -46,11 +47,12 @@ class Statistics:
     sequences: int = 0
 
 
-class _Recorder:
+class Recorder:
     """Hooks on every linear and sub-layer of the teacher; each backward pass adds to the statistics."""
 
-    def __init__(self, model: Decoder, stats: Statistics) -> None:
-        self.model, self.stats, self.handles = model, stats, []
+    def __init__(self, model: Model, stats: Statistics, *, per_text: bool = False) -> None:
+        """`per_text`: a unit's gate is squared per sequence, for a loss with one target a text."""
+        self.model, self.stats, self.handles, self.per_text = model, stats, [], per_text
         self.weights: dict[str, list[Tensor]] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name != "head":
@@ -64,6 +66,7 @@ class _Recorder:
                 self.handles.append(layer.mlp.down.register_forward_pre_hook(self._inner(f"layers.{i}.mlp", i)))
 
     def close(self) -> None:
+        """Take the hooks off again."""
         for handle in self.handles:
             handle.remove()
 
@@ -103,7 +106,8 @@ class _Recorder:
             def on_gradient(gradient: Tensor) -> None:
                 product = kept.float() * gradient.float()  # [batch, seq, features]
                 per_token = product.view(*product.shape[:2], groups, -1).sum(-1)  # [batch, seq, groups]
-                self._gate(name, 1, per_token.square().sum((0, 1)) / 2)
+                squared = per_token.sum(1).square().sum(0) if self.per_text else per_token.square().sum((0, 1))
+                self._gate(name, 1, squared / 2)
 
             value.register_hook(on_gradient)
 
@@ -131,7 +135,7 @@ def collect(
     stats, device = Statistics(), model.embed.weight.device
     stats.rows = torch.zeros(model.spec.vocab, device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
-    recorder = _Recorder(model, stats)
+    recorder = Recorder(model, stats)
     try:
         for start in range(0, len(sequences), batch):
             ids = torch.from_numpy(sequences[start : start + batch]).to(device)

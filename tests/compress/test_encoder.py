@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jpq_export.compress.encoder import distance_bucket
 from jpq_export.compress.load import LoadedModel, load_model
 from jpq_export.errors import ModelError
+from jpq_export.numerics.reference import distance_bucket
 
 # fp32 against fp32 with another order of sums
 BOUND = 1e-5
