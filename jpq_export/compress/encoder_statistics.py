@@ -5,6 +5,9 @@ and the gradient of its negative log-likelihood at the teacher is -ε; over draw
 (Martens, 2020). For embeddings of length one, ½|e' - e|² = 1 - cos(e', e), so this Fisher is the Hessian of exactly the
 error that is reported. An embedding that is not normalised is compared by direction: the loss divides by its length.
 
+Matrices are priced token by token, as a decoder's: what errors of two tokens of one text have in common is left out, so
+a raw price is too low by up to the number of tokens. `measure_prices` scales every sub-layer to its measured error.
+
 Units: all prices are 1 - cosine of a text's embedding.
 """
 

@@ -83,4 +83,4 @@ def distil_step(teacher: Encoder, student: Encoder, ids: Tensor) -> float:
         error = (1 - F.cosine_similarity(direction(teacher, goal, context), direction(teacher, mine, context))).mean()
         tokens = (1 - F.cosine_similarity(goal, mine, dim=-1))[context.mask].mean()
         (error + TOKEN_SHARE * tokens).backward()
-    return float(error)
+    return float(error.detach())
