@@ -232,21 +232,27 @@ def report(bundle: Path) -> None:
 
 @main.command("eval")
 @click.argument("model", required=False)
-@click.option(
-    "--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text, .raw, or .jsonl with key text."
-)
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text, .raw, or .jsonl with key text.")
+@click.option("--pairs", type=click.Path(path_type=Path), help="For encoders: .csv of text, text, score; or .jsonl.")
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--context", type=click.IntRange(2), default=2048, show_default=True)
 @click.option("--teacher", help="Model to compare with; default: the one in the bundle's manifest.")
 @click.option("--no-teacher", is_flag=True, help="Perplexity only.")
 @click.option("--json", "json_out", type=click.Path(path_type=Path), help="Write the result here.")
 def evaluate(**options: Any) -> None:
-    """Perplexity of MODEL or BUNDLE on a text, and its KL and top-1 agreement against a teacher."""
-    from jpq_export.evaluation import evaluate_model
+    """Perplexity of MODEL or BUNDLE on a text, and its KL and top-1 agreement against a teacher.
+
+    Of a sentence encoder: Spearman's correlation with the scores of --pairs, and retrieval recall.
+    """
+    from jpq_export.evaluation import evaluate_encoder, evaluate_model
 
     json_out = options.pop("json_out")
     check_result_file("--json", json_out)
-    text = json.dumps(evaluate_model(**options), indent=1)
+    if (options["text"] is None) == (options["pairs"] is None):
+        raise UsageError("eval: give --text for a language model, or --pairs for a sentence encoder")
+    pairs = options.pop("pairs")
+    result = evaluate_model(**options) if pairs is None else evaluate_encoder(options["model"], pairs=pairs)
+    text = json.dumps(result, indent=1)
     if json_out:
         json_out.write_text(text + "\n", encoding="utf-8")
     click.echo(text)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
+from jpq_export.errors import BundleError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec
 from jpq_export.format.tensor_file import save_tensors
@@ -163,6 +165,19 @@ def record_vectors(model: CompressedModel, path: Path, *, texts: Sequence[Sequen
     tensors = {"ids": ids, "mask": mask, OUTPUT: values[OUTPUT]} | taps
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     save_tensors(path, tensors, meta={"format": VECTORS_FORMAT, "reference": f"pytorch {reference.version}"})
+
+
+def load_recorded(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of vectors.safetensors; BundleError when it is missing or damaged."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            meta = json.loads((file.metadata() or {})["jpq"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+        if meta["format"] != VECTORS_FORMAT or not {"ids", "mask", OUTPUT} <= tensors.keys():
+            raise ValueError(f"no recorded embeddings in the format {VECTORS_FORMAT}")
+        return tensors
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+        raise BundleError(f"{path}: not readable recorded vectors ({error}); export the bundle again") from error
 
 
 def compare_recorded(recorded: dict[str, np.ndarray], runner: OrtRunner) -> tuple[float, str | None]:
