@@ -232,26 +232,33 @@ def report(bundle: Path) -> None:
 @main.command("eval")
 @click.argument("model", required=False)
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text, .raw, or .jsonl with key text.")
+@click.option("--pairs", type=click.Path(path_type=Path), help="For encoders: .csv of text, text, score; or .jsonl.")
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--context", type=click.IntRange(2), default=2048, show_default=True)
 @click.option("--teacher", help="Model to compare with; default: the one in the bundle's manifest.")
 @click.option("--no-teacher", is_flag=True, help="Perplexity only.")
 @task_options
 @click.option("--json", "json_out", type=click.Path(path_type=Path), help="Write the result here.")
-def evaluate(*, tasks: str | None, limit: int | None, task_data: Path | None, **options: Any) -> None:
+def evaluate(
+    *, tasks: str | None, limit: int | None, task_data: Path | None, pairs: Path | None, **options: Any
+) -> None:
     """Perplexity of MODEL or BUNDLE on a text, its KL and top-1 agreement against a teacher, and zero-shot tasks.
 
     MODEL may also be the folder of an export that stopped early (--until compress): the compressed model in PyTorch.
+    Of a sentence encoder: Spearman's correlation with the scores of --pairs, and retrieval recall.
     """
+    from jpq_export.encoder_evaluation import evaluate_encoder
     from jpq_export.evaluate.task_data import task_choice
     from jpq_export.evaluation import evaluate_model
 
     json_out = options.pop("json_out")
     check_result_file("--json", json_out)
     choice = task_choice(tasks, limit=limit, folder=task_data)
-    if options["text"] is None and choice is None:
-        raise UsageError("neither --text nor --tasks; see `jpq-export eval --help`")
-    text = json.dumps(evaluate_model(**options, tasks=choice), indent=1)
+    asks_text = options["text"] is not None or choice is not None
+    if asks_text == (pairs is not None):
+        raise UsageError("eval: give --text or --tasks for a language model, or --pairs for a sentence encoder")
+    result = evaluate_encoder(options["model"], pairs=pairs) if pairs else evaluate_model(**options, tasks=choice)
+    text = json.dumps(result, indent=1)
     if json_out:
         json_out.write_text(text + "\n", encoding="utf-8")
     click.echo(text)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jpq_export.errors import BudgetError, JpqError, PlanError, UsageError
+from jpq_export.errors import BudgetError, JpqError, PlanError, TargetError, UsageError
+from jpq_export.format.encoder_spec import EncoderSpec
 from jpq_export.format.plan import Plan, load_plan
 from jpq_export.progress import Stages
 from jpq_export.request import QUALITY_SEQUENCES, Request, Texts, prepared_for
@@ -25,7 +26,7 @@ from jpq_export.workspace import Workspace, check_disk, check_output, write_atom
 if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
     from jpq_export.format.compressed import CompressedModel
-    from jpq_export.format.spec import ModelSpec
+    from jpq_export.format.encoder_spec import Spec
 
 FINAL_SEQUENCES = 12  # of the effort's length, to choose between finalists
 
@@ -40,6 +41,7 @@ class Export:
 
         self.request, self.stages = request, stages
         self.effort = EFFORTS[request.effort]
+        self.final_sequences = FINAL_SEQUENCES
         self.staircase: list[dict[str, Any]] = []
 
     def run(self) -> dict[str, Any]:
@@ -69,10 +71,17 @@ class Export:
 
     def load(self) -> LoadedModel:
         """The teacher."""
+        from jpq_export.compress.encoder_text import PER_SEQUENCE, for_texts
         from jpq_export.compress.load import EXPORT_FACTOR, check_memory, load_model
 
         with self.stages.stage("load", "loading the model") as report:
             loaded = load_model(self.request.model, progress=report, device=self.request.device)
+        if isinstance(loaded.spec, EncoderSpec):
+            self.effort, self.final_sequences = for_texts(self.effort), FINAL_SEQUENCES * PER_SEQUENCE
+            if self.request.target.engine:
+                raise TargetError(
+                    f"{self.request.target.name}: TensorRT-RTX engines of encoders are not built yet; use --target cpu"
+                )
         check_disk(self.request.out, loaded.spec.parameters())
         if self.request.device == "cpu":
             check_memory(loaded.spec, loaded.name, factor=EXPORT_FACTOR - 1)  # the teacher is in memory by now
@@ -81,7 +90,18 @@ class Export:
     def texts(self, loaded: LoadedModel) -> Texts:
         """Calibration and held-out sequences."""
         from jpq_export.compress.calibration_text import calibration_and_heldout
+        from jpq_export.compress.encoder_text import texts_and_heldout
 
+        if isinstance(loaded.spec, EncoderSpec):
+            calibration, kept_out = texts_and_heldout(
+                self.request.calibration,
+                loaded.tokenizer,
+                loaded.spec,
+                calibration=self.effort.calibration_sequences + self.final_sequences,
+                heldout=2 * self.effort.heldout,
+                seed=self.request.seed,
+            )
+            return Texts(calibration, *np.split(kept_out, [len(kept_out) // 2]))
         calibration, kept_out = calibration_and_heldout(
             self.request.calibration,
             loaded.encode,
@@ -127,10 +147,10 @@ class Export:
         write_atomic(self.work.path("plan.json"), plan.to_json())
         return plan
 
-    def check_board(self, plan: Plan, spec: ModelSpec) -> None:
+    def check_board(self, plan: Plan, spec: Spec) -> None:
         """Weights and KV cache (fp16) must fit the board's memory."""
         target, context = self.request.target, min(self.request.context, spec.max_positions)
-        heads = sum(len(layer.kv_heads) for layer in plan.layers)
+        heads = 0 if isinstance(spec, EncoderSpec) else sum(len(layer.kv_heads) for layer in plan.layers)
         cache = 2 * heads * spec.head_dim * context * 2
         if plan.predicted.bytes + cache > target.memory_bytes:
             raise BudgetError(
@@ -166,13 +186,13 @@ class Export:
 
     def search(self, loaded: LoadedModel, texts: Texts, cost: Any) -> list[Plan]:
         """Prices, exact solution, true-KL refinement; the finalists, best first."""
-        from jpq_export.compress.heldout import Heldout
         from jpq_export.compress.plan import Problem, contrast, make_plan, unpriced
         from jpq_export.compress.prepare import GROUP_SIZE, prepare
         from jpq_export.compress.prepared import check_cache
         from jpq_export.compress.prices import narrow_widths
         from jpq_export.compress.refine import finalists, refine
         from jpq_export.compress.search import Knobs
+        from jpq_export.compress.teaching import teaching_of
         from jpq_export.numerics.scheme import BIT_WIDTHS
 
         request = self.request
@@ -189,7 +209,7 @@ class Export:
         prepared = prepare(loaded.model, calibration, texts.heldout, folder, **kind)
         problem = Problem(prepared.prices, cost, budget, widths)
         with self.stages.stage("plan", "searching structure and bits together") as report:
-            heldout = Heldout(loaded.model, texts.heldout)
+            heldout = teaching_of(loaded.model).heldout(loaded.model, texts.heldout)
             trials = refine(
                 problem.solve,
                 loaded.model,
@@ -268,7 +288,7 @@ class Export:
         from jpq_export.format.compressed import CompressedModel
 
         start = self.effort.sequences
-        fresh = texts.calibration[start : start + FINAL_SEQUENCES]
+        fresh = texts.calibration[start : start + self.final_sequences]
         models = (CompressedModel.load(self.work.path(f"rounded-{i}.safetensors")) for i in range(len(plans)))
         errors = [measure(loaded.model, model, fresh) for model in models]
         winner = champion(errors, [bool(plan.removed) for plan in plans])

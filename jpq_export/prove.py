@@ -12,6 +12,7 @@ from jpq_export import __version__
 from jpq_export.engine.contents import add_device_files, bundle_names
 from jpq_export.engine.rtx import GRAPH, RtxEngine, try_build
 from jpq_export.format.bundle import MANIFEST, Manifest, read_manifest, write_manifest
+from jpq_export.format.encoder_spec import KIND, EncoderSpec
 from jpq_export.format.plan import Plan
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def finish_bundle(
     export: Export, loaded: LoadedModel, texts: Texts, plan: Plan, compressed: CompressedModel
 ) -> dict[str, Any]:
     """Run the proof and write the bundle; the summary says whether parity passed."""
+    if isinstance(compressed.spec, EncoderSpec):
+        return _finish_encoder(export, loaded, texts, plan, compressed)
     from jpq_export.parity.check import check_parity
     from jpq_export.parity.report import write_report
     from jpq_export.parity.vectors import record_vectors
@@ -77,6 +80,34 @@ def finish_bundle(
     manifest = read_manifest(work.folder)
     # Only now goes what a killed run would need; `finish` knows the top level alone.
     work.finish(keep={MANIFEST, *(name.split("/")[0] for name in manifest.files)})
+    return {"out": str(work.out), "plan": plan, "manifest": manifest, "parity": parity}
+
+
+def _finish_encoder(
+    export: Export, loaded: LoadedModel, texts: Texts, plan: Plan, compressed: CompressedModel
+) -> dict[str, Any]:
+    """The same for a sentence encoder."""
+    from jpq_export.compress.student import dequantized
+    from jpq_export.compress.teaching import teaching_of
+    from jpq_export.parity.encoder import check_encoder, record_vectors
+
+    work, stages, rows = export.work, export.stages, texts.heldout.tolist()
+    with stages.stage("parity", "PyTorch against onnxruntime, every sub-layer"):
+        parity = check_encoder(compressed, work.path("model.onnx"), texts=rows, form=export.request.target.graph)
+        work.path("parity.json").write_text(parity.to_json(), encoding="utf-8")
+    with stages.stage("vectors", "recording vectors for the device"):
+        record_vectors(compressed, work.path("vectors.safetensors"), texts=rows)
+    with stages.stage("quality", "embeddings of held-out text"):
+        student = dequantized(compressed).to(loaded.model.embed.weight.device)
+        errors = teaching_of(loaded.model).errors(loaded.model, student, texts.quality).cpu().sort().values
+    p99 = float(errors[min(len(errors) - 1, int(0.99 * len(errors)))])
+    quality = {"texts": len(errors), "distance_mean": float(errors.mean()), "distance_p99": p99}
+    keep = {"plan.json", "parity.json", "vectors.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    keep |= {path.name for path in work.folder.glob("model*.onnx*")}
+    manifest = replace(_manifest(export, loaded, plan, compressed, quality), kind=KIND)
+    write_manifest(work.folder, manifest.with_contents(work.folder, names=keep))
+    manifest = read_manifest(work.folder)
+    work.finish(keep={MANIFEST, *manifest.files})
     return {"out": str(work.out), "plan": plan, "manifest": manifest, "parity": parity}
 
 

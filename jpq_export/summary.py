@@ -29,6 +29,9 @@ def show_summary(result: dict[str, Any]) -> None:
     before, after = manifest.original_bytes, manifest.weight_bytes
     table.add_row("size", f"{size(before)} (fp16) -> {size(after)}, {before / after:.1f}x smaller")
     table.add_row("bits per weight", f"{manifest.bits_per_weight:.3f}, embedding and head included")
+    if manifest.kind == "encoder":
+        _show_encoder(console, table, result, out)
+        return
     table.add_row(
         "KL to the teacher", f"{quality['kl_mean']:.4f} nats a token, top-1 agreement {quality['top1_agreement']:.1%}"
     )
@@ -52,6 +55,20 @@ def show_summary(result: dict[str, Any]) -> None:
         f'next: jpq-export run {shown} "Once upon a time"   |   on the device: jpq-export verify {shown}',
         soft_wrap=True,
     )
+
+
+def _show_encoder(console: Console, table: Table, result: dict[str, Any], out: Path) -> None:
+    """What differs for a sentence encoder."""
+    quality, parity = result["manifest"].quality, result["parity"]
+    told = f"{quality['distance_mean']:.5f} (1 - cosine), worst percent {quality['distance_p99']:.5f}"
+    table.add_row("distance to the teacher", f"{told}, {quality['texts']} held-out texts")
+    verdict = "[green]passed[/green]" if parity.passed else "[red]FAILED[/red]"
+    table.add_row("parity", f"{verdict}, PyTorch against {', '.join(r.name for r in parity.runtimes)}")
+    console.print(table)
+    if not parity.passed and parity.first_diverging:
+        console.print(f"first diverging: {parity.first_diverging}")
+    shown = escape(shlex.quote(str(out)))
+    console.print(f"next: jpq-export eval {shown} --pairs pairs.csv", soft_wrap=True)
 
 
 def _engine(engine: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ tiny_config("gemma3")            -> transformers configuration
 tiny_model("gemma3")             -> transformers model, seeded, weights large enough that every term matters
 tiny_folder("gemma3", **changes) -> folder with config.json, model.safetensors, tokenizer.json
 save_tiny(folder, "gemma3", **changes): the same at a place of the test's own, for fixtures of wider scope
+tiny_encoder("mpnet"), save_encoder(folder, "mpnet"): the same for sentence encoders, with sentence-transformers' files
 """
 
 from __future__ import annotations
@@ -67,6 +68,17 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+ENCODER = COMMON | {"num_key_value_heads": None, "max_position_embeddings": 130, "pad_token_id": 1}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", {"pad_token_id": 0}),
+    "bge": ("bert", {"pad_token_id": 0, "hidden_act": "gelu_new"}),
+    "roberta": ("roberta", {}),
+    "xlm_roberta": ("xlm-roberta", {"layer_norm_eps": 1e-5}),
+    "mpnet": ("mpnet", {}),
+}
+
+SENTENCE_MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
 
 
 def byte_characters() -> list[str]:
@@ -143,6 +155,43 @@ def save_tiny(tiny_model: Callable[..., Any]) -> Callable[..., Path]:
         body = json.dumps(tiny_tokenizer_json(add_bos=add_bos), ensure_ascii=False)
         (folder / "tokenizer.json").write_text(body, encoding="utf-8")
         (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}', encoding="utf-8")
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder() -> Callable[..., Any]:
+    def make(name: str, *, seed: int = 0, **changes: Any) -> Any:
+        import torch
+        from transformers import CONFIG_MAPPING, AutoModel
+
+        model_type, facts = ENCODERS[name]
+        config = CONFIG_MAPPING[model_type](**(ENCODER | facts | changes))
+        config._attn_implementation = "eager"
+        model = AutoModel.from_config(config).eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter_name, parameter in sorted(model.named_parameters()):
+            parameter.normal_(0, 0.2, generator=generator)
+            if "LayerNorm.weight" in parameter_name:
+                parameter.add_(1)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_encoder(tiny_encoder: Callable[..., Any]) -> Callable[..., Path]:
+    def save(folder: Path, name: str, *, seed: int = 0, **changes: Any) -> Path:
+        tiny_encoder(name, seed=seed, **changes).save_pretrained(folder)
+        body = json.dumps(tiny_tokenizer_json(add_bos=True), ensure_ascii=False)
+        (folder / "tokenizer.json").write_text(body, encoding="utf-8")
+        if name == "bge":
+            modules = [{"type": f"st.{kind}", "path": path} for kind, path in SENTENCE_MODULES.items()]
+            (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+            (folder / "1_Pooling").mkdir(exist_ok=True)
+            pooling = '{"word_embedding_dimension": 64, "pooling_mode_cls_token": true, "pooling_mode_x": false}'
+            (folder / "1_Pooling" / "config.json").write_text(pooling, encoding="utf-8")
         return folder
 
     return save

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jpq_export.compress.decoder import Context, Decoder, Layer, build_decoder, canonical_name, named_weights
+from jpq_export.compress.decoder import canonical_name, named_weights
+from jpq_export.compress.model import AnyContext, AnyLayer, Model, build_model
 from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
 from jpq_export.compress.rounding import Rounded, quantize
 from jpq_export.compress.statistics import FISHER_POWER, Progress, Statistics
 from jpq_export.compress.two_sided import kept_blocks, two_sided
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.encoder_spec import EncoderSpec, Spec, is_table
 from jpq_export.numerics.scheme import Scheme
 
 Stream = list[Tensor]  # activations of all calibration tokens, in parts of [batch, seq, features]
@@ -51,12 +52,12 @@ class Recipe:
     passes: int = 2
 
 
-def all_kept(spec: ModelSpec) -> tuple[LayerChoice, ...]:
+def all_kept(spec: Spec) -> tuple[LayerChoice, ...]:
     """Nothing removed."""
     return tuple(LayerChoice(tuple(range(layer.kv_heads)), tuple(range(layer.ffn))) for layer in spec.layers)
 
 
-def prune(model: Decoder, layers: tuple[LayerChoice, ...]) -> Decoder:
+def prune(model: Model, layers: tuple[LayerChoice, ...]) -> Model:
     """The model with only the kept heads and channels, weights shared or sliced, no refit."""
     weights = {name: value for name, value in named_weights(model).items() if not name.startswith("layers.")}
     narrow = []
@@ -64,45 +65,47 @@ def prune(model: Decoder, layers: tuple[LayerChoice, ...]) -> Decoder:
         old = model.spec.layers[i]
         narrow.append(type(old)(len(choice.kv_heads), len(choice.channels), old.window, old.rope))
         weights |= {f"layers.{i}.{part}": value for part, value in pruned_weights(model, i, choice).items()}
-    return build_decoder(model.spec.with_layers(tuple(narrow)), weights)
+    return build_model(model.spec.with_layers(tuple(narrow)), weights)
 
 
-def prune_layer(model: Decoder, index: int, choice: LayerChoice) -> Layer:
+def prune_layer(model: Model, index: int, choice: LayerChoice) -> AnyLayer:
     """One layer of `prune`, 30 times faster than making the whole model for it."""
     old = model.spec.layers[index]
     narrow = type(old)(len(choice.kv_heads), len(choice.channels), old.window, old.rope)
     layers = (*model.spec.layers[:index], narrow, *model.spec.layers[index + 1 :])
     with torch.device("meta"):
-        layer = Layer(model.spec.with_layers(layers), index)
+        layer: AnyLayer = type(model.layers[index])(model.spec.with_layers(layers), index)  # pyright: ignore[reportArgumentType] of one kind
     weights = pruned_weights(model, index, choice)
     layer.load_state_dict({key: weights[canonical_name(key)] for key in layer.state_dict()}, assign=True)
     return layer.eval().requires_grad_(False)
 
 
-def pruned_weights(model: Decoder, index: int, choice: LayerChoice) -> dict[str, Tensor]:
+def pruned_weights(model: Model, index: int, choice: LayerChoice) -> dict[str, Tensor]:
     """Weights of one layer by name inside the layer ("attn.q", ...), sliced to what is kept."""
-    rows, out = kept_rows(model, index, choice), {}
+    rows, out, kept = kept_rows(model, index, choice), {}, {"attn": choice.kv_heads, "mlp": choice.channels}
     for key, value in model.layers[index].state_dict().items():
         part = canonical_name(key)
-        if (part.startswith("attn") and choice.kv_heads) or (part.startswith("mlp") and choice.channels):
+        if "norm" in part or kept[part.split(".")[0]]:  # an encoder's norm stays without its sub-layer
             out[part] = _slice(value, part, rows)
     return out
 
 
-def kept_rows(model: Decoder, index: int, choice: LayerChoice) -> dict[str, Tensor | None]:
+def kept_rows(model: Model, index: int, choice: LayerChoice) -> dict[str, Tensor | None]:
     """Kept query rows, key/value rows and channels of a layer; None when all are kept."""
     spec, layer = model.spec, model.spec.layers[index]
     kv = torch.tensor(choice.kv_heads, dtype=torch.long)
     per_group = spec.heads_per_group * spec.head_dim
     whole_heads = len(kv) == layer.kv_heads
+    buckets = spec.buckets if isinstance(spec, EncoderSpec) else 0
     return {
+        "heads": None if whole_heads else (kv[:, None] * buckets + torch.arange(buckets)).flatten(),
         "q": None if whole_heads else (kv[:, None] * per_group + torch.arange(per_group)).flatten(),
         "kv": None if whole_heads else (kv[:, None] * spec.head_dim + torch.arange(spec.head_dim)).flatten(),
         "ffn": None if len(choice.channels) == layer.ffn else torch.tensor(choice.channels, dtype=torch.long),
     }
 
 
-ROWS_OF = {"attn.q": "q", "attn.k": "kv", "attn.v": "kv", "mlp.gate": "ffn", "mlp.up": "ffn"}
+ROWS_OF = {"attn.q": "q", "attn.k": "kv", "attn.v": "kv", "mlp.gate": "ffn", "mlp.up": "ffn", "attn.distance": "heads"}
 COLUMNS_OF = {"attn.o": "q", "mlp.down": "ffn"}
 
 
@@ -118,7 +121,7 @@ def _slice(value: Tensor, part: str, rows: dict[str, Tensor | None]) -> Tensor:
 class Compressor:
     """Walks teacher and compressed model side by side, one layer at a time."""
 
-    def __init__(self, teacher: Decoder, recipe: Recipe, stats: Statistics, sequences: np.ndarray) -> None:
+    def __init__(self, teacher: Model, recipe: Recipe, stats: Statistics, sequences: np.ndarray) -> None:
         self.teacher, self.recipe, self.stats = teacher, recipe, stats
         self.student = prune(teacher, recipe.layers)
         ids = torch.from_numpy(sequences).to(teacher.embed.weight.device)
@@ -126,28 +129,27 @@ class Compressor:
         self.refits = recipe.method == "jpq"
 
     @torch.no_grad()
-    def run(self, progress: Progress | None = None) -> Decoder:
+    def run(self, progress: Progress | None = None) -> Model:
         """The student, every matrix quantized."""
         student, count = self.student, len(self.student.layers)
-        self._round_embedding()
+        self._round_tables()
         student_stream = [student.embed_tokens(ids) for ids in self.ids]
         # Plain methods round the student's own weights: for them nothing of the teacher is computed.
         teacher_stream = [self.teacher.embed_tokens(ids) for ids in self.ids] if self.refits else []
-        context = self.teacher.context(self.ids[0][:1])
+        contexts = [self.teacher.context(ids) for ids in self.ids]
         for i in range(count):
-            self._attention(i, teacher_stream, student_stream, context)
+            self._attention(i, teacher_stream, student_stream, contexts)
             self._mlp(i, teacher_stream, student_stream)
             if progress:
                 progress(i + 1, count)
         return student
 
-    def _round_embedding(self) -> None:
-        student, stats = self.student, self.stats
-        rounded = self._round(student.embed.weight, stats.hessians["embed"], self.recipe.schemes["embed"])
-        student.embed = QuantEmbedding(rounded, None)  # pyright: ignore[reportAttributeAccessIssue] stands in for both uses
-        if student.head is not None:
-            rounded = self._round(student.head.weight, stats.hessians["head"], self.recipe.schemes["head"])
-            student.head = QuantLinear(rounded, None)  # pyright: ignore[reportAttributeAccessIssue] same interface
+    def _round_tables(self) -> None:
+        for name in filter(is_table, self.student.spec.matrices()):
+            rounded = self._round(
+                getattr(self.student, name).weight, self.stats.hessians[name], self.recipe.schemes[name]
+            )
+            setattr(self.student, name, (QuantLinear if name == "head" else QuantEmbedding)(rounded, None))
 
     def _round(self, W: Tensor, H: Tensor, scheme: Scheme) -> Rounded:
         """Row chunks bound the memory of a large vocabulary."""
@@ -160,38 +162,40 @@ class Compressor:
             torch.cat([p.zeros for p in parts]),
         )
 
-    def _attention(self, i: int, teacher_stream: Stream, student_stream: Stream, context: Context) -> None:
+    def _attention(self, i: int, teacher_stream: Stream, student_stream: Stream, contexts: list[AnyContext]) -> None:
         old, new = self.teacher.layers[i], self.student.layers[i]
-        if old.attn is None or old.attn_norm is None:
+        if old.attn is None:
             return
-        if new.attn is not None and new.attn_norm is not None:
-            old_in = _map(old.attn_norm, teacher_stream)
-            new_in = _map(new.attn_norm, student_stream)
+        old_in = _map(old.attention_in, teacher_stream)
+        old_core = [attention_core(old, x, c) for x, c in zip(old_in, contexts[: len(old_in)], strict=True)]
+        if new.attn is not None:
+            new_in = _map(new.attention_in, student_stream)
             for part in ("q", "k", "v"):
                 self._linear(i, f"attn.{part}", old_in, new_in)
-            old_core = _map(lambda x: attention_core(old, x, context), old_in)
-            new_core = _map(lambda x: attention_core(new, x, context), new_in)
+            new_core = [attention_core(new, x, c) for x, c in zip(new_in, contexts, strict=True)]
             self._linear(i, "attn.o", old_core, new_core)
-            _add(student_stream, new.attention_out, new_core)
+            _join(student_stream, new.attention_join, new_core)
         else:
-            old_in = _map(old.attn_norm, teacher_stream)
-            old_core = _map(lambda x: attention_core(old, x, context), old_in)
-        _add(teacher_stream, old.attention_out, old_core)
+            student_stream[:] = [new.attention_part(x, contexts[0]) for x in student_stream]  # pyright: ignore[reportArgumentType] of one kind
+        _join(teacher_stream, old.attention_join, old_core)
 
     def _mlp(self, i: int, teacher_stream: Stream, student_stream: Stream) -> None:
         old, new = self.teacher.layers[i], self.student.layers[i]
-        if old.mlp is None or old.mlp_norm is None:
+        if old.mlp is None:
             return
-        old_in = _map(old.mlp_norm, teacher_stream)
+        old_in = _map(old.mlp_in, teacher_stream)
         old_core = _map(old.mlp.core, old_in)
-        if new.mlp is not None and new.mlp_norm is not None:
-            new_in = _map(new.mlp_norm, student_stream)
+        if new.mlp is not None:
+            new_in = _map(new.mlp_in, student_stream)
             for part in ("gate", "up"):
-                self._linear(i, f"mlp.{part}", old_in, new_in)
+                if hasattr(new.mlp, part):
+                    self._linear(i, f"mlp.{part}", old_in, new_in)
             new_core = _map(new.mlp.core, new_in)
             self._linear(i, "mlp.down", old_core, new_core)
-            _add(student_stream, new.mlp_out, new_core)
-        _add(teacher_stream, old.mlp_out, old_core)
+            _join(student_stream, new.mlp_join, new_core)
+        else:
+            student_stream[:] = _map(new.mlp_part, student_stream)
+        _join(teacher_stream, old.mlp_join, old_core)
 
     def _linear(self, i: int, part: str, old_in: Stream, new_in: Stream) -> None:
         """Refit and round one linear of the student; old_in, new_in of [batch, seq, K] (K may differ by pruning)."""
@@ -229,10 +233,10 @@ def _map(function: Callable[[Tensor], Tensor], stream: Stream) -> Stream:
     return [function(part) for part in stream]
 
 
-def _add(stream: Stream, function: Callable[[Tensor], Tensor], inner: Stream) -> None:
-    """The residual stream after a sub-layer, in place."""
-    for part, core in zip(stream, inner, strict=True):
-        part += function(core)
+def _join(stream: Stream, function: Callable[[Tensor, Tensor], Tensor], inner: Stream) -> None:
+    """The residual stream after a sub-layer, part by part in place of the one before."""
+    for index, core in enumerate(inner):
+        stream[index] = function(stream[index], core)
 
 
 def _moment(left: Stream, right: Stream, root: Tensor) -> Tensor:
@@ -246,14 +250,14 @@ def _moment(left: Stream, right: Stream, root: Tensor) -> Tensor:
     return total / start
 
 
-def attention_core(layer: Layer, x: Tensor, context: Context) -> Tensor:
+def attention_core(layer: AnyLayer, x: Tensor, context: AnyContext) -> Tensor:
     """Attention up to the input of the output projection."""
     attn = layer.attn
     assert attn is not None
     out: list[Tensor] = []
     handle = attn.o.register_forward_pre_hook(lambda _m, inputs: out.append(inputs[0]))
     try:
-        attn(x, context)
+        attn(x, context)  # pyright: ignore[reportArgumentType] of the same kind
     finally:
         handle.remove()
     return out[0]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from jpq_export.compress.families import Family, canonical, family_of, id_tuple, parse_config, spec_of
 from jpq_export.compress.tokenizer import TokenizerFiles, read_tokenizer
 from jpq_export.errors import ModelError
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.encoder_spec import Spec
 
 Read = Callable[[], torch.Tensor]
 
@@ -23,7 +23,7 @@ Read = Callable[[], torch.Tensor]
 class Checkpoint:
     """`tensors`: canonical name -> function that reads it; `where` names the file in errors."""
 
-    spec: ModelSpec
+    spec: Spec
     tensors: dict[str, Read]
     tokenizer: TokenizerFiles
     where: str
@@ -108,11 +108,13 @@ def open_safetensors(path: Path, family: Family) -> dict[str, Read]:
             ) from error
         if name is not None:
             offset = family.norm_offset if "norm" in name.rpartition(".")[2] else 0.0
-            out[name] = _reader(file, stored, path, offset)
+            out[name] = reader(file, stored, path, offset)
     return out
 
 
-def _reader(file: Any, stored: str, path: Path, offset: float) -> Read:
+def reader(file: Any, stored: str, path: Path, offset: float = 0.0) -> Read:
+    """A function that reads one tensor as fp32 and adds `offset`."""
+
     def read() -> torch.Tensor:
         tensor = file.get_tensor(stored)
         if not tensor.is_floating_point():

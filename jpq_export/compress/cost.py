@@ -9,22 +9,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.encoder_spec import EncoderSpec, Spec, is_table
 from jpq_export.format.target import Target
 from jpq_export.numerics.scheme import Scheme
 
 OPS_PER_ATTENTION = 10  # norm, q, k, v, two rotations, cache append, attention, output, add
 OPS_PER_MLP = 5  # norm, gate, up, activation-multiply, down (add fused)
 FP32 = 4
+TEXT_TOKENS = 128  # a paragraph: what an encoder's latency is counted for
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Bytes and microseconds of the parts of a model on a target, at a context length in tokens."""
 
-    spec: ModelSpec
+    spec: Spec
     target: Target
     context: int
+
+    @property
+    def tokens(self) -> int:
+        """That a pass computes: one of a decoder, a whole text of an encoder."""
+        return min(self.context, TEXT_TOKENS) if isinstance(self.spec, EncoderSpec) else 1
 
     def microseconds(self, stored_bytes: float, ops: int, macs: float) -> float:
         """Time of `ops` operators that read `stored_bytes` and do `macs` multiply-adds for one token."""
@@ -35,34 +41,36 @@ class CostModel:
     def matrix(self, rows: int, columns: int, scheme: Scheme) -> tuple[int, float]:
         """(bytes, microseconds without launches) of one matrix-vector product."""
         size = self.target.stored_bytes(self.target.fit(scheme), rows, columns)
-        return size, self.microseconds(size, 0, rows * columns)
+        return size, self.microseconds(size, 0, rows * columns * self.tokens)
 
     def attention_rest(self, index: int, kv_heads: int) -> tuple[int, float]:
         """(bytes, microseconds) of an attention sub-layer beside its matrices: norms, biases, cache, launches."""
         if kv_heads == 0:
-            return 0, 0.0
+            return self._vector_bytes(index, "attn", 0, None), 0.0
         spec, window = self.spec, self.spec.layers[index].window
         tokens = min(self.context, window or self.context)
+        size = self._vector_bytes(index, "attn", kv_heads, None)
+        if isinstance(spec, EncoderSpec):
+            return size, self.microseconds(size, OPS_PER_ATTENTION, 2 * kv_heads * spec.head_dim * self.tokens**2)
         cache_bytes = 2 * kv_heads * spec.head_dim * tokens * 2  # keys and values, fp16 on the device
         macs = 2 * kv_heads * spec.heads_per_group * spec.head_dim * tokens
-        size = self._vector_bytes(index, "attn", kv_heads, None)
         return size, self.microseconds(size + cache_bytes, OPS_PER_ATTENTION, macs)
 
     def mlp_rest(self, index: int, channels: int) -> tuple[int, float]:
         """(bytes, microseconds) of an MLP sub-layer beside its matrices."""
         if channels == 0:
-            return 0, 0.0
+            return self._vector_bytes(index, "mlp", None, 0), 0.0
         size = self._vector_bytes(index, "mlp", None, channels)
         return size, self.microseconds(size, OPS_PER_MLP, 0)
 
     def fixed(self) -> tuple[int, float]:
         """(bytes, microseconds) of what no choice changes: the last norm, embedding look-up and head launches."""
-        size = FP32 * self.spec.hidden
+        size = FP32 * sum(length for name, length in self.spec.vectors().items() if is_table(name))
         return size, self.microseconds(size, 4, 0)
 
     def table(self, name: str, scheme: Scheme) -> tuple[int, float]:
         """(bytes, microseconds) of the embedding or head; an untied embedding reads one row a token."""
-        size, time = self.matrix(self.spec.vocab, self.spec.hidden, scheme)
+        size, time = self.matrix(*self.spec.matrices()[name], scheme)
         return size, time if name == "head" or self.spec.tied else 0.0
 
     def _vector_bytes(self, index: int, sub: str, kv_heads: int | None, channels: int | None) -> int:

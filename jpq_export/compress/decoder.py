@@ -7,7 +7,7 @@ of every parity report.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from jpq_export.format.spec import LayerSpec, ModelSpec
 
 Tap = Callable[[str, Tensor], None]
+M = TypeVar("M", bound=nn.Module)
 
 
 @runtime_checkable
@@ -201,17 +202,25 @@ class Layer(nn.Module):
         y = self.attn(self.attn_norm(x), context)
         return x + (y if self.attn_post_norm is None else self.attn_post_norm(y))
 
-    def attention_out(self, core: Tensor) -> Tensor:
-        """What the attention sub-layer adds, from the input of its output projection."""
+    def attention_in(self, x: Tensor) -> Tensor:
+        """What q, k and v read."""
+        return x if self.attn_norm is None else self.attn_norm(x)
+
+    def attention_join(self, x: Tensor, core: Tensor) -> Tensor:
+        """The stream after the attention sub-layer, from the input of its output projection."""
         assert self.attn is not None
         y = self.attn.o(core)
-        return y if self.attn_post_norm is None else self.attn_post_norm(y)
+        return x + (y if self.attn_post_norm is None else self.attn_post_norm(y))
 
-    def mlp_out(self, core: Tensor) -> Tensor:
-        """What the MLP sub-layer adds, from the input of its down projection."""
+    def mlp_in(self, x: Tensor) -> Tensor:
+        """What gate and up read."""
+        return x if self.mlp_norm is None else self.mlp_norm(x)
+
+    def mlp_join(self, x: Tensor, core: Tensor) -> Tensor:
+        """The stream after the MLP sub-layer, from the input of its down projection."""
         assert self.mlp is not None
         y = self.mlp.down(core)
-        return y if self.mlp_post_norm is None else self.mlp_post_norm(y)
+        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y))
 
     def mlp_part(self, x: Tensor) -> Tensor:
         """The stream plus the MLP sub-layer."""
@@ -305,6 +314,11 @@ def build_decoder(spec: ModelSpec, weights: Mapping[str, Tensor]) -> Decoder:
     """A frozen decoder holding `weights` by canonical name (not copied); ValueError names a wrong or missing one."""
     with torch.device("meta"):
         model = Decoder(spec)
+    return fill(model, weights)
+
+
+def fill(model: M, weights: Mapping[str, Tensor]) -> M:
+    """`model`, made on the meta device, frozen and holding `weights`; ValueError names a wrong or missing one."""
     state = {}
     for parameter, expected in model.state_dict().items():
         name = canonical_name(parameter)
@@ -316,6 +330,6 @@ def build_decoder(spec: ModelSpec, weights: Mapping[str, Tensor]) -> Decoder:
     return model.eval().requires_grad_(False)
 
 
-def named_weights(model: Decoder) -> dict[str, Tensor]:
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """All weights by canonical name."""
     return {canonical_name(name): value for name, value in model.state_dict().items()}

@@ -10,20 +10,20 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from jpq_export.compress.decoder import Decoder
+from jpq_export.compress.model import Model
 from jpq_export.compress.precision import autocast
 from jpq_export.compress.student import to_student
-from jpq_export.compress.tune import token_kl
+from jpq_export.compress.teaching import teaching_of
 from jpq_export.format.compressed import CompressedModel
 
 STANDARD_ERRORS = 2.0
 
 
-def measure(teacher: Decoder, model: CompressedModel, sequences: np.ndarray) -> Tensor:
+def measure(teacher: Model, model: CompressedModel, sequences: np.ndarray) -> Tensor:
     """KL(teacher ‖ model) of every token of `sequences` [n, length] in the fast type, nats: float64 [n · length]."""
     device = teacher.embed.weight.device
     with autocast(device):
-        return token_kl(teacher, to_student(model, device=str(device)), sequences)
+        return teaching_of(teacher).errors(teacher, to_student(model, device=str(device)), sequences)
 
 
 def champion(errors: list[Tensor], prunes: list[bool]) -> int:

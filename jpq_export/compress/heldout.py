@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jpq_export.compress.apply import all_kept, prune_layer
-from jpq_export.compress.decoder import Context, Decoder, Layer
+from jpq_export.compress.decoder import Decoder
+from jpq_export.compress.model import AnyContext, Model
 from jpq_export.compress.precision import autocast, fast_bf16, head_table
 
 HEAD_CHUNK = 128  # tokens whose logits exist at once; 128 x 49152 x 4 bytes stay below malloc's largest reused block
@@ -22,6 +24,7 @@ class Heldout:
     @torch.no_grad()
     def __init__(self, teacher: Decoder, sequences: np.ndarray) -> None:
         self.ids = torch.from_numpy(sequences).to(teacher.embed.weight.device)
+        self.norm = teacher.norm
         self.context, self.table = teacher.context(self.ids), head_table(teacher)
         with autocast(self.ids.device):
             final = teacher.hidden(self.ids, self.context).flatten(0, 1)
@@ -39,6 +42,10 @@ class Heldout:
             hidden = model.hidden(self.ids, model.context(self.ids)).flatten(0, 1)
         return self.final_kl(hidden, head_table(model))
 
+    def stream_kl(self, stream: Tensor) -> float:
+        """The same from the teacher's residual stream after its last layer, [batch, seq, hidden]."""
+        return self.final_kl(self.norm(stream).flatten(0, 1), self.table)
+
     def final_kl(self, hidden: Tensor, table: Tensor) -> float:
         """The same from a model's final hidden states [tokens, hidden] and head [vocab, hidden]."""
         total = self.negative_entropy
@@ -53,8 +60,9 @@ class PartialForward:
     """The teacher's residual stream before every layer; re-runs the rest after one changed layer."""
 
     @torch.no_grad()
-    def __init__(self, teacher: Decoder, sequences: np.ndarray) -> None:
-        self.teacher, self.heldout = teacher, Heldout(teacher, sequences)
+    def __init__(self, teacher: Model, heldout: Any) -> None:
+        """`heldout`: what measures the teacher's kind of model (see `teaching`)."""
+        self.heldout = heldout
         self.layers = fast_layers(teacher)
         self.streams: list[Tensor] = []
         with autocast(self.heldout.ids.device):
@@ -64,21 +72,21 @@ class PartialForward:
                 x = layer(x, self.heldout.context)
 
     @torch.no_grad()
-    def kl(self, index: int, changed: Callable[[Tensor, Context], Tensor]) -> float:
+    def kl(self, index: int, changed: Callable[[Tensor, AnyContext], Tensor]) -> float:
         """KL per token when layer `index` is replaced by `changed(x, context)`."""
         heldout = self.heldout
         with autocast(heldout.ids.device):
             x = changed(self.streams[index], heldout.context)
             for layer in self.layers[index + 1 :]:
                 x = layer(x, heldout.context)
-            return heldout.final_kl(self.teacher.norm(x).flatten(0, 1), heldout.table)
+            return heldout.stream_kl(x)
 
 
 def _logits(hidden: Tensor, table: Tensor) -> Tensor:
     return (hidden.to(table.dtype) @ table.T).float()
 
 
-def fast_layers(model: Decoder) -> list[Layer]:
+def fast_layers(model: Model) -> list[Any]:
     """The layers with matrices in the fast type, norms as they are; the model's own layers where fp32 is as fast."""
     if not fast_bf16(model.embed.weight.device.type):
         return list(model.layers)

@@ -13,12 +13,13 @@ import torch
 from tokenizers import Tokenizer
 
 from jpq_export.compress import tokenizer as tokenizing
-from jpq_export.compress.checkpoint import Checkpoint, open_folder
-from jpq_export.compress.decoder import Decoder, build_decoder
+from jpq_export.compress.checkpoint import Checkpoint, open_folder, read_json
+from jpq_export.compress.encoder_folder import is_encoder, open_encoder
 from jpq_export.compress.gguf_file import open_gguf
+from jpq_export.compress.model import Model, build_model
 from jpq_export.compress.sources import Origin, Report, find
 from jpq_export.errors import ModelError
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.encoder_spec import Spec
 
 logger = logging.getLogger(__name__)
 # Times the fp32 weights. Loading and evaluating: the weights, one more copy, a forward pass (an estimate). An export:
@@ -32,8 +33,8 @@ CGROUP = Path("/sys/fs/cgroup")
 class LoadedModel:
     """The teacher. `sha256`: see `weights_sha256`; `original_bytes`: of all parameters in fp16."""
 
-    model: Decoder
-    spec: ModelSpec
+    model: Model
+    spec: Spec
     tokenizer: Tokenizer
     tokenizer_json: bytes
     tokenizer_config: bytes
@@ -59,7 +60,7 @@ def load_model(source: str | None, *, progress: Report | None = None, device: st
     weights = read_weights(checkpoint, progress)
     spec = checkpoint.spec
     digest = weights_sha256(spec, weights)
-    model = build_decoder(spec, weights).to(device)
+    model = build_model(spec, weights).to(device)
     logger.info("loaded %s: %s, %d layers, %d parameters", spec.name, spec.family, len(spec.layers), spec.parameters())
     files = checkpoint.tokenizer
     return LoadedModel(
@@ -78,6 +79,9 @@ def load_model(source: str | None, *, progress: Report | None = None, device: st
 def open_origin(origin: Origin) -> Checkpoint:
     """By what lies there: a folder of safetensors or one GGUF file."""
     if origin.path.is_dir():
+        config = origin.path / "config.json"
+        if config.is_file() and is_encoder(raw := read_json(config)):
+            return open_encoder(origin.path, raw, name=origin.name)
         return open_folder(origin.path, name=origin.name)
     if origin.path.suffix == ".gguf":
         return open_gguf(origin.path, name=origin.name)
@@ -98,7 +102,7 @@ def available_bytes() -> int:
         return free
 
 
-def check_memory(spec: ModelSpec, where: str, *, factor: float = MEMORY_FACTOR) -> None:
+def check_memory(spec: Spec, where: str, *, factor: float = MEMORY_FACTOR) -> None:
     """Refuse before starting what would not fit: `factor` times the fp32 weights."""
     needed = int(4 * spec.parameters() * factor)
     free = available_bytes()
@@ -152,7 +156,7 @@ def _checked(tensor: torch.Tensor, shape: tuple[int, ...], name: str, where: str
     return tensor
 
 
-def weights_sha256(spec: ModelSpec, weights: Mapping[str, torch.Tensor]) -> str:
+def weights_sha256(spec: Spec, weights: Mapping[str, torch.Tensor]) -> str:
     """Identity of what the model computes: fp32 bytes by sorted name, and every fact of the spec but its name."""
     digest = hashlib.sha256(replace(spec, name="").to_json().encode())
     for name in sorted(weights):

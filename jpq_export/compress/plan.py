@@ -12,8 +12,8 @@ from jpq_export.compress.prices import PriceList, StructurePrice, ffn_step
 from jpq_export.compress.refine import bits_of, layer_choices
 from jpq_export.compress.search import Class, Knobs, Solution, build_classes, front, rounded_up, solve
 from jpq_export.errors import BudgetError
+from jpq_export.format.encoder_spec import Spec, is_table
 from jpq_export.format.plan import Budget, Choice, FrontPoint, LayerPlan, Plan, Predicted, Removal
-from jpq_export.format.spec import ModelSpec
 from jpq_export.format.target import Target
 from jpq_export.numerics.scheme import ALL_WIDTHS, BIT_WIDTHS, Scheme, choose_group_size
 
@@ -28,7 +28,7 @@ class BudgetRequest:
     kind: Literal["size", "bits", "ratio", "latency"]
     value: float
 
-    def resolve(self, spec: ModelSpec) -> Budget:
+    def resolve(self, spec: Spec) -> Budget:
         """Bytes or milliseconds for this model."""
         if self.kind == "latency":
             return Budget("latency", self.value, None, self.value)
@@ -103,7 +103,7 @@ def make_plan(problem: Problem, solution: Solution, knobs: Knobs, *, sha256: str
     )
 
 
-def unpriced(spec: ModelSpec, group_size: int) -> PriceList:
+def unpriced(spec: Spec, group_size: int) -> PriceList:
     """Everything is free: a problem with these prices says whether a budget can be met before anything is measured."""
     structures = {}
     for i, layer in enumerate(spec.layers):
@@ -222,7 +222,7 @@ def _removals(problem: Problem, solution: Solution) -> tuple[Removal, ...]:
 
 
 def uniform_plan(
-    spec: ModelSpec,
+    spec: Spec,
     cost: CostModel,
     budget: Budget,
     *,
@@ -262,7 +262,7 @@ def uniform_plan(
         for (name, shape), s in zip(spec.matrices().items(), schemes.values(), strict=True)
     )
     size = uniform_bytes(spec, schemes, target=cost.target)
-    time = cost.fixed()[1] + sum(cost.table(n, schemes[n])[1] for n in ("embed", "head") if n in schemes)
+    time = cost.fixed()[1] + sum(cost.table(n, schemes[n])[1] for n in filter(is_table, schemes))
     for i, layer in enumerate(spec.layers):
         time += cost.attention_rest(i, layer.kv_heads)[1] + cost.mlp_rest(i, layer.ffn)[1]
         time += sum(cost.matrix(*shape, schemes[f"layers.{i}.{n}"])[1] for n, shape in spec.linear_shapes(i).items())
@@ -271,7 +271,7 @@ def uniform_plan(
 
 
 def _uniform_schemes(
-    spec: ModelSpec, target: Target, linear: tuple[float, int], table: tuple[float, int]
+    spec: Spec, target: Target, linear: tuple[float, int], table: tuple[float, int]
 ) -> dict[str, Scheme]:
     """`linear` and `table`: bits and group size of the linears and of embedding and head.
 
@@ -279,12 +279,12 @@ def _uniform_schemes(
     """
     out = {}
     for name, (_, columns) in spec.matrices().items():
-        bits, group = table if name in ("embed", "head") else linear
+        bits, group = table if is_table(name) else linear
         out[name] = target.fit(Scheme(bits, choose_group_size(columns, group), symmetric=bits < 2))
     return out
 
 
-def uniform_bytes(spec: ModelSpec, schemes: dict[str, Scheme], *, target: Target) -> int:
+def uniform_bytes(spec: Spec, schemes: dict[str, Scheme], *, target: Target) -> int:
     """Whole-model bytes as the target stores them."""
     matrices = sum(target.stored_bytes(schemes[name], *shape) for name, shape in spec.matrices().items())
     return matrices + 4 * sum(spec.vectors().values())

@@ -6,18 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from jpq_export.compress.decoder import Decoder, named_weights
+from jpq_export.compress.decoder import named_weights
 from jpq_export.compress.heldout import PartialForward
+from jpq_export.compress.model import Model
 from jpq_export.compress.prepared import Prepared, load_prepared, save_prepared
 from jpq_export.compress.prices import ROUNDED_BITS, measure_prices, round_all
-from jpq_export.compress.statistics import Statistics, collect
+from jpq_export.compress.statistics import Statistics
+from jpq_export.compress.teaching import teaching_of
+from jpq_export.format.encoder_spec import is_table
 from jpq_export.progress import Stages
 
 GROUP_SIZE = 64
 
 
 def prepare(
-    teacher: Decoder,
+    teacher: Model,
     calibration: np.ndarray,
     heldout: np.ndarray,
     folder: Path,
@@ -37,6 +40,7 @@ def prepare(
         stages.resumed("prices", "statistics and price list")
         return found
     with stages.stage("statistics", "collecting Fisher statistics") as report:
+        collect = teaching_of(teacher).collect
         stats = collect(teacher, calibration, seed=seed, outputs=outputs, progress=report)
     told = ", ".join(f"{bits:g}" for bits in (*narrow, *ROUNDED_BITS))
     with stages.stage("round", f"rounding every matrix at {told} bits") as report:
@@ -44,7 +48,7 @@ def prepare(
         cache, raw = round_all(weights, teacher.spec, stats, **kind, progress=report)
         drop_layer_hessians(stats)
     with stages.stage("prices", "measuring what each sub-layer costs") as report:
-        forward = PartialForward(teacher, heldout[: max(1, len(heldout) // 2)])
+        forward = PartialForward(teacher, teaching_of(teacher).heldout(teacher, heldout[: max(1, len(heldout) // 2)]))
         prices = measure_prices(teacher, stats, raw, cache, forward, group_size=GROUP_SIZE, progress=report)
     prepared = Prepared(prices, cache, stats)
     save_prepared(folder, prepared)
@@ -53,4 +57,4 @@ def prepare(
 
 def drop_layer_hessians(stats: Statistics) -> None:
     """Half a gigabyte at 135M parameters that nothing reads again: compression makes its own from the prefix."""
-    stats.hessians = {name: H for name, H in stats.hessians.items() if name in ("embed", "head")}
+    stats.hessians = {name: H for name, H in stats.hessians.items() if is_table(name)}

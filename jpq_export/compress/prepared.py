@@ -25,6 +25,7 @@ from jpq_export.compress.prices import PriceList, RoundedCache
 from jpq_export.compress.rounding import Rounded
 from jpq_export.compress.statistics import Statistics
 from jpq_export.errors import PlanError, StorageError
+from jpq_export.format.encoder_spec import is_table
 from jpq_export.format.tensor_file import save_tensors
 from jpq_export.numerics.scheme import levels, read_width
 
@@ -131,7 +132,7 @@ def _load_statistics(folder: Path, device: str) -> Statistics | None:
 def _statistics_tensors(stats: Statistics) -> dict[str, np.ndarray]:
     """Only what compression uses: layer Hessians are made anew from the compressed prefix."""
     out = {f"token_weights/{name}": value for name, value in stats.token_weights.items()}
-    out |= {f"hessians/{name}": stats.hessians[name] for name in ("embed", "head") if name in stats.hessians}
+    out |= {f"hessians/{name}": stats.hessians[name] for name in sorted(stats.hessians) if is_table(name)}
     out |= {f"outputs/{name}": moment for name, moment in stats.outputs.items()}
     out["rows/"] = stats.rows
     return {name: value.cpu().numpy() for name, value in out.items()}

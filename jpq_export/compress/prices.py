@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from jpq_export.compress.apply import LayerChoice, all_kept, prune_layer
-from jpq_export.compress.decoder import Context, Decoder, Layer
 from jpq_export.compress.heldout import PartialForward
+from jpq_export.compress.model import AnyContext, AnyLayer, Model
 from jpq_export.compress.rounding import Rounded, quantize_rows, row_loss
 from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.errors import PlanError
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.encoder_spec import Spec, is_table, spec_from_json
 from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, choose_group_size, levels, read_width
 
 FORMAT = "jpq-prices/1"
@@ -46,7 +46,7 @@ class StructurePrice:
 class PriceList:
     """`matrices[name][bits]` and `structures["layers.i.attn" | "layers.i.mlp"]`, nats of KL per token."""
 
-    spec: ModelSpec
+    spec: Spec
     group_size: int
     matrices: dict[str, dict[float, float]]
     structures: dict[str, StructurePrice]
@@ -78,7 +78,7 @@ class PriceList:
                 for name, s in raw["structures"].items()
             }
             matrices = {name: {read_width(b): p for b, p in prices.items()} for name, prices in raw["matrices"].items()}
-            return PriceList(ModelSpec.from_json(json.dumps(raw["spec"])), raw["group_size"], matrices, structures)
+            return PriceList(spec_from_json(json.dumps(raw["spec"])), raw["group_size"], matrices, structures)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PlanError(f"{path}: damaged price list ({error!r}); delete it and run again") from error
 
@@ -101,7 +101,7 @@ def narrow_widths(widths: tuple[float, ...]) -> tuple[float, ...]:
 
 def round_all(
     weights: dict[str, Tensor],
-    spec: ModelSpec,
+    spec: Spec,
     stats: Statistics,
     *,
     group_size: int,
@@ -149,7 +149,7 @@ def _parts(rows: int, parts: int) -> list[slice]:
 
 
 def measure_prices(
-    teacher: Decoder,
+    teacher: Model,
     stats: Statistics,
     raw: dict[str, dict[float, float]],
     cache: RoundedCache,
@@ -176,8 +176,8 @@ def measure_prices(
         structures[key] = _structure(teacher, stats, forward, i, sub, group_size)
         if progress:
             progress(done + 1, len(jobs))
-    for name in ("embed", "head"):
-        if name in raw:
+    for name in raw:
+        if is_table(name):
             _measure_table(teacher, name, raw, cache, forward, matrices)
     return PriceList(spec, group_size, matrices, structures)
 
@@ -188,7 +188,7 @@ def _measured_widths(priced: Iterable[float]) -> dict[float, tuple[float, ...]]:
     return scales | {2: BIT_WIDTHS}
 
 
-def _sublayers(spec: ModelSpec) -> Iterator[tuple[int, str]]:
+def _sublayers(spec: Spec) -> Iterator[tuple[int, str]]:
     for i, layer in enumerate(spec.layers):
         if layer.kv_heads:
             yield i, "attn"
@@ -197,11 +197,10 @@ def _sublayers(spec: ModelSpec) -> Iterator[tuple[int, str]]:
 
 
 def _measure_table(
-    teacher: Decoder, name: str, raw: dict, cache: RoundedCache, forward: PartialForward, matrices: dict
+    teacher: Model, name: str, raw: dict, cache: RoundedCache, forward: PartialForward, matrices: dict
 ) -> None:
     """Embedding and head: every rounded width is measured, being few and a fifth of a small model's bytes."""
-    module = teacher.embed if name == "embed" else teacher.head
-    assert module is not None
+    module = getattr(teacher, name)
     original = module.weight.data
     for bits in (*narrow_widths(tuple(raw[name])), *ROUNDED_BITS):
         module.weight.data = cache.weight(name, bits)
@@ -212,7 +211,7 @@ def _measure_table(
             matrices[name][bits] = matrices[name][4] * raw[name][bits] / raw[name][4]
 
 
-def _with_weights(teacher: Decoder, i: int, names: list[str], cache: RoundedCache, bits: float) -> Layer:
+def _with_weights(teacher: Model, i: int, names: list[str], cache: RoundedCache, bits: float) -> AnyLayer:
     """Layer i with the named matrices rounded to `bits`."""
     layer = prune_layer(teacher, i, all_kept(teacher.spec)[i])
     for name in names:
@@ -222,18 +221,17 @@ def _with_weights(teacher: Decoder, i: int, names: list[str], cache: RoundedCach
 
 
 def _structure(
-    teacher: Decoder, stats: Statistics, forward: PartialForward, i: int, sub: str, group_size: int
+    teacher: Model, stats: Statistics, forward: PartialForward, i: int, sub: str, group_size: int
 ) -> StructurePrice:
     """Removal prices of one sub-layer: gates give the order and shape, two measured points the size."""
-    layer, gates = teacher.layers[i], stats.gates[f"layers.{i}.{sub}"][1:].cpu()
+    gates = stats.gates[f"layers.{i}.{sub}"][1:].cpu()
     order = torch.argsort(gates, stable=True)
     cumulative = torch.cat([torch.zeros(1), gates[order].cumsum(0)])
     units = len(order)
+    whole = forward.kl(i, _without(teacher, i, sub, order.tolist()))
     if sub == "attn":
-        whole = forward.kl(i, lambda x, c: layer.mlp_part(x))
         step, half = 1, max(1, units // 2)
     else:
-        whole = forward.kl(i, lambda x, c: layer.attention_part(x, c))
         step, half = ffn_step(units, group_size), units // 2
     if units == 1:
         return StructurePrice((0,), (0.0, whole), 1)
@@ -254,7 +252,7 @@ def ffn_step(channels: int, group_size: int) -> int:
     return max(unit, round(channels / FFN_STEPS / unit) * unit)
 
 
-def _without(teacher: Decoder, i: int, sub: str, units: list[int]) -> Callable[[Tensor, Context], Tensor]:
+def _without(teacher: Model, i: int, sub: str, units: list[int]) -> Callable[[Tensor, AnyContext], Tensor]:
     whole, gone = all_kept(teacher.spec)[i], set(units)
     if sub == "attn":
         choice = LayerChoice(tuple(h for h in whole.kv_heads if h not in gone), whole.channels)

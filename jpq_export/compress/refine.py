@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jpq_export.compress.apply import COLUMNS_OF, ROWS_OF, LayerChoice, kept_rows, prune
-from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
-from jpq_export.compress.heldout import Heldout
+from jpq_export.compress.decoder import named_weights
+from jpq_export.compress.model import Model, build_model
 from jpq_export.compress.prices import PriceList, RoundedCache
 from jpq_export.compress.rounding import nearest, search_scales
 from jpq_export.compress.search import Knobs, Solution
 from jpq_export.errors import BudgetError
+from jpq_export.format.encoder_spec import is_table
 
 TRIALS: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("removal", (float("inf"), 2.0, 1.4, 0.6)),
@@ -91,11 +93,11 @@ def bits_of(solution: Solution) -> dict[str, float]:
     out = {}
     for name, option in solution.picks.items():
         for short, bits in option.bits:
-            out[name if name in ("embed", "head") else f"layers.{name.split('.')[1]}.{short}"] = bits
+            out[name if is_table(name) else f"layers.{name.split('.')[1]}.{short}"] = bits
     return out
 
 
-def assemble(teacher: Decoder, prices: PriceList, solution: Solution, cache: RoundedCache) -> Decoder:
+def assemble(teacher: Model, prices: PriceList, solution: Solution, cache: RoundedCache) -> Model:
     """The candidate: pruned teacher with rounded weights, no refit, no propagated error."""
     choices = layer_choices(prices, solution)
     model = prune(teacher, choices)
@@ -111,7 +113,7 @@ def assemble(teacher: Decoder, prices: PriceList, solution: Solution, cache: Rou
             if part in COLUMNS_OF and (index := rows[COLUMNS_OF[part]]) is not None:
                 weight = weight[:, index]
         weights[name] = weight
-    return build_decoder(model.spec, weights)
+    return build_model(model.spec, weights)
 
 
 def _rounded(name: str, bits: float, full: Tensor, cache: RoundedCache, prices: PriceList) -> Tensor:
@@ -126,10 +128,10 @@ def _rounded(name: str, bits: float, full: Tensor, cache: RoundedCache, prices: 
 
 def refine(
     solve: Callable[[Knobs], Solution],
-    teacher: Decoder,
+    teacher: Model,
     prices: PriceList,
     cache: RoundedCache,
-    heldout: Heldout,
+    heldout: Any,
     *,
     start: Knobs,
     trials: tuple[tuple[str, tuple[float, ...]], ...] = TRIALS,

@@ -17,6 +17,7 @@ import numpy as np
 from jpq_export.compress.cost import CostModel
 from jpq_export.compress.prices import PriceList
 from jpq_export.errors import BudgetError
+from jpq_export.format.encoder_spec import is_table
 from jpq_export.numerics.scheme import BIT_WIDTHS
 
 RESOLUTION = 12_000
@@ -80,9 +81,7 @@ def build_classes(
         if not bits:
             raise BudgetError("no width above 2 bits may be used; add one to --widths")
     classes = []
-    for name in ("embed", "head"):
-        if name not in prices.matrices:
-            continue
+    for name in filter(is_table, prices.matrices):
         options = []
         for b in bits:
             size, time = cost.table(name, prices.scheme(spec.hidden, b))
@@ -106,7 +105,8 @@ def _sublayer_options(
     for kept in kept_counts:
         removal = structure.removal[units - kept] * knobs.removal if kept < units else 0.0
         if kept == 0:
-            options.append(Option(0, (), removal, removal, 0, 0.0))
+            size, time = cost.attention_rest(i, 0) if sub == "attn" else cost.mlp_rest(i, 0)
+            options.append(Option(0, (), removal, removal, size, time))
             continue
         options += _with_bits(i, sub, kept, removal, prices, cost, knobs, bits, spec)
     return options

@@ -8,17 +8,18 @@ import numpy as np
 import torch
 
 from jpq_export.compress.apply import Compressor, LayerChoice, Recipe
-from jpq_export.compress.decoder import Decoder
+from jpq_export.compress.model import Model
 from jpq_export.compress.prepared import load_statistics
-from jpq_export.compress.statistics import Progress, Statistics, collect, plain_statistics
+from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.compress.student import to_compressed, to_student
-from jpq_export.compress.tune import TuneSettings, heldout_kl, tune
+from jpq_export.compress.teaching import teaching_of
+from jpq_export.compress.tune import TuneSettings
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.plan import Plan
 
 
 def round_model(
-    teacher: Decoder,
+    teacher: Model,
     plan: Plan,
     calibration: np.ndarray,
     heldout: np.ndarray,
@@ -37,21 +38,28 @@ def round_model(
     student = Compressor(teacher, recipe, stats, calibration).run(progress)
     compressed = to_compressed(student, schemes)
     device = str(teacher.embed.weight.device)
-    return compressed, heldout_kl(teacher, to_student(compressed, device=device), heldout)
+    return compressed, _heldout_error(teacher, to_student(compressed, device=device), heldout)
 
 
 def _statistics(
-    teacher: Decoder, plan: Plan, calibration: np.ndarray, seed: int, prepared: Path, *, outputs: bool
+    teacher: Model, plan: Plan, calibration: np.ndarray, seed: int, prepared: Path, *, outputs: bool
 ) -> Statistics:
     """The baselines weigh all tokens alike, as published; ours uses the Fisher's, from the cache when it is there."""
     if plan.method != "jpq":
-        return plain_statistics(teacher, calibration)
+        return teaching_of(teacher).plain_statistics(teacher, calibration)
     found = load_statistics(prepared, device=str(teacher.embed.weight.device))
-    return collect(teacher, calibration, seed=seed, outputs=outputs) if found is None else found
+    if found is not None:
+        return found
+    return teaching_of(teacher).collect(teacher, calibration, seed=seed, outputs=outputs)
+
+
+def _heldout_error(teacher: Model, student: Model, sequences: np.ndarray) -> float:
+    """Mean over tokens (KL, nats) or texts (1 - cosine), in fp32; the number every gate looks at."""
+    return float(teaching_of(teacher).errors(teacher, student, sequences).mean())
 
 
 def recover(
-    teacher: Decoder,
+    teacher: Model,
     compressed: CompressedModel,
     sequences: np.ndarray,
     heldout: np.ndarray,
@@ -64,7 +72,7 @@ def recover(
     device = str(teacher.embed.weight.device)
     student = to_student(compressed, device=device)
     torch.manual_seed(seed)
-    tune(teacher, student, sequences, TuneSettings(steps=steps), seed=seed, progress=progress)
+    teaching_of(teacher).tune(teacher, student, sequences, TuneSettings(steps=steps), seed=seed, progress=progress)
     schemes = {name: weight.scheme for name, weight in compressed.quantized.items()}
     tuned = to_compressed(student, schemes)
-    return tuned, heldout_kl(teacher, to_student(tuned, device=device), heldout)
+    return tuned, _heldout_error(teacher, to_student(tuned, device=device), heldout)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jpq_export.compress.decoder import Decoder
+from jpq_export.compress.model import Model
 from jpq_export.compress.precision import autocast, fast_bf16
 from jpq_export.compress.two_sided import add_output_moment, compact
 
@@ -53,11 +54,13 @@ class Statistics:
     sequences: int = 0
 
 
-class _Recorder:
+class Recorder:
     """Hooks on every linear and sub-layer of the teacher; each backward pass adds to the statistics."""
 
-    def __init__(self, model: Decoder, stats: Statistics, *, outputs: bool) -> None:
-        self.model, self.stats, self.handles, self.outputs = model, stats, [], outputs
+    def __init__(self, model: Model, stats: Statistics, *, outputs: bool = False, per_text: bool = False) -> None:
+        """`outputs`: moments of their gradients too; `per_text`: gates squared per sequence, for one target a text."""
+        self.model, self.stats, self.handles = model, stats, []
+        self.outputs, self.per_text = outputs, per_text
         self.weights: dict[str, list[Tensor]] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name != "head":
@@ -71,6 +74,7 @@ class _Recorder:
                 self.handles.append(layer.mlp.down.register_forward_pre_hook(self._inner(f"layers.{i}.mlp", i)))
 
     def close(self) -> None:
+        """Take the hooks off again."""
         for handle in self.handles:
             handle.remove()
 
@@ -115,7 +119,8 @@ class _Recorder:
             def on_gradient(gradient: Tensor) -> None:
                 product = kept.float() * gradient.float()  # [batch, seq, features]
                 per_token = product.view(*product.shape[:2], groups, -1).sum(-1)  # [batch, seq, groups]
-                self._gate(name, 1, per_token.square().sum((0, 1)) / 2)
+                squared = per_token.sum(1).square().sum(0) if self.per_text else per_token.square().sum((0, 1))
+                self._gate(name, 1, squared / 2)
 
             value.register_hook(on_gradient)
 
@@ -149,7 +154,7 @@ def collect(
     stats, device = Statistics(), model.embed.weight.device
     stats.rows = torch.zeros(model.spec.vocab, device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
-    recorder = _Recorder(model, stats, outputs=outputs)
+    recorder = Recorder(model, stats, outputs=outputs)
     try:
         for start in range(0, len(sequences), batch):
             ids = torch.from_numpy(sequences[start : start + batch]).to(device)

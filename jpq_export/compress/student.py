@@ -5,20 +5,23 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from jpq_export.compress.decoder import Decoder, build_decoder
+from jpq_export.compress.decoder import Decoder, canonical_name
+from jpq_export.compress.encoder import Encoder
+from jpq_export.compress.model import Model, build_model
 from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
 from jpq_export.compress.rounding import Rounded, stored
 from jpq_export.format.compressed import CompressedModel
+from jpq_export.format.encoder_spec import EncoderSpec, is_table
 from jpq_export.numerics.affine import QuantizedWeight
 from jpq_export.numerics.scheme import Scheme
 
 
-def quantized_modules(model: Decoder) -> dict[str, QuantLinear]:
+def quantized_modules(model: Model) -> dict[str, QuantLinear]:
     """QuantLinears by canonical name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
-def to_compressed(model: Decoder, schemes: dict[str, Scheme]) -> CompressedModel:
+def to_compressed(model: Model, schemes: dict[str, Scheme]) -> CompressedModel:
     """The record of a student whose every matrix is quantized."""
     quantized = {name: stored(module.rounded(), schemes[name]) for name, module in quantized_modules(model).items()}
     vectors = {}
@@ -37,27 +40,30 @@ def to_rounded(weight: QuantizedWeight, device: str) -> Rounded:
     )
 
 
-def to_student(compressed: CompressedModel, *, device: str = "cpu") -> Decoder:
+def to_student(compressed: CompressedModel, *, device: str = "cpu") -> Model:
     """Undo `to_compressed`: trainable scales over the stored codes."""
     with torch.device("meta"):
-        model = Decoder(compressed.spec)
+        spec = compressed.spec
+        model = Encoder(spec) if isinstance(spec, EncoderSpec) else Decoder(spec)
     vectors = {name: torch.from_numpy(v.copy()).to(device) for name, v in compressed.vectors.items()}
     for name, weight in compressed.quantized.items():
         rounded = to_rounded(weight, device)
-        if name in ("embed", "head"):
-            setattr(model, name, (QuantEmbedding if name == "embed" else QuantLinear)(rounded, None))
+        if is_table(name):
+            setattr(model, name, (QuantLinear if name == "head" else QuantEmbedding)(rounded, None))
             continue
         _, i, sub, part = name.split(".")
         setattr(getattr(model.layers[int(i)], sub), part, QuantLinear(rounded, vectors.get(f"{name}.bias")))
-    for name, module in model.named_modules():
-        if name in vectors:
-            module.weight = torch.nn.Parameter(vectors[name], requires_grad=False)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            value = torch.nn.Parameter(vectors[canonical_name(name)], requires_grad=False)
+            setattr(model.get_submodule(owner), leaf, value)
     return model.eval().requires_grad_(False)
 
 
-def dequantized(compressed: CompressedModel) -> Decoder:
+def dequantized(compressed: CompressedModel) -> Model:
     """The plain PyTorch reference of parity: the same numbers as float32 matrices."""
-    return build_decoder(compressed.spec, dequantized_weights(compressed))
+    return build_model(compressed.spec, dequantized_weights(compressed))
 
 
 def dequantized_weights(compressed: CompressedModel) -> dict[str, torch.Tensor]:

@@ -86,7 +86,7 @@ def tune(
     optimizer = RelativeAdam(scales, norms, settings)
     hidden, table = teacher_hidden(teacher, sequences), head_table(teacher)
     losses = []
-    for step, index in enumerate(_schedule(len(sequences), settings, seed)):
+    for step, index in enumerate(schedule(len(sequences), settings, seed)):
         ids = torch.from_numpy(sequences[index]).to(hidden.device)
         losses.append(distil_step(table, student, ids, hidden[torch.from_numpy(index)]))
         optimizer.step(step)
@@ -115,7 +115,7 @@ def stop_training(student: Decoder) -> None:
             module.weight.requires_grad_(False)
 
 
-def _schedule(count: int, settings: TuneSettings, seed: int) -> Iterator[np.ndarray]:
+def schedule(count: int, settings: TuneSettings, seed: int) -> Iterator[np.ndarray]:
     """Sequence indices of every step: shuffled epochs."""
     generator, pool = np.random.default_rng(seed), np.empty(0, np.int64)
     for _ in range(settings.steps):

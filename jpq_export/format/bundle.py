@@ -34,6 +34,7 @@ class Manifest:
     `tensors` holds, by ONNX file name, the first 16 hex digits of the sha256 of every externally stored initializer, so
     that `verify` can say which weight is damaged. `quality` is None and lists are empty when a stage was not run.
     `device`: for TensorRT targets, what `jpq-export build` needs to know on the board (see engine/contents.py).
+    `kind`: "decoder", or "encoder" for a graph that gives embeddings.
     `engine`: for targets whose engine is built by the export, that engine or why there is none (see engine/rtx.py).
     """
 
@@ -54,6 +55,7 @@ class Manifest:
     tensors: dict[str, dict[str, str]] = field(default_factory=dict)
     device: dict[str, Any] | None = None
     engine: dict[str, Any] | None = None
+    kind: str = "decoder"
 
     def to_json(self) -> str:
         """The text of manifest.json."""

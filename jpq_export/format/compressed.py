@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jpq_export.errors import BundleError
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.encoder_spec import Spec, spec_from_json
 from jpq_export.format.tensor_file import save_tensors
 from jpq_export.numerics.affine import QuantizedWeight
 from jpq_export.numerics.scheme import Scheme
@@ -22,7 +22,7 @@ FORMAT = "jpq-compressed/1"
 class CompressedModel:
     """`quantized`: every matrix of `spec.matrices()`; `vectors`: every vector of `spec.vectors()`, float32."""
 
-    spec: ModelSpec
+    spec: Spec
     quantized: dict[str, QuantizedWeight]
     vectors: dict[str, np.ndarray]
 
@@ -60,7 +60,7 @@ class CompressedModel:
             with safe_open(path, framework="numpy") as file:
                 meta = json.loads((file.metadata() or {})["jpq"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
-            spec = ModelSpec.from_json(meta["spec"])
+            spec = spec_from_json(meta["spec"])
             quantized = {}
             for name, raw in meta["schemes"].items():
                 scheme = Scheme(raw["bits"], raw["group_size"], raw["symmetric"], raw.get("integer_zero", False))

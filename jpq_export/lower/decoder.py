@@ -36,6 +36,7 @@ class DecoderGraph:
 
     def __init__(self, model: CompressedModel, form: Form, dialect: Dialect) -> None:
         """Start with an empty graph."""
+        assert isinstance(model.spec, ModelSpec)
         self.spec: ModelSpec = model.spec
         self.dialect = dialect
         self.nodes = Nodes()

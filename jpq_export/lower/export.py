@@ -12,7 +12,9 @@ import onnx_ir as ir
 
 from jpq_export.errors import BundleError, StorageError, TargetError
 from jpq_export.format.compressed import CompressedModel
+from jpq_export.format.encoder_spec import EncoderSpec
 from jpq_export.lower.decoder import DecoderGraph, Dialect
+from jpq_export.lower.encoder import EncoderGraph
 from jpq_export.lower.functions import DOMAIN
 from jpq_export.lower.weights import Form
 
@@ -39,10 +41,12 @@ def export_onnx(
         BundleError: the written graph does not pass the ONNX checker.
     """
     dialect = RTX if form == "signed" else dialect_for(tensorrt)
-    graph = DecoderGraph(model, form, dialect)
-    logits = graph.build()
-    logits.shape, logits.type = ir.Shape(["batch", "seq", model.spec.vocab]), ir.TensorType(ir.DataType.FLOAT)
-    outputs = [logits, *graph.presents]
+    encoder = isinstance(model.spec, EncoderSpec)
+    graph = (EncoderGraph if encoder else DecoderGraph)(model, form, dialect)
+    result = graph.build()
+    shape = ["batch", model.spec.hidden] if encoder else ["batch", "seq", model.spec.vocab]
+    result.shape, result.type = ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+    outputs = [result, *graph.presents]
     if taps:
         outputs += _typed(graph.taps, model.spec.hidden)
     _save(_assemble(graph, outputs, dialect), path)
@@ -76,7 +80,7 @@ def _typed(values: list[ir.Value], width: int) -> list[ir.Value]:
     return values
 
 
-def _assemble(graph: DecoderGraph, outputs: list[ir.Value], dialect: Dialect) -> ir.Model:
+def _assemble(graph: DecoderGraph | EncoderGraph, outputs: list[ir.Value], dialect: Dialect) -> ir.Model:
     opsets = {"": dialect.opset, DOMAIN: 1}
     body = ir.Graph(
         graph.inputs,
@@ -84,7 +88,7 @@ def _assemble(graph: DecoderGraph, outputs: list[ir.Value], dialect: Dialect) ->
         nodes=graph.nodes.nodes,
         initializers=sorted(graph.nodes.initializers.values(), key=_place_in_file),
         opset_imports=opsets,
-        name="decoder",
+        name="encoder" if isinstance(graph, EncoderGraph) else "decoder",
     )
     return ir.Model(
         body,

@@ -38,6 +38,10 @@ class Weights:
         """The factor of a norm."""
         return self._store(f"{name}.weight", ir.tensor(self._model.vectors[name]))
 
+    def vector(self, name: str) -> ir.Value:
+        """A bias or table by its canonical name."""
+        return self._store(name, ir.tensor(self._model.vectors[name]))
+
     def linear(self, x: ir.Value, name: str, *, weight: str | None = None) -> ir.Value:
         """X [batch, seq, K] times matrix `weight` (by default the one called `name`), plus its bias: value `name`."""
         weight = weight or name

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jpq_export.format.compressed import CompressedModel
+from jpq_export.format.encoder_spec import is_table
 from jpq_export.parity import tolerance
 from jpq_export.parity.compare import relative_rms
 from jpq_export.parity.points import Point, linear_input, node_of, points
@@ -59,7 +60,7 @@ def _local_error(model: CompressedModel, name: str, values: Mapping[str, np.ndar
     In units of the size of the sum and of its terms in quadrature: rounding grows with both, and a sum whose terms
     cancel is small without being wrong.
     """
-    source = linear_input(name) if name in model.quantized and name not in ("embed", "head") else None
+    source = linear_input(name, model.spec) if name in model.quantized and not is_table(name) else None
     if source is None or source not in values or name not in values:
         return None
     x, weight = values[source].astype(np.float64), model.quantized[name].dequantize().astype(np.float64)

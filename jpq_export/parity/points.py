@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from jpq_export.format.encoder_spec import EncoderSpec, Spec
 from jpq_export.format.spec import ModelSpec
 from jpq_export.parity import tolerance
 
@@ -47,8 +48,10 @@ class Point:
         return f"{self.name} ({compound})" if compound else self.name
 
 
-def points(spec: ModelSpec) -> tuple[Point, ...]:
+def points(spec: Spec) -> tuple[Point, ...]:
     """All points of a model, first computed first."""
+    if isinstance(spec, EncoderSpec):
+        return _encoder_points(spec)
     out, depth = [Point("embed", "embed", tolerance.EMBED)], 0
     for i, layer in enumerate(spec.layers):
         for part, exists in (("attn", layer.kv_heads), ("mlp", layer.ffn)):
@@ -62,6 +65,19 @@ def points(spec: ModelSpec) -> tuple[Point, ...]:
     return (*out, Point("logits", "logits", tolerance.LOGITS_REL_RMS))
 
 
+def _encoder_points(spec: EncoderSpec) -> tuple[Point, ...]:
+    """The stream of an encoder is what the norm after a sub-layer gives; a removed sub-layer still has its norm."""
+    out, depth = [Point("embed", "embed", tolerance.residual(spec, 0))], 0
+    for i, layer in enumerate(spec.layers):
+        for part, order, exists in (("attn", "q k v core o", layer.kv_heads), ("mlp", "up inner down", layer.ffn)):
+            tap = f"layers.{i}.{part}"
+            if exists:
+                out += [Point(f"{tap}.{name}", tap, tolerance.inside(spec, depth)) for name in order.split()]
+            depth += 1
+            out.append(Point(tap, tap, tolerance.residual(spec, depth)))
+    return (*out, Point("embedding", "embedding", tolerance.residual(spec, depth)))
+
+
 def _inside(spec: ModelSpec, tap: str) -> list[str]:
     if tap.endswith("attn"):
         order = ["q", "k", "v", *(["q_norm", "k_norm"] if spec.qk_norm else []), "core", "o"]
@@ -70,13 +86,16 @@ def _inside(spec: ModelSpec, tap: str) -> list[str]:
     return [f"{tap}_norm", *(f"{tap}.{part}" for part in order), *([f"{tap}_post_norm"] if spec.post_norms else [])]
 
 
-def linear_input(name: str) -> str:
-    """The point a linear reads: "layers.0.attn.q" reads "layers.0.attn_norm"."""
+def linear_input(name: str, spec: Spec) -> str:
+    """The point a linear reads: "layers.0.attn.q" reads "layers.0.attn_norm", in an encoder the sub-layer before."""
     stem, part = name.rsplit(".", 1)
+    if isinstance(spec, EncoderSpec) and part in ("q", "k", "v", "up"):
+        index = int(stem.split(".")[1])
+        return f"layers.{index}.attn" if part == "up" else f"layers.{index - 1}.mlp" if index else "embed"
     return {"o": f"{stem}.core", "down": f"{stem}.inner"}.get(part, f"{stem}_norm")
 
 
-def present_in(graph: GraphProto, spec: ModelSpec) -> tuple[str, ...]:
+def present_in(graph: GraphProto, spec: Spec) -> tuple[str, ...]:
     """The points a graph has values for."""
     values = {name for node in graph.node for name in node.output}
     return tuple(point.name for point in points(spec) if point.name in values)

@@ -117,15 +117,15 @@ class ParityReport:
         raw: dict[str, Any] = {"format": FORMAT, "passed": self.passed, "reference": self.reference}
         raw["runtimes"] = [runtime.to_raw() for runtime in self.runtimes]
         raw["as_run"] = self.as_run.to_raw() if self.as_run else None
-        return json.dumps(_rounded(raw), indent=1) + "\n"
+        return json.dumps(rounded(raw), indent=1) + "\n"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Numbers to a few digits (the rest says nothing), and none that JSON lacks."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value

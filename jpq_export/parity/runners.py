@@ -11,7 +11,7 @@ import numpy as np
 
 from jpq_export.errors import BundleError
 from jpq_export.format.compressed import CompressedModel
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.encoder_spec import Spec, spec_from_json
 from jpq_export.parity.points import points, present_in
 from jpq_export.runtime import native
 
@@ -34,17 +34,17 @@ def position_ids(mask: np.ndarray, past: int) -> np.ndarray:
 
 
 class TorchRunner:
-    """The reference: the compressed model as a PyTorch decoder."""
+    """The reference: the compressed model in PyTorch, a decoder or an encoder."""
 
     def __init__(self, model: CompressedModel) -> None:
         import torch
 
-        from jpq_export.compress.decoder import build_decoder
+        from jpq_export.compress.model import build_model
 
         weights = {name: torch.from_numpy(weight.dequantize()) for name, weight in model.quantized.items()}
         weights |= {name: torch.from_numpy(vector) for name, vector in model.vectors.items()}
         self.spec = model.spec
-        self.decoder = build_decoder(model.spec, weights)
+        self.decoder: Any = build_model(model.spec, weights)
         self.version = torch.__version__
         self._values: dict[str, np.ndarray] | None = None
         self._watch()
@@ -66,6 +66,16 @@ class TorchRunner:
         if value.dim() == 4:  # q_norm and k_norm: [batch, heads, seq, head_dim]
             value = value.transpose(1, 2).flatten(2)
         self._values[name] = value.numpy()  # "embed": the tap comes after the module and includes embed_scale
+
+    def embed(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+        """An encoder's pass over ids, mask int64 [batch, seq]: the values of all points, `embedding` among them."""
+        import torch
+
+        self._values = {}
+        with torch.no_grad():
+            out = self.decoder(torch.from_numpy(ids), torch.from_numpy(mask), tap=self._keep).numpy()
+        kept, self._values = self._values, None
+        return {**kept, "embedding": out}
 
     def forward(
         self, ids: np.ndarray, *, mask: np.ndarray | None = None, cache: Any = None, values: bool = False
@@ -168,10 +178,10 @@ def load_proto(path: Path) -> Any:
         raise BundleError(f"{path}: not a readable ONNX file ({error}); export the bundle again") from error
 
 
-def read_metadata(proto: Any, path: Path) -> tuple[ModelSpec, set[str]]:
+def read_metadata(proto: Any, path: Path) -> tuple[Spec, set[str]]:
     """The model's spec, and the matrices onnxruntime unpacks to fp32; BundleError when the file is none of ours."""
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     try:
-        return ModelSpec.from_json(metadata[SPEC_KEY]), set(json.loads(metadata[UNFUSED_KEY]))
+        return spec_from_json(metadata[SPEC_KEY]), set(json.loads(metadata[UNFUSED_KEY]))
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: not written by jpq-export ({error!r} in its metadata); export it again") from error

@@ -32,7 +32,7 @@ Both sides compute in fp32 with the same weights, so they differ only in the ord
 
 from __future__ import annotations
 
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.encoder_spec import Spec
 
 UNIT_ROUNDOFF = 2.0**-24
 EMBED = 4 * UNIT_ROUNDOFF
@@ -51,27 +51,27 @@ def dot(terms: int) -> float:
     return UNIT_ROUNDOFF * terms**0.5
 
 
-def longest_sum(spec: ModelSpec) -> int:
+def longest_sum(spec: Spec) -> int:
     """The longest dot product in the model."""
     return max(columns for _, columns in spec.matrices().values())
 
 
-def residual(spec: ModelSpec, depth: int) -> float:
+def residual(spec: Spec, depth: int) -> float:
     """Bound on the residual stream after `depth` sub-layers."""
     return CHAIN * dot(longest_sum(spec)) * (1 + depth) ** 0.5
 
 
-def inside(spec: ModelSpec, depth: int) -> float:
+def inside(spec: Spec, depth: int) -> float:
     """Bound on a value inside the sub-layer that comes after `depth` others."""
     return INSIDE * residual(spec, depth)
 
 
-def int8(spec: ModelSpec) -> float:
+def int8(spec: Spec) -> float:
     """Bound on logits when activations are rounded to 8 bits; wide, it tells a wrong kernel from a rough one."""
     return 2 * INT8_PRODUCT * (4 * len(spec.layers)) ** 0.5
 
 
-def half(spec: ModelSpec) -> float:
+def half(spec: Spec) -> float:
     """Bound on logits when products and attention are computed in fp16."""
     return 4 * HALF_PRODUCT * (8 * len(spec.layers) + 1) ** 0.5
 

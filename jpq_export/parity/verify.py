@@ -10,6 +10,7 @@ import numpy as np
 
 from jpq_export.errors import BundleError
 from jpq_export.format.bundle import Problem, check_hashes, read_manifest
+from jpq_export.format.encoder_spec import KIND
 from jpq_export.parity import tolerance
 from jpq_export.parity.cases import Cases
 from jpq_export.parity.compare import peak_error, relative_rms
@@ -53,6 +54,10 @@ def verify_bundle(folder: Path, *, progress: Progress | None = None) -> VerifyRe
     manifest = read_manifest(folder)
     problems = check_hashes(folder, manifest)
     tick(1, PHASES)
+    if manifest.kind == KIND:
+        report = _verify_encoder(folder, problems, files=len(manifest.files))
+        tick(PHASES, PHASES)
+        return report
     place = VECTORS
     try:
         vectors = Vectors.load(folder / VECTORS)
@@ -66,6 +71,21 @@ def verify_bundle(folder: Path, *, progress: Progress | None = None) -> VerifyRe
         report = VerifyReport((*problems, Problem(place, str(error))), len(manifest.files))
     tick(PHASES, PHASES)
     return report
+
+
+def _verify_encoder(folder: Path, problems: list[Problem], *, files: int) -> VerifyReport:
+    """The same for a sentence encoder, whose recorded vectors are embeddings."""
+    from jpq_export.parity.encoder import compare_recorded, load_recorded
+
+    try:
+        recorded = load_recorded(folder / VECTORS)
+        runner = OrtRunner(folder / ONNX, kernels=native.available(), with_points=True)
+        error, place = compare_recorded(recorded, runner)
+    except BundleError as failure:
+        return VerifyReport((*problems, Problem(ONNX, str(failure))), files)
+    told = f"first value that differs from the recorded one; the embeddings' error is {error:.1e}"
+    found = (*problems, *([Problem(place, told)] if place else []))
+    return VerifyReport(found, files, f"onnxruntime {runner.version}", error)
 
 
 def _check_vectors(vectors: Vectors, runner: OrtRunner) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from jpq_export.compress import statistics
 from jpq_export.compress.apply import Compressor, LayerChoice, Recipe, all_kept, prune, prune_layer
 from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
-from jpq_export.compress.heldout import PartialForward
+from jpq_export.compress.heldout import Heldout, PartialForward
 from jpq_export.compress.permute import permuted
 from jpq_export.compress.prepared import Prepared, load_prepared, save_prepared
 from jpq_export.compress.prices import PriceList, RoundedCache, measure_prices, round_all
@@ -195,7 +195,7 @@ def test_scale_gradient_is_the_derivative_of_the_loss(
 def test_price_list_orders_widths_and_structures(teacher: Decoder, sequences: np.ndarray, tmp_path) -> None:
     found = statistics.collect(teacher, sequences, seed=0)
     cache, raw = round_all(named_weights(teacher), SPEC, found, group_size=32)
-    forward = PartialForward(teacher, sequences[:4])
+    forward = PartialForward(teacher, Heldout(teacher, sequences[:4]))
     prices = measure_prices(teacher, found, raw, cache, forward, group_size=32)
     for per_width in prices.matrices.values():
         values = [per_width[b] for b in sorted(per_width)]
@@ -250,7 +250,7 @@ def test_partial_forward_measures_the_same_kl_as_the_gate(teacher: Decoder, sequ
     weights[name] = weights[name] + 0.05 * torch.randn(weights[name].shape, generator=generator)
     other = build_decoder(SPEC, weights)
     exact = heldout_kl(teacher, other, sequences[:4])
-    forward = PartialForward(teacher, sequences[:4])
+    forward = PartialForward(teacher, Heldout(teacher, sequences[:4]))
     assert forward.heldout.kl_of(other) == pytest.approx(exact, rel=0.05, abs=1e-3)  # bf16 where the machine has it
     assert forward.kl(1, lambda x, c: other.layers[1](x, c)) == pytest.approx(exact, rel=0.05, abs=1e-3)
     assert forward.kl(0, lambda x, c: other.layers[1](x, c)) != pytest.approx(exact, rel=0.05, abs=1e-3)

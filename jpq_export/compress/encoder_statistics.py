@@ -1,0 +1,105 @@
+"""Fisher statistics of a sentence encoder: the same sums as a decoder's, of a loss on the embedding.
+
+The teacher's embedding e(x) is read as the mean of a Gaussian with unit covariance. A target drawn from it is e + ε,
+and the gradient of its negative log-likelihood at the teacher is -ε; over draws of ε the squares add up to JᵀJ
+(Martens, 2020). For embeddings of length one, ½|e' - e|² = 1 - cos(e', e), so this Fisher is the Hessian of exactly the
+error that is reported. An embedding that is not normalised is compared by direction: the loss divides by its length.
+
+Matrices are priced token by token, as a decoder's: what errors of two tokens of one text have in common is left out, so
+a raw price is too low by up to the number of tokens. `measure_prices` scales every sub-layer to its measured error.
+
+Units: all prices are 1 - cosine of a text's embedding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jpq_export.compress.encoder import Encoder, EncoderContext
+from jpq_export.compress.precision import autocast
+from jpq_export.compress.statistics import Progress, Recorder, Statistics, add_moment
+from jpq_export.compress.two_sided import compact
+
+BATCH = 16  # texts
+
+
+def collect(
+    model: Encoder,
+    sequences: np.ndarray,
+    *,
+    seed: int,
+    batch: int = BATCH,
+    outputs: bool = False,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Statistics of the teacher on texts: int64 [n, length], filled up with `pad_id`.
+
+    `rows` holds how often each token occurs.
+    """
+    stats, device = Statistics(), model.embed.weight.device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    recorder = Recorder(model, stats, outputs=outputs, per_text=True)
+    try:
+        for start in range(0, len(sequences), batch):
+            _one_batch(model, torch.from_numpy(sequences[start : start + batch]).to(device), stats, generator)
+            if progress:
+                progress(min(start + batch, len(sequences)), len(sequences))
+    finally:
+        recorder.close()
+    stats.token_weights = {name: torch.cat(parts) for name, parts in recorder.weights.items()}
+    stats.tokens, stats.sequences = sequences.size, len(sequences)
+    stats.hessians["positions"] = stats.hessians["embed"].clone()  # both are summed into the same stream
+    for table in (stats.hessians, stats.gates):
+        for value in table.values():
+            value /= stats.sequences
+    stats.rows = token_shares(model, sequences)
+    stats.outputs = {name: compact(moment) for name, moment in stats.outputs.items()}
+    return stats
+
+
+def _one_batch(model: Encoder, ids: Tensor, stats: Statistics, generator: torch.Generator) -> None:
+    context = model.context(ids)
+    with autocast(ids.device), torch.enable_grad():
+        start = model.embed_sum(ids).detach().requires_grad_(True)
+        embedding = direction(model, run_layers(model, model.embed_norm(start), context), context)
+    embedding.backward(torch.randn(embedding.shape, generator=generator, device=ids.device, dtype=embedding.dtype))
+    assert start.grad is not None
+    add_moment(stats.hessians, "embed", start.grad.flatten(0, 1).float())
+
+
+def run_layers(model: Encoder, x: Tensor, context: EncoderContext) -> Tensor:
+    """Token states from embedded tokens [batch, seq, hidden]."""
+    for layer in model.layers:
+        x = layer(x, context)
+    return x
+
+
+def direction(model: Encoder, hidden: Tensor, context: EncoderContext) -> Tensor:
+    """Embeddings of length one, [batch, hidden], fp32."""
+    return F.normalize(model.pool(hidden.float(), context), dim=-1)
+
+
+def token_shares(model: Encoder, sequences: np.ndarray) -> Tensor:
+    """Share of each token among the real ones, [vocab]; a token that never occurs counts as half an occurrence."""
+    counts = torch.bincount(torch.from_numpy(sequences).flatten(), minlength=model.spec.vocab).float()
+    counts[model.spec.pad_id] = 0
+    counts = (counts + 0.5) / (counts + 0.5).sum()
+    return counts.to(model.embed.weight.device)
+
+
+@torch.no_grad()
+def plain_statistics(model: Encoder, sequences: np.ndarray) -> Statistics:
+    """What plain GPTQ knows: every real token weighs the same; tables are rounded to nearest."""
+    stats, device = Statistics(), model.embed.weight.device
+    for name in ("embed", "positions"):
+        stats.hessians[name] = torch.eye(model.spec.hidden, device=device)
+    real = torch.from_numpy(sequences != model.spec.pad_id).flatten().float().to(device)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            stats.token_weights[name] = real
+    stats.rows = token_shares(model, sequences)
+    stats.tokens, stats.sequences = sequences.size, len(sequences)
+    return stats

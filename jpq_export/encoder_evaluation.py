@@ -1,0 +1,80 @@
+"""`eval --pairs`: a sentence encoder, or its bundle, on pairs of texts with scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jpq_export.errors import UsageError
+from jpq_export.evaluate.embeddings import evaluate_embeddings, read_pairs
+from jpq_export.format.bundle import read_manifest
+from jpq_export.format.encoder_spec import KIND, EncoderSpec
+from jpq_export.progress import Stages
+
+TEXTS = 32  # embedded at once
+
+
+def evaluate_encoder(model: str | None, *, pairs: Path) -> dict[str, Any]:
+    """A sentence encoder or its bundle on a file of pairs, as JSON values; see `EmbeddingQuality`."""
+    stages, rows = Stages(), read_pairs(pairs)
+    bundle = Path(model) if model and (Path(model) / "manifest.json").is_file() else None
+    with stages.stage("load", f"loading {model or 'the default model'}") as report:
+        embed, name = _bundle_embed(bundle) if bundle else _model_embed(model, report)
+    with stages.stage("evaluate", f"{len(rows.first)} pairs"):
+        result = evaluate_embeddings(embed, rows)
+    about = {"model": name, "pairs_file": rows.name, "pairs_sha256": rows.sha256}
+    return about | {key: value for key, value in asdict(result).items() if value is not None}
+
+
+def _model_embed(source: str | None, report: Any) -> tuple[Any, str]:
+    import torch
+
+    from jpq_export.compress.load import load_model
+
+    loaded = load_model(source, progress=report)
+    if not isinstance(loaded.spec, EncoderSpec):
+        raise UsageError(f"--pairs: {loaded.name} is no sentence encoder; give --text for a language model")
+
+    @torch.no_grad()
+    def vectors(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return loaded.model(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+
+    return _in_batches(vectors, loaded.tokenizer, loaded.spec.pad_id), loaded.name
+
+
+def _bundle_embed(folder: Path) -> tuple[Any, str]:
+    """On onnxruntime, in our kernels where they can be compiled, activations in fp32."""
+    from tokenizers import Tokenizer
+
+    from jpq_export.parity.encoder import OUTPUT, run
+    from jpq_export.parity.runners import OrtRunner
+    from jpq_export.runtime import native
+
+    if read_manifest(folder).kind != KIND:
+        raise UsageError(f"--pairs: {folder} is no sentence encoder; give --text for a language model")
+    runner = OrtRunner(folder / "model.onnx", kernels=native.available())
+    assert isinstance(runner.spec, EncoderSpec)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return _in_batches(lambda ids, mask: run(runner, ids, mask)[OUTPUT], tokenizer, runner.spec.pad_id), str(folder)
+
+
+def _in_batches(vectors: Callable[[np.ndarray, np.ndarray], np.ndarray], tokenizer: Any, pad_id: int) -> Any:
+    """Texts -> embeddings; texts of like length go together, so that little is computed for padding."""
+
+    def embed(texts: list[str]) -> np.ndarray:
+        rows = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        order, parts = sorted(range(len(rows)), key=lambda i: len(rows[i])), []
+        for start in range(0, len(rows), TEXTS):
+            batch = [rows[i] for i in order[start : start + TEXTS]]
+            ids = np.full((len(batch), max(map(len, batch))), pad_id, np.int64)
+            mask = np.zeros_like(ids)
+            for row, text in enumerate(batch):
+                ids[row, : len(text)], mask[row, : len(text)] = text, 1
+            parts.append(vectors(ids, mask))
+        return np.concatenate(parts)[np.argsort(order)]
+
+    return embed
