@@ -22,8 +22,10 @@ from rich.markup import escape
 from jpq_export.comparison_report import page
 from jpq_export.compress.precision import autocast
 from jpq_export.compress.prepare import GROUP_SIZE
+from jpq_export.errors import UsageError
 from jpq_export.evaluate.text_quality import evaluate_text
 from jpq_export.evaluate.texts import EvaluationText, read_text, token_windows
+from jpq_export.format.encoder_spec import EncoderSpec
 from jpq_export.numerics.scheme import BIT_WIDTHS
 from jpq_export.peers.layout import PEERS
 from jpq_export.pipeline import Export
@@ -55,6 +57,8 @@ class PermutedExport(Export):
         from jpq_export.compress.permute import permuted
 
         loaded = super().load()
+        if isinstance(loaded.spec, EncoderSpec):
+            raise UsageError(f"{loaded.name}: compare measures language models; see eval --pairs")
         return replace(loaded, model=permuted(loaded.model, seed=self.request.seed), sha256=f"permuted-{loaded.sha256}")
 
 

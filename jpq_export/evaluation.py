@@ -63,6 +63,8 @@ def _open_model(source: str | None, stages: Stages) -> tuple[Any, Callable[[str]
 
     with stages.stage("load", f"loading {source or 'the default model'}") as report:
         loaded = load_model(source, progress=report)
+    if isinstance(loaded.spec, EncoderSpec):
+        raise UsageError(f"{loaded.name}: a sentence encoder has no perplexity; give --pairs instead of --text")
     bos_id = loaded.spec.bos_id if loaded.spec.add_bos else None
     return loaded.model, loaded.encode, bos_id, loaded.name
 
