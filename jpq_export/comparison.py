@@ -21,14 +21,16 @@ import numpy as np
 from rich.markup import escape
 
 from jpq_export.comparison_report import page
+from jpq_export.compress.decoder import Decoder
 from jpq_export.compress.precision import autocast
 from jpq_export.compress.prepare import GROUP_SIZE
-from jpq_export.errors import BudgetError
+from jpq_export.errors import BudgetError, UsageError
 from jpq_export.evaluate.predictors import TorchPredictor
 from jpq_export.evaluate.task_data import TaskChoice
 from jpq_export.evaluate.text_quality import evaluate_text
 from jpq_export.evaluate.texts import EvaluationText, read_text, token_windows
 from jpq_export.evaluation import COMPRESSED, check_tasks, evaluate_tasks
+from jpq_export.format.spec import ModelSpec
 from jpq_export.numerics.scheme import BIT_WIDTHS
 from jpq_export.peers.layout import MODEL, PEERS
 from jpq_export.pipeline import Export
@@ -62,6 +64,8 @@ class PermutedExport(Export):
         from jpq_export.compress.permute import permuted
 
         loaded = super().load()
+        if not isinstance(loaded.model, Decoder):
+            raise UsageError(f"{loaded.name}: compare measures language models; see eval --pairs")
         return replace(loaded, model=permuted(loaded.model, seed=self.request.seed), sha256=f"permuted-{loaded.sha256}")
 
 
@@ -160,6 +164,7 @@ class Questions:
 
     def _ask(self, model: Any) -> dict[str, Any]:
         predictor = TorchPredictor(model, fast=True)
+        assert isinstance(self.loaded.spec, ModelSpec)
         return evaluate_tasks(predictor, self.loaded.spec, self.loaded.encode, self.choice, self.stages)
 
     def _reopened(self, folder: Path) -> Any:
@@ -169,6 +174,7 @@ class Questions:
 
         if (folder / COMPRESSED).is_file():
             return dequantized(CompressedModel.load(folder / COMPRESSED))
+        assert isinstance(self.loaded.spec, ModelSpec)
         return saved_model(folder, self.loaded.spec)
 
 
@@ -224,6 +230,7 @@ def _peer_cell(
 
     budget = request.budget.resolve(loaded.spec).bytes
     assert budget is not None
+    assert isinstance(loaded.model, Decoder)
     try:
         with stages.stage("peer", f"{method} in a process of its own"):
             peer = peer_model(method, loaded.model, texts.calibration, budget, request.out)

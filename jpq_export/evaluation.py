@@ -17,6 +17,7 @@ from jpq_export.evaluate.text_quality import evaluate_text
 from jpq_export.evaluate.texts import read_text, token_windows
 from jpq_export.format.bundle import Manifest
 from jpq_export.format.compressed import CompressedModel
+from jpq_export.format.encoder_spec import EncoderSpec, Spec
 from jpq_export.format.spec import ModelSpec
 from jpq_export.progress import Stages
 
@@ -119,7 +120,14 @@ def _open_model(source: str | None, stages: Stages) -> Opened:
 
     with stages.stage("load", f"loading {source or 'the default model'}") as report:
         loaded = load_model(source, progress=report)
-    return Opened(loaded.model, TorchPredictor(loaded.model), loaded.spec, loaded.encode, loaded.name)
+    spec = _decoder_spec(loaded.spec, loaded.name)
+    return Opened(loaded.model, TorchPredictor(loaded.model), spec, loaded.encode, loaded.name)
+
+
+def _decoder_spec(spec: Spec, name: str) -> ModelSpec:
+    if isinstance(spec, EncoderSpec):
+        raise UsageError(f"{name}: a sentence encoder has no perplexity; give --pairs instead of --text or --tasks")
+    return spec
 
 
 def _open_compressed(folder: Path, teacher: str | None, stages: Stages) -> Opened:
@@ -129,7 +137,7 @@ def _open_compressed(folder: Path, teacher: str | None, stages: Stages) -> Opene
 
     with stages.stage("open", f"opening {folder}"):
         compressed = CompressedModel.load(folder / COMPRESSED)
-        spec, model = compressed.spec, dequantized(compressed)
+        spec, model = _decoder_spec(compressed.spec, str(folder)), dequantized(compressed)
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder, vocab=spec.vocab, bos_id=spec.bos_id).tokenizer
         return Opened(model, TorchPredictor(model), spec, partial(_encode, tokenizer), str(folder))

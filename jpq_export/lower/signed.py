@@ -74,6 +74,10 @@ class SignedWeights:
         """The factor of a norm."""
         return self._store(f"{name}.weight", ir.tensor(self._model.vectors[name]))
 
+    def vector(self, name: str) -> ir.Value:
+        """A bias or table by its canonical name."""
+        return self._store(name, ir.tensor(self._model.vectors[name]))
+
     def linear(self, x: ir.Value, name: str, *, weight: str | None = None) -> ir.Value:
         """X [batch, seq, K] float32 times matrix `weight` in fp16, plus its bias in fp32: value `name`, float32."""
         nodes, weight = self._nodes, weight or name

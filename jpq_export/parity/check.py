@@ -71,6 +71,7 @@ def check_parity(
     proto = load_proto(onnx_path)
     _, unfused = read_metadata(proto, onnx_path)
     rounds = bool(set(model.quantized) - unfused - {"embed"})
+    assert isinstance(model.spec, ModelSpec)  # encoders: `parity.encoder`
     cases, reference = make_cases(prompts, model.spec), TorchRunner(model)
     ways = [BODIES, KERNELS] if proto.functions and native.available() else [BODIES]
     count = len(ways) + rounds + (half_path is not None)
@@ -131,6 +132,7 @@ def _run_cases(job: _Job, way: _Way) -> tuple[str, tuple[CaseResult, ...], Greed
     if job.cases.long is not None and way.exact:
         runs["sliding window"] = _long(both, job.cases.long)
     results, spec = [], job.model.spec
+    assert isinstance(spec, ModelSpec)
     for name, pairs in runs.items():
         tally = LogitsTally()
         for reference, value in pairs:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from jpq_export.errors import BundleError
 from jpq_export.format.compressed import CompressedModel
+from jpq_export.format.spec import ModelSpec
 from jpq_export.format.tensor_file import save_tensors
 from jpq_export.parity import tolerance
 from jpq_export.parity.cases import Cases, make_cases
@@ -63,6 +64,7 @@ class Vectors:
 
 def record_vectors(model: CompressedModel, path: Path, *, prompts: Sequence[Sequence[int]], steps: int = 64) -> None:
     """Run the PyTorch model on cases cut from `prompts` and write what it computed."""
+    assert isinstance(model.spec, ModelSpec)  # encoders: `parity.encoder`
     runner = TorchRunner(model)
     cases = make_cases(prompts, model.spec)
     Vectors(f"pytorch {runner.version}", compute(runner, cases, steps=steps)).save(path)
