@@ -249,7 +249,9 @@ def evaluate(**options: Any) -> None:
     json_out = options.pop("json_out")
     check_result_file("--json", json_out)
     if (options["text"] is None) == (options["pairs"] is None):
-        raise UsageError("eval: give --text for a language model, or --pairs for a sentence encoder")
+        raise UsageError(
+            "give --text for a language model, or --pairs for a sentence encoder. See `jpq-export eval --help`."
+        )
     pairs = options.pop("pairs")
     result = evaluate_model(**options) if pairs is None else evaluate_encoder(options["model"], pairs=pairs)
     text = json.dumps(result, indent=1)

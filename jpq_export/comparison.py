@@ -20,6 +20,7 @@ import numpy as np
 from rich.markup import escape
 
 from jpq_export.comparison_report import page
+from jpq_export.compress.decoder import Decoder
 from jpq_export.compress.precision import autocast
 from jpq_export.compress.prepare import GROUP_SIZE
 from jpq_export.errors import UsageError
@@ -59,6 +60,7 @@ class PermutedExport(Export):
         loaded = super().load()
         if isinstance(loaded.spec, EncoderSpec):
             raise UsageError(f"{loaded.name}: compare measures language models; see eval --pairs")
+        assert isinstance(loaded.model, Decoder)
         return replace(loaded, model=permuted(loaded.model, seed=self.request.seed), sha256=f"permuted-{loaded.sha256}")
 
 
