@@ -256,7 +256,10 @@ def evaluate(
     choice = task_choice(tasks, limit=limit, folder=task_data)
     asks_text = options["text"] is not None or choice is not None
     if asks_text == (pairs is not None):
-        raise UsageError("eval: give --text or --tasks for a language model, or --pairs for a sentence encoder")
+        raise UsageError(
+            "give --text or --tasks for a language model, or --pairs for a sentence encoder. "
+            "See `jpq-export eval --help`."
+        )
     result = evaluate_encoder(options["model"], pairs=pairs) if pairs else evaluate_model(**options, tasks=choice)
     text = json.dumps(result, indent=1)
     if json_out:

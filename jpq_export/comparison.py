@@ -66,6 +66,7 @@ class PermutedExport(Export):
         loaded = super().load()
         if not isinstance(loaded.model, Decoder):
             raise UsageError(f"{loaded.name}: compare measures language models; see eval --pairs")
+        assert isinstance(loaded.model, Decoder)
         return replace(loaded, model=permuted(loaded.model, seed=self.request.seed), sha256=f"permuted-{loaded.sha256}")
 
 

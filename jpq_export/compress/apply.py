@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,8 +58,8 @@ def all_kept(spec: Spec) -> tuple[LayerChoice, ...]:
     return tuple(LayerChoice(tuple(range(layer.kv_heads)), tuple(range(layer.ffn))) for layer in spec.layers)
 
 
-def prune(model: Model, layers: tuple[LayerChoice, ...]) -> Model:
-    """The model with only the kept heads and channels, weights shared or sliced, no refit."""
+def prune(model: Model, layers: tuple[LayerChoice, ...]) -> Any:
+    """The model, of the same kind, with only the kept heads and channels, weights shared or sliced, no refit."""
     weights = {name: value for name, value in named_weights(model).items() if not name.startswith("layers.")}
     narrow = []
     for i, choice in enumerate(layers):
@@ -129,8 +130,8 @@ class Compressor:
         self.refits = recipe.method == "jpq"
 
     @torch.no_grad()
-    def run(self, progress: Progress | None = None) -> Model:
-        """The student, every matrix quantized."""
+    def run(self, progress: Progress | None = None) -> Any:
+        """The student, of the teacher's kind, every matrix quantized."""
         student, count = self.student, len(self.student.layers)
         self._round_tables()
         student_stream = [student.embed_tokens(ids) for ids in self.ids]

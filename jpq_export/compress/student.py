@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -40,8 +42,8 @@ def to_rounded(weight: QuantizedWeight, device: str) -> Rounded:
     )
 
 
-def to_student(compressed: CompressedModel, *, device: str = "cpu") -> Model:
-    """Undo `to_compressed`: trainable scales over the stored codes."""
+def to_student(compressed: CompressedModel, *, device: str = "cpu") -> Any:
+    """Undo `to_compressed`: a decoder or encoder with trainable scales over the stored codes."""
     with torch.device("meta"):
         spec = compressed.spec
         model = Encoder(spec) if isinstance(spec, EncoderSpec) else Decoder(spec)
@@ -61,8 +63,8 @@ def to_student(compressed: CompressedModel, *, device: str = "cpu") -> Model:
     return model.eval().requires_grad_(False)
 
 
-def dequantized(compressed: CompressedModel) -> Model:
-    """The plain PyTorch reference of parity: the same numbers as float32 matrices."""
+def dequantized(compressed: CompressedModel) -> Any:
+    """A decoder or encoder, the plain PyTorch reference of parity: the same numbers as float32 matrices."""
     return build_model(compressed.spec, dequantized_weights(compressed))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.encoder_spec import Spec
 
 PREFILL_TOKENS = 48
 PADDED_LENGTHS = (5, 11, 17)
@@ -34,7 +34,7 @@ class Cases:
         return self.padded.shape[1] - PADDED_STEPS
 
 
-def make_cases(prompts: Sequence[Sequence[int]], spec: ModelSpec) -> Cases:
+def make_cases(prompts: Sequence[Sequence[int]], spec: Spec) -> Cases:
     """Cut the cases from token ids; ValueError without a token or with an id outside the vocabulary."""
     stream = np.array([token for prompt in prompts for token in prompt], np.int64)
     if not stream.size or stream.min() < 0 or stream.max() >= spec.vocab:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jpq_export.format.compressed import CompressedModel
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.encoder_spec import Spec
 from jpq_export.parity import tolerance
 from jpq_export.parity.bisect import find_divergence, layer_errors, value_errors
 from jpq_export.parity.cases import CHUNK, Cases, make_cases
@@ -144,12 +144,12 @@ def _run_cases(job: _Job, way: _Way) -> tuple[str, tuple[CaseResult, ...], Greed
     return both.runner.version, (*results, _case("decode", tally, spec, judge=way.judge)), greedy
 
 
-def _case(name: str, tally: LogitsTally, spec: ModelSpec, *, judge: str) -> CaseResult:
+def _case(name: str, tally: LogitsTally, spec: Spec, *, judge: str) -> CaseResult:
     error = tally.result()
     return CaseResult(name, tally.positions, error, within(error, spec, judge=judge))
 
 
-def within(error: LogitsError, spec: ModelSpec, *, judge: str) -> bool:
+def within(error: LogitsError, spec: Spec, *, judge: str) -> bool:
     """Whether logits are as close as they must be."""
     if judge == HALF:
         return error.rel_rms <= tolerance.half(spec) and error.kl_mean <= tolerance.SMALL_EFFECT

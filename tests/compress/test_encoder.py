@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jpq_export.compress.load import LoadedModel, load_model
+from jpq_export.compress.load import load_model
 from jpq_export.errors import ModelError
 from jpq_export.numerics.reference import distance_bucket
 
@@ -25,7 +25,7 @@ Save = Callable[..., Path]
 Make = Callable[..., Any]
 
 
-def loaded(folder: Path) -> LoadedModel:
+def loaded(folder: Path) -> Any:
     return load_model(str(folder))
 
 

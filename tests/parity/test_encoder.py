@@ -106,3 +106,12 @@ def test_recorded_vectors(save_encoder: Save, tmp_path: Path) -> None:
     for name in ("embedding", "point.layers.0.mlp"):
         wrong = recorded | {name: recorded[name] * np.float32(1.01)}
         assert compare_recorded(wrong, runner)[1] == name.removeprefix("point.")
+
+
+@pytest.mark.usefixtures("kernels")
+def test_our_kernels_compute_the_model(save_encoder: Save, tmp_path: Path) -> None:
+    model = compressed(save_encoder(tmp_path, "mpnet"))
+    export_onnx(model, tmp_path / "model.onnx", form="custom_op")
+    report = check_encoder(model, tmp_path / "model.onnx", texts=texts(1))
+    assert [runtime.name for runtime in report.runtimes] == ["onnxruntime", "onnxruntime-jpq-kernels"]
+    assert report.passed, report.to_json()
