@@ -21,7 +21,7 @@ ROWS = (
     ("comparison",),
     ("comparison_report",),
     ("peers",),
-    ("pipeline", "prove", "evaluation", "summary"),
+    ("pipeline", "prove", "evaluation", "encoder_evaluation", "summary"),
     ("request", "bench", "serve"),
     ("compress", "lower", "runtime", "engine", "parity", "evaluate", "workspace"),
     ("format",),

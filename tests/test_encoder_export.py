@@ -88,7 +88,7 @@ def test_what_does_not_go_is_said(export: Callable[..., Any], tmp_path: Path) ->
     assert done.exit_code == 2
     assert "TensorRT-RTX engines of encoders are not built yet" in done.output
     assert not out.exists()
-    assert "give --text for a language model, or --pairs" in command("eval", str(out)).output
+    assert "give --text or --tasks for a language model, or --pairs" in command("eval", str(out)).output
     text = tmp_path / "a.txt"
     text.write_text("words", encoding="utf-8")
     both = command("eval", str(out), "--text", str(text), "--pairs", str(text))

@@ -10,6 +10,7 @@ import numpy as np
 
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import Spec
+from jpq_export.format.spec import ModelSpec
 from jpq_export.parity import tolerance
 from jpq_export.parity.bisect import find_divergence, layer_errors, value_errors
 from jpq_export.parity.cases import CHUNK, Cases, make_cases
@@ -132,7 +133,6 @@ def _run_cases(job: _Job, way: _Way) -> tuple[str, tuple[CaseResult, ...], Greed
     if job.cases.long is not None and way.exact:
         runs["sliding window"] = _long(both, job.cases.long)
     results, spec = [], job.model.spec
-    assert isinstance(spec, ModelSpec)
     for name, pairs in runs.items():
         tally = LogitsTally()
         for reference, value in pairs:

@@ -213,7 +213,7 @@ def test_narrow_widths_are_priced_when_asked_for_each_by_its_own_measurement(
     teacher: Decoder, sequences: np.ndarray, tmp_path
 ) -> None:
     found = statistics.collect(teacher, sequences, seed=0)
-    forward = PartialForward(teacher, sequences[:4])
+    forward = PartialForward(teacher, Heldout(teacher, sequences[:4]))
 
     def priced(narrow: tuple[float, ...]) -> tuple[RoundedCache, PriceList]:
         cache, raw = round_all(named_weights(teacher), SPEC, found, group_size=32, narrow=narrow)
