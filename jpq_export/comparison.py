@@ -169,6 +169,7 @@ def _peer_cell(
     assert budget is not None
     try:
         with stages.stage("peer", f"{method} in a process of its own"):
+            assert isinstance(loaded.model, Decoder)
             peer = peer_model(method, loaded.model, texts.calibration, budget, request.out)
     except PeerError as error:
         stages.console.print(f"[red]{escape(str(error))}[/red]")
