@@ -234,6 +234,7 @@ def _peer_cell(
     assert isinstance(loaded.model, Decoder)
     try:
         with stages.stage("peer", f"{method} in a process of its own"):
+            assert isinstance(loaded.model, Decoder)
             peer = peer_model(method, loaded.model, texts.calibration, budget, request.out)
     except (PeerError, BudgetError) as error:
         stages.console.print(f"[red]{escape(str(error))}[/red]")
