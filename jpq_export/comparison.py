@@ -66,7 +66,6 @@ class PermutedExport(Export):
         loaded = super().load()
         if not isinstance(loaded.model, Decoder):
             raise UsageError(f"{loaded.name}: compare measures language models; see eval --pairs")
-        assert isinstance(loaded.model, Decoder)
         return replace(loaded, model=permuted(loaded.model, seed=self.request.seed), sha256=f"permuted-{loaded.sha256}")
 
 
@@ -231,7 +230,6 @@ def _peer_cell(
 
     budget = request.budget.resolve(loaded.spec).bytes
     assert budget is not None
-    assert isinstance(loaded.model, Decoder)
     try:
         with stages.stage("peer", f"{method} in a process of its own"):
             assert isinstance(loaded.model, Decoder)
