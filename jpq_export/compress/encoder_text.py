@@ -31,9 +31,7 @@ def for_texts(effort: Effort) -> Effort:
         heldout=effort.heldout * PER_SEQUENCE,
         tune_sequences=effort.tune_sequences * PER_SEQUENCE,
         length=LONGEST,
-        finalists=max(
-            2, effort.finalists
-        ),  # at 2.5 bits the first plan prunes; rounded, the one that does not is better
+        finalists=max(2, effort.finalists),  # at 2.5 bits the first plan prunes; rounded, the whole one is better
     )
 
 
