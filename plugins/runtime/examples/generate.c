@@ -1,4 +1,4 @@
-/* Stream text from a bundle: generate BUNDLE "prompt" [new tokens [temperature [seed]]]
+/* Stream text from a bundle: generate BUNDLE "prompt" [new tokens [temperature [seed [top_p]]]]
  *
  * JPQ_ONNXRUNTIME: libonnxruntime.so or its folder, when it is neither beside libjpq_runtime nor installed. JPQ_THREADS:
  * how many. With JPQ_IDS set, token ids are printed instead of text.
@@ -28,7 +28,7 @@ int main(int count, char **arguments) {
   jpq_generate_options options;
   shown s = {getenv("JPQ_IDS") != NULL, 0};
   if (count < 3) {
-    fprintf(stderr, "usage: %s BUNDLE \"prompt\" [new tokens [temperature [seed]]]\n", arguments[0]);
+    fprintf(stderr, "usage: %s BUNDLE \"prompt\" [new tokens [temperature [seed [top_p]]]]\n", arguments[0]);
     return 2;
   }
   jpq_load_defaults(&load);
@@ -38,6 +38,7 @@ int main(int count, char **arguments) {
   if (count > 3) options.max_new_tokens = atoll(arguments[3]);
   if (count > 4) options.sampling.temperature = atof(arguments[4]);
   if (count > 5) options.sampling.seed = strtoull(arguments[5], NULL, 10);
+  if (count > 6) options.sampling.top_p = atof(arguments[6]);
 
   jpq_result result = jpq_model_load(arguments[1], &load, &model, &error);
   if (!result) result = jpq_generate(model, arguments[2], &options, show, &s, &error);

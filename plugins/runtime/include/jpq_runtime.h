@@ -48,6 +48,7 @@ typedef struct jpq_model jpq_model;
 typedef struct jpq_sequence jpq_sequence;
 typedef struct jpq_sampler jpq_sampler;
 
+/* JPQ_TENSORRT is not supported yet: jpq_model_load answers JPQ_UNSUPPORTED. */
 typedef enum jpq_backend_kind { JPQ_ONNXRUNTIME = 0, JPQ_TENSORRT = 1 } jpq_backend_kind;
 
 /* Fill with jpq_load_defaults, then change what you want. */
@@ -70,7 +71,8 @@ typedef struct jpq_model_info {
   const char *path;      /* what computes, for people; lives as long as the model */
 } jpq_model_info;
 
-/* Greedy when temperature is 0. The same seed gives the same tokens as `jpq_export.runtime` in Python. */
+/* Greedy when temperature is 0. The same seed gives the same tokens as `jpq_export.runtime` in Python, except with
+ * top_k below the vocabulary and top_p 1: there it only repeats itself. */
 typedef struct jpq_sampling {
   size_t size;
   double temperature;

@@ -1,4 +1,5 @@
-/* Choosing a token from logits: as jpq_export/runtime/generate.py, choice for choice, with the same random numbers. */
+/* Choosing a token from logits: as jpq_export/runtime/sampling.py, with the same random numbers. With top_k alone Python
+ * goes through the kept tokens in the order of numpy's argpartition, which is nobody's promise: here the likeliest first. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -82,6 +83,17 @@ static double take(jpq_sampler *s, const float *logits, float most, int64_t take
   return s->weights[taken] = exp(((double)logits[first] - most) / s->options.temperature);
 }
 
+/* All tokens, in the order of their ids. */
+static int64_t draw_of_all(jpq_sampler *s, const float *logits, int64_t best) {
+  double total = 0, sum = 0;
+  for (int64_t i = 0; i < s->vocab; i++)
+    total += s->weights[i] = exp(((double)logits[i] - logits[best]) / s->options.temperature);
+  const double target = random_uniform(&s->random) * total;
+  for (int64_t i = 0; i < s->vocab; i++)
+    if ((sum += s->weights[i]) > target) return i;
+  return best; /* the product was rounded up to the total */
+}
+
 /* Tokens are taken only until the drawn one is reached: sorting all would cost as much as the model. */
 static int64_t draw(jpq_sampler *s, const float *logits, float most) {
   const int64_t limit = s->options.top_k && s->options.top_k < s->vocab ? s->options.top_k : s->vocab;
@@ -119,6 +131,7 @@ jpq_result jpq_sample(jpq_sampler *s, const float *logits, int64_t *token, jpq_e
   }
   if (bad || isinf(logits[best]))
     return jpq_fail(error, JPQ_BACKEND, "logits: NaN or infinite; check the bundle with `jpq-export verify`");
-  *token = s->options.temperature == 0 ? best : draw(s, logits, logits[best]);
+  const int whole = s->options.top_p == 1 && (!s->options.top_k || s->options.top_k >= s->vocab);
+  *token = s->options.temperature == 0 ? best : whole ? draw_of_all(s, logits, best) : draw(s, logits, logits[best]);
   return jpq_done(error);
 }

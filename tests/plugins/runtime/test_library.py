@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import onnx
 import pytest
 
 from jpq_export.format.bundle import hash_file
@@ -124,3 +125,39 @@ def test_check_finds_every_damaged_file(harness, own_bundle):
         path.write_bytes(content[:-1])
         assert "bytes, got" in refused(harness("ids", "none", own_bundle, 1, 3, CHECK="1"))[1]
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("manifest.json", BAD_BUNDLE), ("tokenizer.json", BAD_BUNDLE), ("model.onnx", BACKEND)]
+)
+def test_a_file_cut_short_is_refused(harness, own_bundle, name, expected):
+    path = own_bundle / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    code, text = refused(harness("ids", "none", own_bundle, 1, 3))
+    assert code == expected
+    assert name in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kinds"),
+    [
+        ("vocab", 41, (BAD_BUNDLE, BACKEND)),  # more than the graph gives: would be read beyond its end
+        ("vocab", 7, (BAD_BUNDLE, BACKEND)),  # fewer: would be written beyond ours
+        ("vocab", 2**40, (BAD_BUNDLE,)),
+        ("head_dim", 8, (BACKEND,)),
+        ("head_dim", 4097, (BAD_BUNDLE,)),
+        ("layers", [], (BAD_BUNDLE,)),
+        ("layers", [{"kv_heads": 4}] * 3, (BACKEND,)),
+        ("max_positions", -1, (BAD_BUNDLE,)),
+        ("eos_ids", ["x"], (BAD_BUNDLE,)),
+    ],
+)
+@pytest.mark.parametrize("prompt", [(3,), (3, 4, 5)])
+def test_facts_that_are_not_the_graphs_are_refused(harness, own_bundle, key, value, kinds, prompt):
+    graph = onnx.load(own_bundle / "model.onnx", load_external_data=False)
+    entry = next(entry for entry in graph.metadata_props if entry.key == "jpq.spec")
+    entry.value = json.dumps(json.loads(entry.value) | {key: value})
+    onnx.save(graph, own_bundle / "model.onnx")
+    code, text = refused(harness("ids", "none", own_bundle, 2, *prompt))
+    assert code in kinds
+    assert text

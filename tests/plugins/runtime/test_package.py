@@ -5,10 +5,11 @@ import os
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jpq_export.runtime import native
+from jpq_export.runtime import load, native
 from jpq_export.runtime.generate import generate
 from jpq_export.runtime.session import OrtModel
 
@@ -38,11 +39,15 @@ def examples(tmp_path_factory):
 def words(bundle_folder, tmp_path_factory):
     """The tiny bundle with the same words in a kind of tokenizer that the library knows: (folder, tokenizer)."""
     folder = shutil.copytree(bundle_folder, tmp_path_factory.mktemp("words") / "tiny")
-    vocabulary = Tokenizer.from_file(str(bundle_folder / "tokenizer.json")).get_vocab()
+    return folder, put_known_tokenizer(folder)
+
+
+def put_known_tokenizer(folder):
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
-    return folder, tokenizer
+    return tokenizer
 
 
 @pytest.fixture
@@ -77,10 +82,30 @@ def test_a_project_outside_the_tree_generates_the_tokens_of_python(run, words):
     assert other.stdout != done.stdout
 
 
-def test_a_seed_chooses_the_sample(run, words):
-    drawn = [run("generate", words[0], "w3 w9", 15, 1.5, seed, JPQ_IDS="1").stdout for seed in (1, 1, 2, 3)]
-    assert drawn[0] == drawn[1]
-    assert len(set(drawn)) > 1
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_a_seed_draws_the_tokens_of_python(run, words, top_p):
+    prompt, (folder, tokenizer) = "w3 w9", words
+    ids, model = tokenizer.encode(prompt).ids, OrtModel(folder / "model.onnx", threads=1)
+    drawn = {}
+    for seed in (1, 2, 2**63 + 5):
+        done = run("generate", folder, prompt, 15, 1.5, seed, top_p, JPQ_IDS="1")
+        drawn[seed] = [int(line) for line in done.stdout.split()]
+        expected = list(generate(model, ids, max_new_tokens=15, temperature=1.5, top_p=top_p, seed=seed))
+        assert drawn[seed] == expected, done.stderr[-3000:]
+    assert drawn[1] != drawn[2]
+
+
+def test_embeddings_are_those_of_python(run, conftest_of, tmp_path):
+    folder = conftest_of("runtime").write_encoder_bundle(tmp_path / "encoder")
+    put_known_tokenizer(folder)
+    texts = ["w3 w4", "w9", "w1 w2 w3 w4 w5 w6"]
+    done = run("embed", folder, *texts, JPQ_VECTORS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    got = np.array([[float(value) for value in line.split("  ")[0].split()] for line in done.stdout.splitlines()])
+    expected = load(folder, threads=1).embed(texts)
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, atol=1e-6)  # nine digits of floats of at most 1
+    assert np.abs(got - np.roll(expected, 1, axis=0)).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import random
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -27,7 +28,7 @@ WORDS = (
 
 def byte_level(digits):
     tokenizer = Tokenizer(models.BPE())
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     if digits:
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     else:
