@@ -1,8 +1,7 @@
-"""The command line: the commands; a JpqError becomes one line and an exit code."""
+"""The command line: its commands."""
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import logging
@@ -14,6 +13,7 @@ from typing import Any
 import click
 
 from jpq_export import __version__
+from jpq_export.cli_group import Commands
 from jpq_export.cli_options import (
     EFFORTS,
     WIDTHS_HELP,
@@ -23,7 +23,7 @@ from jpq_export.cli_options import (
     size_bytes,
     task_options,
 )
-from jpq_export.errors import JpqError, StorageError, UsageError
+from jpq_export.errors import JpqError, UsageError
 from jpq_export.numerics.scheme import BIT_WIDTHS
 
 # Threads that wait without spinning: beside two busy processes on two cores a tuning step took 4.5 s instead of 29 s.
@@ -32,11 +32,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some microseconds: a recovery step takes 2.4 s, without 2.8
 
 COMPARED = ("gptq-uniform", "prune-then-quantize", "bits-only", "joint")
-COMPARABLE = (*COMPARED, "rtn-uniform", "hqq", "auto-round-rtn", "auto-round")
-DEFAULT = "export"
+COMPARABLE = (*COMPARED, "rtn-uniform", "hqq", "auto-round-rtn", "auto-round", "gptqmodel", "llama.cpp")
 STOPS = ("plan", "compress", "onnx")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # how torch says it, in a RuntimeError
 EXAMPLES = """
 \b
 Examples:
@@ -45,62 +42,10 @@ Examples:
   jpq-export gemma-3-270m --target agx-orin-64gb --bits 3
   jpq-export --target orin-nano-8gb --latency 2ms    chosen for decode latency instead of bytes
   jpq-export run bundle "The capital of France is"
+  jpq-export serve bundle                            OpenAI's HTTP interface on http://127.0.0.1:8000/v1
   jpq-export verify bundle
   jpq-export build bundle                            on the board: plugin, TensorRT engine, recorded vectors
 """
-
-
-class Sentinel(click.ClickException):
-    """A JpqError on its way through click: one line on stderr, its own exit code."""
-
-    def __init__(self, error: JpqError) -> None:
-        super().__init__(str(error).replace("\n", " "))
-        self.exit_code = error.exit_code  # pyright: ignore[reportAttributeAccessIssue] click reads the instance
-
-
-class Commands(click.Group):
-    """The command group: export is the default command; errors a user can cause become one line."""
-
-    ignore_unknown_options = True  # `jpq-export --target jetson`: an option of the default command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The named command, or export with all arguments."""
-        if self.get_command(ctx, args[0]) is None:
-            args = [DEFAULT, *args]
-        return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run, translating errors."""
-        try:
-            return super().invoke(ctx)
-        except JpqError as error:
-            raise Sentinel(error) from error
-        except click.UsageError as error:
-            path = (error.ctx or ctx).command_path
-            raise Sentinel(UsageError(f"{error.format_message()} See `{path} --help`.")) from error
-        except KeyboardInterrupt:
-            click.echo("Interrupted; the same command goes on after the last finished stage.", err=True)
-            raise click.exceptions.Exit(130) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # the reader of a pipe went away: click ends quietly
-            if error.errno in DISK_ERRORS:
-                where = error.filename or "the output"
-                raise Sentinel(
-                    StorageError(f"{where}: {error.strerror}; free space or write to another place")
-                ) from error
-            if error.errno is not None:
-                raise Sentinel(
-                    JpqError(f"{error.filename or 'file'}: {error.strerror}; choose another path")
-                ) from error
-            raise
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
-                remedy = "use a smaller model or a machine with more memory"
-                raise Sentinel(JpqError(f"out of memory; {remedy}")) from error
-            raise
 
 
 @click.group(
@@ -219,23 +164,60 @@ def build_command(bundle: Path, *, dry_run: bool, as_json: bool, workspace: str,
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("prompt")
+@click.argument("prompt", nargs=-1, required=True)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--stop", multiple=True, help="Text that ends the continuation and is not shown. May be repeated.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1, 256), help="Default: all cores.")
 @click.option("--fast", is_flag=True, help="Round activations: to 16 bits in our kernels, to 8 in onnxruntime's own.")
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
-def run(bundle: Path, prompt: str, **options: Any) -> None:
-    """Continue PROMPT with a bundle on onnxruntime, streaming; neither torch nor transformers is loaded."""
-    from jpq_export.runtime.bundle import load
+def run(bundle: Path, prompt: tuple[str, ...], *, chat: bool, **options: Any) -> None:
+    """Continue PROMPT with a bundle on onnxruntime, streaming; neither torch nor transformers is loaded.
+
+    A sentence encoder prints the embedding of PROMPT as JSON, or of two the cosine of their angle.
+    """
+    from jpq_export.runtime import load
 
     loaded = load(bundle, threads=options.pop("threads"), exact=not options.pop("fast"))
-    for piece in loaded.generate_text(prompt, **options):
+    if len(prompt) > (1 if loaded.encoder is None else 2):
+        raise UsageError(f"got {len(prompt)} prompts; put one into quotes (two only for a sentence encoder)")
+    if loaded.encoder is not None:
+        vectors = loaded.embed(list(prompt))
+        click.echo(json.dumps(vectors[0].tolist()) if len(prompt) == 1 else f"{cosine(*vectors):.6f}")
+        return
+    for piece in (loaded.chat if chat else loaded.generate)(prompt[0], stream=True, **options):
         click.echo(piece, nl=False)  # flushes
     click.echo()
+
+
+@main.command("serve")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Another address requires an API key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--name", help="Model name that clients give. Default: the exported model's.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="File of the key. Default: JPQ_API_KEY, or none.")
+@click.option("--slots", type=click.IntRange(1, 256), default=8, show_default=True, help="Sequences in one pass.")
+@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="How many others may wait.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Prompt and answer together."
+)
+@click.option("--threads", type=click.IntRange(1, 256), help="Default: all cores.")
+@click.option("--fast", is_flag=True, help="Round activations: to 16 bits in our kernels, to 8 in onnxruntime's own.")
+@click.pass_context
+def serve_command(ctx: click.Context, *, fast: bool, **options: Any) -> None:
+    """Serve BUNDLE to OpenAI clients: completions, chats (streamed too), embeddings. Needs `jpq-export[serve]`."""
+    from jpq_export.serve.command import Settings, serve
+
+    verbose = bool(ctx.parent and ctx.parent.params["verbose"])
+    serve(Settings(**options, exact=not fast, verbose=verbose), lambda line: click.echo(line))
+
+
+def cosine(a: Any, b: Any) -> float:
+    """Of the angle between two vectors."""
+    return float(a @ b / ((a @ a) * (b @ b)) ** 0.5)
 
 
 @main.command()
@@ -312,8 +294,9 @@ def compare_command(
 ) -> None:
     """Joint search against separate searches, uniform rounding and other quantizers, at equal stored bytes.
 
-    Other people's quantizers (hqq, auto-round) need `pip install 'jpq-export[peers]'`. The table is printed as
-    Markdown; --out gets comparison.json, comparison.html and a file a cell. --tasks adds columns, now or later.
+    Other people's quantizers (hqq, auto-round) come with the extra `peers`; gptqmodel is a package of its own, and
+    llama.cpp's llama-quantize is taken from the PATH. The table is printed as Markdown; --out gets comparison.json,
+    comparison.html and a file a cell. --tasks adds columns, now or later.
     """
     from jpq_export.comparison import Comparison, compare
     from jpq_export.comparison_report import markdown

@@ -23,6 +23,7 @@ from rich.markup import escape
 from jpq_export.comparison_report import page
 from jpq_export.compress.precision import autocast
 from jpq_export.compress.prepare import GROUP_SIZE
+from jpq_export.errors import BudgetError
 from jpq_export.evaluate.predictors import TorchPredictor
 from jpq_export.evaluate.task_data import TaskChoice
 from jpq_export.evaluate.text_quality import evaluate_text
@@ -226,7 +227,7 @@ def _peer_cell(
     try:
         with stages.stage("peer", f"{method} in a process of its own"):
             peer = peer_model(method, loaded.model, texts.calibration, budget, request.out)
-    except PeerError as error:
+    except (PeerError, BudgetError) as error:
         stages.console.print(f"[red]{escape(str(error))}[/red]")
         return {"error": str(error)}
     layout = peer.layout

@@ -2,6 +2,7 @@
 
     JpqError                 exit code 1: the job failed
     ├── UsageError           exit code 2: the command line or a value in it is wrong
+    │   └── CapacityError    a text and what shall follow it do not fit into the cache
     ├── ModelError           the model cannot be loaded or is not supported
     ├── TargetError          a target file is unknown or malformed (exit code 2)
     ├── CalibrationError     the calibration text cannot be used
@@ -26,6 +27,10 @@ class UsageError(JpqError):
     """The command line is wrong."""
 
     exit_code = 2
+
+
+class CapacityError(UsageError):
+    """More tokens than the cache of a loaded bundle, or its model, can hold."""
 
 
 class TargetError(UsageError):

@@ -185,6 +185,7 @@ class Export:
         Problem(unpriced(loaded.spec, GROUP_SIZE), cost, budget, widths).solve(start)
         check_cache(folder)
         kind = {"seed": request.seed, "stages": self.stages, "narrow": narrow_widths(widths)}
+        kind |= {"outputs": self.effort.two_sided}
         prepared = prepare(loaded.model, calibration, texts.heldout, folder, **kind)
         problem = Problem(prepared.prices, cost, budget, widths)
         with self.stages.stage("plan", "searching structure and bits together") as report:
@@ -253,6 +254,7 @@ class Export:
             seed=self.request.seed,
             passes=self.effort.passes,
             prepared=prepared_for(self.request, loaded, texts),
+            outputs=self.effort.two_sided,
             progress=progress,
         )
         self._save(rounded, name, kl)

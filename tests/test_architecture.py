@@ -17,12 +17,12 @@ PACKAGE = Path(jpq_export.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli",),
-    ("cli_options",),
+    ("cli_options", "cli_group"),
     ("comparison",),
     ("comparison_report",),
     ("peers",),
     ("pipeline", "prove", "evaluation", "summary"),
-    ("request", "bench"),
+    ("request", "bench", "serve"),
     ("compress", "lower", "runtime", "engine", "parity", "evaluate", "workspace"),
     ("format",),
     ("numerics",),
@@ -42,7 +42,7 @@ BESIDE = {
     ("runtime", "engine"),
 }
 FREE = ("__init__", "cache", "errors", "progress", "revision")
-LIGHT = ("runtime", "engine", "format", "numerics", "cache", "errors", "progress", "revision")
+LIGHT = ("serve", "runtime", "engine", "format", "numerics", "cache", "errors", "progress", "revision")
 HEAVY = ("torch", "transformers")
 LONGEST = 400
 
@@ -129,8 +129,9 @@ def loaded_by(code: str) -> set[str]:
         "import jpq_export.runtime.bundle",
         "import jpq_export.parity.verify",
         "import jpq_export.engine.build",
+        "import jpq_export.serve.command",
     ],
-    ids=["cli", "help", "export help", "targets", "bundle", "verify", "build"],
+    ids=["cli", "help", "export help", "targets", "bundle", "verify", "build", "serve"],
 )
 def test_light_parts_load_no_torch(code: str) -> None:
     assert loaded_by(code) == set()

@@ -368,7 +368,7 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "run a graph cut short": ("run b hello", 1, ("b/model.onnx", "again"), cut("b/model.onnx", 0.5)),
     "run without weights": ("run b hello", 1, ("b/model.onnx", "again"), remove("b/model.onnx.data")),
     "run an empty prompt": ("run b ''", 2, ("prompt",), None),
-    "run a prompt too long": (f"run b '{'a' * 300}'", 2, ("positions", "shorten"), None),
+    "run a prompt too long": (f"run b '{'a' * 300}'", 2, ("capacity", "shorten"), None),
     "run a chat without a template": ("run b hi --chat", 2, ("b", "chat template", "--chat"), None),
     "run too hot": ("run b hi --temperature -1", 2, ("--temperature", "-1"), None),
     "run with a bad seed": ("run b hi --seed -1", 2, ("--seed", "-1"), None),

@@ -13,7 +13,9 @@ from click.testing import CliRunner, Result
 from jpq_export.cli import COMPARED as METHODS
 from jpq_export.comparison import pruned_width
 from jpq_export.compress import effort
+from jpq_export.errors import BudgetError
 from jpq_export.evaluate import text_quality
+from jpq_export.peers.run import PeerError
 
 WORDS = "the weight of the thing there and the rest of what they then thought "
 
@@ -141,6 +143,20 @@ def answers_of(folder: Path, teacher: Path, questions: Path) -> dict[str, Any]:
     choice = task_choice("piqa,lambada_openai", limit=None, folder=questions)
     assert choice is not None
     return run_tasks(ScoredModel(TorchPredictor(model, fast=True), loaded.spec, loaded.encode), choice)
+
+
+@pytest.mark.parametrize("error", [BudgetError("nothing fits"), PeerError("hqq: broken")])
+def test_a_peer_that_cannot_run_is_a_row(
+    error: Exception, compare: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("jpq_export.peers.run.peer_model", fail)
+    result, rows = compare("--methods", "hqq,rtn-uniform", "--text", str(tmp_path / "text.txt"))
+    assert result.exit_code == 0, result.output
+    assert [row.get("error") for row in rows] == [str(error), None]
+    assert f"did not run: {error}" in result.output
 
 
 def test_tasks_need_data_before_anything_runs(compare: Callable, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from jpq_export.compress.decoder import Context, Decoder, Layer, build_decoder, canonical_name, named_weights
 from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
 from jpq_export.compress.rounding import Rounded, quantize
-from jpq_export.compress.statistics import Progress, Statistics
+from jpq_export.compress.statistics import FISHER_POWER, Progress, Statistics
+from jpq_export.compress.two_sided import kept_blocks, two_sided
 from jpq_export.format.spec import ModelSpec
 from jpq_export.numerics.scheme import Scheme
 
@@ -30,9 +31,6 @@ Stream = list[Tensor]  # activations of all calibration tokens, in parts of [bat
 # SmolLM2 at 3 bits, 12k shipped tokens, mean KL on three neutral texts (essays, fortunes, a manual): 0.484; without the
 # refit 0.498. Ridge 0.1 was worse than no refit on held-out Jargon File text: 1.05 against 0.84.
 REFIT_RIDGE = 1.0
-# Weights are tempered: raw Fisher weights span decades and leave few effective tokens. Held-out Jargon File text, 3
-# bits, no refit: power 0 (plain) 1.04, power 0.5 0.84, power 1 0.97.
-FISHER_POWER = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,9 +202,8 @@ class Compressor:
         root = self._root_weights(name)
         H = _moment(new_in, new_in, root)
         W = module.weight
+        rows = kept_rows(self.teacher, i, self.recipe.layers[i]).get(ROWS_OF.get(part, ""))
         if self.refits:
-            choice = kept_rows(self.teacher, i, self.recipe.layers[i])
-            rows = choice.get(ROWS_OF.get(part, ""))
             target = full if rows is None else full[rows]
             B = target @ _moment(old_in, new_in, root)
             level = REFIT_RIDGE * H.diagonal().mean().clamp(min=1e-30)
@@ -214,6 +211,9 @@ class Compressor:
             W = W + torch.linalg.solve(system, (B - W @ H).T).T
         module_bias = module.bias
         rounded = self._round(W, H, self.recipe.schemes[name])
+        if name in self.stats.outputs:
+            top = torch.full((len(W),), float(self.recipe.schemes[name].max_code), device=W.device)
+            rounded = two_sided(W, H, kept_blocks(self.stats.outputs[name], rows, len(full)), rounded, top)
         setattr(getattr(self.student.layers[i], sublayer), short, QuantLinear(rounded, module_bias))
 
     def _root_weights(self, name: str) -> Tensor:

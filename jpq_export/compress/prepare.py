@@ -25,15 +25,19 @@ def prepare(
     seed: int,
     stages: Stages,
     narrow: tuple[float, ...] = (),
+    outputs: bool = False,
 ) -> Prepared:
-    """The prepared state for these inputs; `folder` names them (see prepared_folder). `narrow`: widths below 2 bits."""
+    """The prepared state for these inputs; `folder` names them (see prepared_folder).
+
+    `narrow`: widths below 2 bits that are rounded too. `outputs`: with the moments of two-sided rounding.
+    """
     device = str(teacher.embed.weight.device)
     found = load_prepared(folder, device=device)
     if found is not None:
         stages.resumed("prices", "statistics and price list")
         return found
     with stages.stage("statistics", "collecting Fisher statistics") as report:
-        stats = collect(teacher, calibration, seed=seed, progress=report)
+        stats = collect(teacher, calibration, seed=seed, outputs=outputs, progress=report)
     told = ", ".join(f"{bits:g}" for bits in (*narrow, *ROUNDED_BITS))
     with stages.stage("round", f"rounding every matrix at {told} bits") as report:
         weights, kind = named_weights(teacher), {"group_size": GROUP_SIZE, "narrow": narrow}

@@ -132,6 +132,7 @@ def _statistics_tensors(stats: Statistics) -> dict[str, np.ndarray]:
     """Only what compression uses: layer Hessians are made anew from the compressed prefix."""
     out = {f"token_weights/{name}": value for name, value in stats.token_weights.items()}
     out |= {f"hessians/{name}": stats.hessians[name] for name in ("embed", "head") if name in stats.hessians}
+    out |= {f"outputs/{name}": moment for name, moment in stats.outputs.items()}
     out["rows/"] = stats.rows
     return {name: value.cpu().numpy() for name, value in out.items()}
 

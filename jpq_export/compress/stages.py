@@ -26,10 +26,11 @@ def round_model(
     seed: int,
     passes: int,
     prepared: Path,
+    outputs: bool = False,
     progress: Progress | None = None,
 ) -> tuple[CompressedModel, float]:
-    """Prune and quantize by the plan; with the held-out KL (nats per token)."""
-    stats = _statistics(teacher, plan, calibration, seed, prepared)
+    """Prune and quantize by the plan, two-sidedly if `outputs`; with the held-out KL (nats per token)."""
+    stats = _statistics(teacher, plan, calibration, seed, prepared, outputs=outputs)
     schemes = {choice.name: choice.scheme for choice in plan.choices}
     layers = tuple(LayerChoice(layer.kv_heads, layer.kept_channels) for layer in plan.layers)
     recipe = Recipe(layers, schemes, plan.method, passes)
@@ -39,12 +40,14 @@ def round_model(
     return compressed, heldout_kl(teacher, to_student(compressed, device=device), heldout)
 
 
-def _statistics(teacher: Decoder, plan: Plan, calibration: np.ndarray, seed: int, prepared: Path) -> Statistics:
+def _statistics(
+    teacher: Decoder, plan: Plan, calibration: np.ndarray, seed: int, prepared: Path, *, outputs: bool
+) -> Statistics:
     """The baselines weigh all tokens alike, as published; ours uses the Fisher's, from the cache when it is there."""
     if plan.method != "jpq":
         return plain_statistics(teacher, calibration)
     found = load_statistics(prepared, device=str(teacher.embed.weight.device))
-    return collect(teacher, calibration, seed=seed) if found is None else found
+    return collect(teacher, calibration, seed=seed, outputs=outputs) if found is None else found
 
 
 def recover(

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jpq_export.numerics.scheme import choose_group_size
 from jpq_export.peers.transformer import names, transformers_model
 from jpq_export.peers.worker import Job
 
@@ -26,15 +25,12 @@ def quantize(job: Job) -> dict[str, Tensor]:
     from auto_round import AutoRound  # pyright: ignore[reportMissingImports] an extra
 
     model = transformers_model(job.spec, job.weights)
-    ids = torch.from_numpy(job.tokens)
+    ids = job.ids()
     mask = torch.ones_like(ids[0])
     loader = torch.utils.data.DataLoader([{"input_ids": row, "attention_mask": mask} for row in ids], batch_size=1)  # pyright: ignore[reportArgumentType] a list is a dataset
     foreign = {ours: theirs.removesuffix(".weight") for theirs, ours in names(job.spec).items()}
-    linears = [name for name in job.spec.matrices() if name not in ("embed", "head")]
-    own = {
-        foreign[name]: {"bits": job.bits, "group_size": choose_group_size(job.spec.matrices()[name][1], job.group_size)}
-        for name in linears
-    }
+    linears = job.linears()
+    own = {foreign[name]: {"bits": job.bits, "group_size": job.group_of(name)} for name in linears}
     rounder = AutoRound(
         model,
         tokenizer=NoTokenizer(),
@@ -43,7 +39,7 @@ def quantize(job: Job) -> dict[str, Tensor]:
         group_size=job.group_size,
         sym=False,
         layer_config=own,
-        iters=job.peer.iterations,
+        iters=job.iterations,
         nsamples=len(ids),
         seqlen=ids.shape[1],
         dataset=loader,

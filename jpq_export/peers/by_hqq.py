@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jpq_export.numerics.scheme import choose_group_size
 from jpq_export.peers.worker import Job
 
 
@@ -14,13 +13,11 @@ def quantize(job: Job) -> dict[str, Tensor]:
     from hqq.core.quantize import Quantizer  # pyright: ignore[reportMissingImports] an extra
 
     out = {}
-    for name, (_, columns) in job.spec.matrices().items():
-        if name in ("embed", "head"):
-            continue
+    for name in job.linears():
         codes, meta = Quantizer.quantize(
             job.weights[name],
             nbits=job.bits,
-            group_size=choose_group_size(columns, job.group_size),
+            group_size=job.group_of(name),
             axis=1,
             optimize=True,
             bitpack=False,

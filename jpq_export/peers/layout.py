@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from math import gcd
 
 from jpq_export.errors import BudgetError
 from jpq_export.format.spec import ModelSpec
@@ -15,23 +16,39 @@ from jpq_export.numerics.scheme import Scheme, choose_group_size, row_bytes
 
 GROUP_SIZES = (32, 64, 128)
 TABLE_BITS = (2, 3, 4, 5, 6, 8)
+LAYOUT = "layout.json"  # what a program chose
 MODEL = "model.safetensors"  # in a peer's folder: all weights of the finished row, fp32
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A quantizer: package, and what its format stores: zero points of 16 bits, or of the codes' own width (None)."""
+    """A quantizer: package, and what its format stores: zero points of 16 bits, or of the codes' own width (None).
+
+    `binary_groups`: its kernels take groups of powers of two only. `program`: it is one, not a Python package, and
+    mixes the types of a whole file by itself. `install`: what to do where it is missing.
+    """
 
     package: str
     widths: tuple[int, ...]
     zero_bits: int | None
     iterations: int = 0
+    binary_groups: bool = False
+    program: str | None = None
+    install: str = "pip install 'jpq-export[peers]'"
+
+    def group_size(self, columns: int, wanted: int) -> int:
+        """The group of a matrix of so many columns."""
+        return gcd(columns, wanted) if self.binary_groups else choose_group_size(columns, wanted)
 
 
+# 7.7 asks for a newer torch than ours, and runs with 2.13
+GPTQMODEL = "pip install --no-deps gptqmodel, then what its import misses"
 PEERS = {
     "hqq": Peer("hqq", (2, 3, 4, 5, 6, 8), 16),
     "auto-round-rtn": Peer("auto-round", (2, 3, 4, 8), None),
     "auto-round": Peer("auto-round", (2, 3, 4, 8), None, iterations=200),
+    "gptqmodel": Peer("gptqmodel", (2, 3, 4, 8), None, binary_groups=True, install=GPTQMODEL),
+    "llama.cpp": Peer("llama.cpp", (), None, program="llama-quantize", install="build llama.cpp"),
 }
 
 
@@ -42,6 +59,15 @@ class Layout:
     bits: int
     group_size: int
     table: Scheme
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """What a program chose for a whole file: a preset of its own, the embedding's type where another one was needed."""
+
+    preset: str
+    table: str | None
     bytes: int
 
 
@@ -67,7 +93,7 @@ def layout_bytes(spec: ModelSpec, peer: Peer, bits: int, group: int, table: Sche
         if name in ("embed", "head"):
             total += table.weight_bytes(rows, columns)
             continue
-        groups = columns // choose_group_size(columns, group)
+        groups = columns // peer.group_size(columns, group)
         zeros = row_bytes(groups, bits if peer.zero_bits is None else peer.zero_bits)
         total += rows * (row_bytes(columns, bits) + 2 * groups + zeros)
     return total

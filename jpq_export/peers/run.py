@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from jpq_export.compress.rounding import quantize
 from jpq_export.compress.statistics import plain_statistics
 from jpq_export.errors import JpqError
 from jpq_export.format.spec import ModelSpec
-from jpq_export.peers.layout import MODEL, PEERS, Layout, layout_for
+from jpq_export.peers.layout import LAYOUT, MODEL, PEERS, FileLayout, Layout, Peer, layout_for
 
 ROWS = 16384  # of a table at once: bounds the memory of a large vocabulary
 
@@ -35,27 +36,39 @@ class PeerModel:
     """What a peer made of a model; `done`: seconds, peak_rss_bytes and version of its process."""
 
     model: Decoder
-    layout: Layout
+    layout: Layout | FileLayout
     done: dict[str, Any]
 
 
 def peer_model(name: str, teacher: Decoder, calibration: np.ndarray, budget_bytes: int, folder: Path) -> PeerModel:
     """Quantize `teacher` by peer `name`, its files in `folder`. Raises PeerError, and BudgetError when nothing fits."""
-    package = PEERS[name].package
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        raise PeerError(f"{name}: {package} is not installed; pip install 'jpq-export[peers]'") from None
-    layout = layout_for(teacher.spec, PEERS[name], budget_bytes)
+    peer = PEERS[name]
+    _check_installed(name, peer)
+    layout = None if peer.program else layout_for(teacher.spec, peer, budget_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().cpu().contiguous() for key, value in named_weights(teacher).items()}
-    linears = _run(name, weights, teacher, layout, calibration, folder)
+    bits, group_size = (layout.bits, layout.group_size) if layout else (0, 0)
+    job = {"spec": teacher.spec.to_json(), "budget_bytes": budget_bytes, "bits": bits, "group_size": group_size}
+    job["iterations"] = peer.iterations
+    rounded = _run(name, weights, teacher, job, calibration, folder)
     done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
     for part in ("weights.safetensors", "tokens.npy", "linears.safetensors"):
         (folder / part).unlink()
-    weights |= linears | _tables(teacher, layout, calibration)
+    weights |= rounded | (_tables(teacher, layout, calibration) if layout else {})
     save_file({key: value.contiguous() for key, value in weights.items()}, folder / MODEL)
-    return PeerModel(build_decoder(teacher.spec, weights), layout, done)
+    chosen = layout or FileLayout(**json.loads((folder / LAYOUT).read_text(encoding="utf-8")))
+    return PeerModel(build_decoder(teacher.spec, weights), chosen, done)
+
+
+def _check_installed(name: str, peer: Peer) -> None:
+    if peer.program:
+        if shutil.which(peer.program) is None:
+            raise PeerError(f"{name}: {peer.program} is not on the PATH; {peer.install}")
+        return
+    try:
+        metadata.version(peer.package)
+    except metadata.PackageNotFoundError:
+        raise PeerError(f"{name}: {peer.package} is not installed; {peer.install}") from None
 
 
 def saved_model(folder: Path, spec: ModelSpec) -> Decoder:
@@ -64,9 +77,8 @@ def saved_model(folder: Path, spec: ModelSpec) -> Decoder:
 
 
 def _run(
-    name: str, weights: dict[str, Tensor], teacher: Decoder, layout: Layout, calibration: np.ndarray, folder: Path
+    name: str, weights: dict[str, Tensor], teacher: Decoder, job: dict[str, Any], calibration: np.ndarray, folder: Path
 ) -> dict[str, Tensor]:
-    job = {"spec": teacher.spec.to_json(), "bits": layout.bits, "group_size": layout.group_size}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     save_file(weights, folder / "weights.safetensors")
     np.save(folder / "tokens.npy", calibration)
@@ -87,7 +99,8 @@ def _run(
 
 
 def _checked(name: str, linears: dict[str, Tensor], teacher: Decoder) -> dict[str, Tensor]:
-    shapes = {key: shape for key, shape in teacher.spec.matrices().items() if key not in ("embed", "head")}
+    tables = () if PEERS[name].program else ("embed", "head")
+    shapes = {key: shape for key, shape in teacher.spec.matrices().items() if key not in tables}
     for key, shape in shapes.items():
         if key not in linears or tuple(linears[key].shape) != shape:
             raise PeerError(f"{name}: {key} is missing or not {shape}")

@@ -25,14 +25,29 @@ from jpq_export.progress import peak_memory_bytes
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """What a peer is given."""
+    """What a peer is given; `bits` and `group_size` are 0 for a program, which chooses by `budget_bytes`."""
 
     spec: ModelSpec
     peer: Peer
+    folder: Path
+    budget_bytes: int
     bits: int
     group_size: int
+    iterations: int
     weights: dict[str, Tensor]
     tokens: np.ndarray
+
+    def linears(self) -> list[str]:
+        """What a peer rounds: all matrices but embedding and head."""
+        return [name for name in self.spec.matrices() if name not in ("embed", "head")]
+
+    def group_of(self, name: str) -> int:
+        """The group size of a linear."""
+        return self.peer.group_size(self.spec.matrices()[name][1], self.group_size)
+
+    def ids(self) -> Tensor:
+        """The calibration tokens [n, length]."""
+        return torch.from_numpy(self.tokens)
 
 
 def main(name: str, folder: Path) -> None:
@@ -42,17 +57,22 @@ def main(name: str, folder: Path) -> None:
     job = Job(
         ModelSpec.from_json(raw["spec"]),
         peer,
+        folder,
+        raw["budget_bytes"],
         raw["bits"],
         raw["group_size"],
+        raw["iterations"],
         load_file(folder / "weights.safetensors"),
         np.load(folder / "tokens.npy"),
     )
     start = time.perf_counter()
     torch.manual_seed(0)
-    linears = import_module(f"jpq_export.peers.by_{peer.package.replace('-', '_')}").quantize(job)
+    module = import_module(f"jpq_export.peers.by_{peer.package.replace('-', '_').replace('.', '_')}")
+    linears = module.quantize(job)
     seconds = time.perf_counter() - start
     save_file({key: value.float().contiguous() for key, value in linears.items()}, folder / "linears.safetensors")
-    done = {"seconds": seconds, "peak_rss_bytes": peak_memory_bytes(), "version": metadata.version(peer.package)}
+    version = module.version() if peer.program else metadata.version(peer.package)
+    done = {"seconds": seconds, "peak_rss_bytes": peak_memory_bytes(), "version": version}
     (folder / "done.json").write_text(json.dumps(done), encoding="utf-8")
 
 

@@ -1,33 +1,52 @@
-"""Open a bundle folder and generate text from it: tokenizer, model, manifest. Needs no torch."""
+"""Open a bundle folder and use it: continue texts, answer messages, embed texts. Needs no torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from jpq_export.errors import BundleError, UsageError
 from jpq_export.format.bundle import Manifest, check_hashes, read_manifest
-from jpq_export.runtime.generate import generate
-from jpq_export.runtime.session import OrtModel
+from jpq_export.runtime import batching
+from jpq_export.runtime.chat import chat_text
+from jpq_export.runtime.encoder import OrtEncoder, is_encoder
+from jpq_export.runtime.sampling import Sampling
+from jpq_export.runtime.session import OrtModel, open_session
 
 if TYPE_CHECKING:
+    import numpy as np
     from tokenizers import Tokenizer
 
-UNFINISHED = "\ufffd"  # what the tokenizer gives for the first bytes of a character
+BATCH = 8  # prompts of a list that are continued together
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle."""
+    """An opened bundle: a decoder, which generates text within `capacity` tokens, or an `encoder`, which embeds."""
 
     folder: Path
     manifest: Manifest
     tokenizer: Tokenizer
-    model: OrtModel
+    decoder: OrtModel | None
+    encoder: OrtEncoder | None
+    capacity: int
+
+    def with_capacity(self, capacity: int) -> Bundle:
+        """The same, opened model for texts of at most `capacity` tokens; UsageError beyond what this one takes."""
+        if not 1 <= capacity <= self.capacity:
+            raise UsageError(f"capacity: got {capacity}, expected 1 to {self.capacity}, the model's positions")
+        return replace(self, capacity=capacity)
+
+    @property
+    def model(self) -> OrtModel:
+        """The decoder; UsageError when this bundle has none."""
+        if self.decoder is None:
+            raise UsageError(f"{self.folder}: a sentence encoder, it generates no text; use embed()")
+        return self.decoder
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
@@ -35,76 +54,175 @@ class Bundle:
         path = self.folder / "tokenizer_config.json"
         return _read_json(path) if path.is_file() else {}
 
-    def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
-        """Token ids of a prompt; `chat` puts it into the model's chat template as the user's message."""
-        text = self._chat_text(prompt) if chat else prompt
-        ids = self.tokenizer.encode(text, add_special_tokens=not chat).ids
-        spec = self.model.spec
-        if spec.add_bos and spec.bos_id is not None and ids[:1] != [spec.bos_id]:
-            ids = [spec.bos_id, *ids]
-        return ids
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, BOS in front when the model wants it."""
+        return self._with_bos(self._ids(prompt, special=True))
 
-    def generate_text(
-        self, prompt: str, *, max_new_tokens: int = 128, chat: bool = False, **sampling: Any
-    ) -> Iterator[str]:
-        """Stream the continuation of `prompt`; `sampling` as in `generate` (temperature, top_k, top_p, seed, stop_ids).
+    def encode_chat(self, messages: str | Sequence[Mapping[str, Any]], *, where: str | None = None) -> list[int]:
+        """Token ids of the model's chat template over `messages` ({"role": ..., "content": ...}), or the user's one.
+
+        `where`: what an error calls this bundle, by default its folder.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        text = chat_text(self.tokenizer_config, messages, where=where or str(self.folder))
+        return self._with_bos(self._ids(text, special=False))
+
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[False] = ..., **options: Any) -> str: ...
+
+    @overload
+    def generate(self, prompt: list[str], *, stream: Literal[False] = ..., **options: Any) -> list[str]: ...
+
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
+
+    def generate(
+        self, prompt: str | list[str], *, stream: bool = False, batch_size: int = BATCH, **options: Any
+    ) -> str | list[str] | Iterator[str]:
+        """Continue a prompt, or every one of a list, `batch_size` of them in one pass; the new text only.
+
+        `options`: max_new_tokens (128), temperature (0: greedy), top_k, top_p, stop (a text or several), seed,
+        stop_ids; see `Sampling`. `stream`: pieces of text as they come, of one prompt.
 
         Raises:
-            UsageError: the prompt is empty or too long, or `chat` is asked of a model without a chat template.
+            CapacityError: a prompt and its new tokens need more than `capacity`.
+            UsageError: an option is out of range, or a prompt has no tokens.
         """
-        ids = self.encode(prompt, chat=chat)
-        return stream_text(self.tokenizer, generate(self.model, ids, max_new_tokens=max_new_tokens, **sampling))
+        if isinstance(prompt, str):
+            return self._continue(self.encode(prompt), stream, options)
+        if stream:
+            raise UsageError("stream: one prompt at a time, got a list; call generate once a prompt")
+        return self._continue_all([self.encode(text) for text in prompt], batch_size, options)
 
-    def _chat_text(self, prompt: str) -> str:
-        template = self.tokenizer_config.get("chat_template")
-        if not isinstance(template, str):
-            raise UsageError(f"{self.folder}: the model has no chat template; leave out --chat")
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    @overload
+    def chat(
+        self, messages: str | Sequence[Mapping[str, Any]], *, stream: Literal[False] = ..., **options: Any
+    ) -> str: ...
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        special = {key: _token_text(self.tokenizer_config.get(key)) for key in ("bos_token", "eos_token")}
+    @overload
+    def chat(
+        self, messages: str | Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Any
+    ) -> Iterator[str]: ...
+
+    def chat(
+        self, messages: str | Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Any
+    ) -> str | Iterator[str]:
+        """The assistant's answer to `messages`, as in `encode_chat`; options as in `generate`."""
+        return self._continue(self.encode_chat(messages), stream, options)
+
+    def embed(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
+        """Embeddings float32 [len(texts), dimension], in the order given.
+
+        Raises:
+            CapacityError: a text has more tokens than the model reads.
+            UsageError: this bundle is no sentence encoder, or a text has no tokens.
+        """
+        rows = [self.encode(text) for text in texts]
+        self.check_rows(rows)
+        return self.embed_rows(rows, batch_size=batch_size)
+
+    def check_rows(self, rows: Sequence[Sequence[int]]) -> None:
+        """Whether `embed_rows` can embed these token ids; errors as in `embed`."""
+        if self.encoder is None:
+            raise UsageError(f"{self.folder}: a text generator, it has no embeddings; export a sentence encoder")
+        self.encoder.check(rows, most=self.capacity)
+
+    def embed_rows(self, rows: Sequence[Sequence[int]], *, batch_size: int = 32) -> np.ndarray:
+        """Embeddings float32 [len(rows), dimension] of token ids that `check_rows` accepts."""
+        if self.encoder is None:
+            raise UsageError(f"{self.folder}: a text generator, it has no embeddings; export a sentence encoder")
+        return self.encoder.embed(rows, batch_size=batch_size)
+
+    def sequence(self, ids: list[int], **options: Any) -> batching.Sequence:
+        """A prompt of token ids as a `Batcher` takes it; options as in `generate`."""
+        stop = options.pop("stop", ())
+        stop_ids = options.pop("stop_ids", None)
+        sampling = Sampling(
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop_ids=None if stop_ids is None else tuple(stop_ids),
+            **options,
+        )
+        return batching.Sequence(ids, sampling, tokenizer=self.tokenizer)
+
+    def batcher(self, slots: int) -> batching.Batcher:
+        """What runs sequences on this bundle, `slots` at a time."""
+        return batching.Batcher(self.model, slots=slots, capacity=self.capacity)
+
+    def _continue(self, ids: list[int], stream: bool, options: dict[str, Any]) -> str | Iterator[str]:
+        batcher = self.batcher(1)
+        batcher.add(self.sequence(ids, **options))  # refused now, not at the first piece
+        pieces = (piece for piece in _pieces(batcher) if piece)
+        return pieces if stream else "".join(pieces)
+
+    def _continue_all(self, prompts: list[list[int]], batch_size: int, options: dict[str, Any]) -> list[str]:
+        batcher = self.batcher(batch_size)
+        sequences = [self.sequence(ids, **options) for ids in prompts]
+        texts = dict.fromkeys(sequences, "")
+        for sequence in sequences:
+            batcher.add(sequence)
+        while batcher.busy:
+            for sequence, piece in batcher.step():
+                texts[sequence] += piece
+        return list(texts.values())
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
         try:
-            messages = [{"role": "user", "content": prompt}]
-            return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
-        except TemplateError as error:
-            raise BundleError(f"{self.folder}: the chat template fails ({error}); leave out --chat") from error
+            return self.tokenizer.encode(text, add_special_tokens=special).ids
+        except (UnicodeError, TypeError) as error:  # a lone surrogate, which JSON can hold and UTF-8 cannot
+            raise UsageError(f"text: not valid Unicode ({error}); correct the text") from error
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        if self.decoder is None:  # an encoder's tokenizer adds what its model wants
+            return ids
+        spec = self.decoder.spec
+        wanted = spec.add_bos and spec.bos_id is not None and ids[:1] != [spec.bos_id]
+        return [spec.bos_id, *ids] if wanted and spec.bos_id is not None else ids
 
 
-def load(folder: Path, *, threads: int | None = None, exact: bool = True, check: bool = False) -> Bundle:
+def load(
+    folder: Path | str,
+    *,
+    capacity: int | None = None,
+    threads: int | None = None,
+    exact: bool = True,
+    check: bool = False,
+) -> Bundle:
     """Open a bundle. `check` compares every file with the manifest's hashes first.
+
+    `capacity`: most tokens of a prompt and its continuation, by default the model's positions. `exact`, `threads`: see
+    `OrtModel`.
 
     Raises:
         BundleError: no bundle, another format version, a damaged file, or a tokenizer of another model.
+        UsageError: a capacity beyond the model's positions.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     if check and (problems := check_hashes(folder, manifest)):
         raise BundleError(f"{folder}: {problems[0].place}: {problems[0].message}; copy or export the bundle again")
     tokenizer = _read_tokenizer(folder / "tokenizer.json")
-    model = OrtModel(folder / "model.onnx", threads=threads, exact=exact)
-    if tokenizer.get_vocab_size() > model.spec.vocab:
+    path = folder / "model.onnx"
+    opened = open_session(path, threads=threads, exact=exact)
+    decoder, encoder = None, None
+    if is_encoder(opened[0]):
+        encoder = OrtEncoder(path, opened[0])
+        vocab, positions = encoder.vocab, encoder.max_positions
+    else:
+        decoder = OrtModel(path, exact=exact, opened=opened)
+        vocab, positions = decoder.spec.vocab, decoder.spec.max_positions
+    if vocab is not None and tokenizer.get_vocab_size() > vocab:
         raise BundleError(
-            f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, the model {model.spec.vocab}; "
+            f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, the model {vocab}; "
             "it belongs to another model"
         )
-    return Bundle(folder, manifest, tokenizer, model)
+    bundle = Bundle(folder, manifest, tokenizer, decoder, encoder, positions)
+    return bundle if capacity is None else bundle.with_capacity(capacity)
 
 
-def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Text of tokens as they come; a character is given once all its bytes are there."""
-    seen: list[int] = []
-    shown = start = 0  # text of seen[start:shown] was given; decoding from `start` keeps the spaces between words
-    for token in tokens:
-        seen.append(token)
-        before, now = tokenizer.decode(seen[start:shown]), tokenizer.decode(seen[start:])
-        if len(now) > len(before) and not now.endswith(UNFINISHED):
-            yield now[len(before) :]
-            start, shown = shown, len(seen)
-    rest = tokenizer.decode(seen[start:])[len(tokenizer.decode(seen[start:shown])) :]
-    if rest:
-        yield rest
+def _pieces(batcher: batching.Batcher) -> Iterator[str]:
+    while batcher.busy:
+        yield from (piece for _, piece in batcher.step())
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
@@ -113,9 +231,13 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise BundleError(f"{path}: missing; export the bundle again")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise BundleError(f"{path}: not a readable tokenizer ({error}); export the bundle again") from error
+    # Some are stored cutting every text at 128 tokens and filling it up to as many (all-MiniLM-L6-v2's).
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -123,14 +245,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BundleError(f"{path}: not readable JSON ({error}); export the bundle again") from error
-
-
-def _token_text(token: str | dict[str, Any] | None) -> str:
-    """A special token of tokenizer_config.json: a string, or a record with its content."""
-    return token["content"] if isinstance(token, dict) else token or ""
-
-
-def _refuse(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)

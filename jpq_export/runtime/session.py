@@ -10,17 +10,18 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from jpq_export.errors import BundleError, UsageError
+from jpq_export.errors import BundleError, CapacityError, UsageError
 from jpq_export.format.spec import ModelSpec
 from jpq_export.runtime import native, native_cuda
 
 logger = logging.getLogger(__name__)
 
 SPEC_KEY, UNFUSED_KEY = "jpq.spec", "jpq.unfused"
+Kernels: TypeAlias = native.Library | native_cuda.CudaLibrary | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,13 +55,15 @@ class OrtModel:
         exact: bool = True,
         profile: Path | None = None,
         device: str = "auto",
+        opened: tuple[Any, Kernels] | None = None,
     ) -> None:
-        """Load the graph; BundleError when onnxruntime cannot, or when it is none of ours.
+        """Load the graph, or take what `open_session` `opened`; BundleError when that fails or it is none of ours.
 
         Raises:
             UsageError: `device` is "cuda" and the GPU cannot be used; says why.
         """
-        self.session, kernels = _session(Path(path), threads, exact, profile, device)
+        opened = opened or open_session(Path(path), threads=threads, exact=exact, profile=profile, device=device)
+        self.session, kernels = opened
         self.device = "cuda" if isinstance(kernels, native_cuda.CudaLibrary) else "cpu"
         metadata = self.session.get_modelmeta().custom_metadata_map
         try:
@@ -85,7 +88,7 @@ class OrtModel:
         """One pass over `ids` int64 [batch, seq].
 
         `attention_mask`: int64 [batch, past + seq], 0 = padding on the left. `past`: an earlier output's. `outputs`:
-        names of further graph outputs to return. UsageError when positions run past the model's last one.
+        names of further graph outputs to return. CapacityError when positions run past the model's last one.
         """
         before = next(iter(past.values())).shape[2] if past else 0
         if attention_mask is not None:
@@ -107,7 +110,7 @@ class OrtModel:
         if positions is None:
             positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, past:]
         if positions.size and int(positions.max()) >= self.spec.max_positions:
-            raise UsageError(
+            raise CapacityError(
                 f"position {int(positions.max())} is beyond the model's {self.spec.max_positions} positions; "
                 "shorten the prompt or ask for fewer new tokens"
             )
@@ -125,32 +128,47 @@ class OrtModel:
         """A new sequence of one row."""
         return Decoding(self)
 
+    def step(
+        self, ids: np.ndarray, past: Mapping[str, Any], *, mask: np.ndarray | None = None, before: int = 0
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """As `forward`, with a cache of OrtValues that is never copied: logits [batch, seq, vocab], the grown cache.
+
+        `before`: tokens in the cache, when no `mask` int64 [batch, before + seq] says it.
+        """
+        from onnxruntime import OrtValue
+
+        if mask is not None:
+            before = mask.shape[1] - ids.shape[1]
+        feeds = self._token_feeds(ids, mask, None, before)
+        values = {name: OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items() if name in self._inputs}
+        values |= {f"past.{name}": value for name, value in past.items()}
+        names = ["logits", *(f"present.{name}" for name in past)]
+        run = _run_bound if self.device == "cuda" else _run_values
+        logits, *present = run(self.session, names, values, self.device)
+        return logits.numpy(), dict(zip(past, present, strict=True))
+
 
 class Decoding:
-    """One growing sequence; its cache stays inside onnxruntime."""
+    """One growing sequence; its cache, `past`, stays inside onnxruntime."""
 
     def __init__(self, model: OrtModel) -> None:
         """Start empty."""
         from onnxruntime import OrtValue
 
         self.length = 0
-        self._model, self._wrap = model, OrtValue.ortvalue_from_numpy
-        self._past = {name: self._wrap(value) for name, value in model._empty(1).items()}
+        self._model = model
+        self.past: dict[str, Any] = {name: OrtValue.ortvalue_from_numpy(v) for name, v in model._empty(1).items()}
 
     def step(self, ids: Iterable[int]) -> np.ndarray:
-        """Append tokens; logits of the last one: float32 [vocab]. UsageError beyond the model's positions."""
+        """Append tokens; logits of the last one: float32 [vocab]. CapacityError beyond the model's positions."""
         row = np.asarray(list(ids), np.int64)[None]
         if not row.size:
             raise UsageError("the prompt has no tokens; give some text")
-        feeds = self._model._token_feeds(row, None, None, self.length)
-        values = {name: self._wrap(value) for name, value in feeds.items() if name in self._model._inputs}
-        values |= {f"past.{name}": value for name, value in self._past.items()}
-        names = ["logits", *(f"present.{name}" for name in self._past)]
-        run = _run_bound if self._model.device == "cuda" else _run_values
-        logits, *present = run(self._model.session, names, values, self._model.device)
-        self._past = dict(zip(self._past, present, strict=True))
+        # With two buffers bound in turn (io_binding) the median step took as long: onnxruntime's arena gives the same
+        # memory back anyway.
+        logits, self.past = self._model.step(row, self.past, before=self.length)
         self.length += row.shape[1]
-        return logits.numpy()[0, -1]
+        return logits[0, -1]
 
 
 def _run_values(session: Any, names: list[str], values: dict[str, Any], _device: str) -> list[Any]:
@@ -169,9 +187,10 @@ def _run_bound(session: Any, names: list[str], values: dict[str, Any], device: s
     return binding.get_outputs()
 
 
-def _session(
-    path: Path, threads: int | None, exact: bool, profile: Path | None, device: str
-) -> tuple[Any, native.Library | native_cuda.CudaLibrary | None]:
+def open_session(
+    path: Path, *, threads: int | None, exact: bool, profile: Path | None = None, device: str = "auto"
+) -> tuple[Any, Kernels]:
+    """An onnxruntime session and the library of our kernels in it; BundleError when the file is no graph."""
     import onnxruntime
 
     if device not in ("auto", "cpu", "cuda"):
@@ -228,7 +247,7 @@ def _on_gpu(path: Path, options: Any, *, required: bool) -> tuple[Any, native_cu
     return None
 
 
-def _describe(unfused: list[str], exact: bool, kernels: native.Library | native_cuda.CudaLibrary | None) -> str:
+def _describe(unfused: list[str], exact: bool, kernels: Kernels) -> str:
     if isinstance(kernels, native_cuda.CudaLibrary):
         return f"onnxruntime CUDA, jpq kernels (sm_{kernels.sm}), activations in fp32"
     if kernels is not None:

@@ -17,6 +17,7 @@ from jpq_export.format.bundle import Manifest, write_manifest
 from jpq_export.format.plan import Budget, LayerPlan, Plan, Predicted
 from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
 from jpq_export.lower.export import export_onnx
+from jpq_export.numerics.scheme import TERNARY
 from jpq_export.progress import Stages
 from jpq_export.runtime.session import OrtModel
 
@@ -121,6 +122,16 @@ def test_layer_rates_are_bytes_over_time(bundle, kernels):
     for layer in layers.layer_rates(bundle / "model.onnx", 1):
         assert layer.gb_s == pytest.approx(layer.bytes / layer.microseconds / 1e3)
         assert layer.bytes == random_model(PRUNED).quantized[layer.name.replace("logits", "embed")].nbytes
+
+
+@pytest.mark.parametrize("bits", [1, TERNARY])
+def test_layer_rates_know_the_narrowest_widths(bits, kernels, tmp_path):
+    model = random_model(PRUNED, bits=bits, symmetric=True)
+    export_onnx(model, tmp_path / "model.onnx", form="custom_op")
+    rates = layers.layer_rates(tmp_path / "model.onnx", 1)
+    assert len(rates) == len(model.quantized)
+    for layer in rates:
+        assert (layer.bits, layer.bytes) == (bits, model.quantized[layer.name.replace("logits", "embed")].nbytes)
 
 
 def test_the_machine_reads_memory(kernels):

@@ -41,6 +41,7 @@ def test_round_trip(bits, count):
     packed = pack_codes(codes, bits)
     assert packed.flags.c_contiguous  # as files and C functions take it
     assert packed.shape == (3, row_bytes(count, bits))
+    assert packed.flags.c_contiguous  # kernels take its address
     np.testing.assert_array_equal(unpack_codes(packed, bits, count), codes)
 
 

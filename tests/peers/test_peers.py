@@ -10,12 +10,13 @@ from jpq_export.comparison_report import markdown, page
 from jpq_export.compress.decoder import build_decoder, named_weights
 from jpq_export.compress.load import load_model
 from jpq_export.errors import BudgetError, ModelError
-from jpq_export.numerics.scheme import Scheme, choose_group_size
+from jpq_export.numerics.scheme import Scheme
 from jpq_export.peers import run
 from jpq_export.peers.layout import PEERS, Peer, layout_bytes, layout_for
 from jpq_export.peers.run import PeerError, peer_model, saved_model
 from jpq_export.peers.transformer import TAKEN, names, transformers_model
 
+PYTHON = {name: peer for name, peer in PEERS.items() if not peer.program}
 TOKENS = np.random.default_rng(0).integers(0, 250, (8, 32))
 
 
@@ -50,7 +51,7 @@ def test_every_weight_has_one_foreign_name(loaded):
     assert sorted(found.values()) == sorted([*loaded.spec.matrices(), *loaded.spec.vectors()])
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", PYTHON)
 def test_a_layout_fills_its_budget_and_counts_what_the_peer_stores(name, loaded):
     spec, peer = loaded.spec, PEERS[name]
     for bits in (3.5, 5.0):
@@ -61,12 +62,18 @@ def test_a_layout_fills_its_budget_and_counts_what_the_peer_stores(name, loaded)
     for key, (rows, columns) in spec.matrices().items():
         if key == "embed":
             continue
-        group = choose_group_size(columns, layout.group_size)
+        group = peer.group_size(columns, layout.group_size)
         zeros = 2 * columns // group if peer.zero_bits else -(-columns // group * layout.bits // 8)
         by_hand += rows * (-(-columns * layout.bits // 8) + 2 * columns // group + zeros)
     assert layout_bytes(spec, peer, layout.bits, layout.group_size, layout.table) == by_hand
     with pytest.raises(BudgetError, match="no uniform layout"):
         layout_for(spec, peer, 1000)
+
+
+def test_groups_are_divisors_that_the_peers_kernels_take():
+    sizes = {name: [peer.group_size(columns, 128) for columns in (576, 1536, 640)] for name, peer in PYTHON.items()}
+    assert sizes["gptqmodel"] == [64, 128, 128]
+    assert sizes["hqq"] == sizes["auto-round"] == [144, 128, 128]
 
 
 def test_a_peer_that_is_not_installed_says_so(loaded, tmp_path, monkeypatch):
@@ -83,21 +90,21 @@ def test_a_peer_that_fails_says_its_last_line(loaded, tmp_path, monkeypatch):
 
 def test_what_a_peer_gives_back_is_checked(loaded, tmp_path, monkeypatch):
     linears = {k: v for k, v in named_weights(loaded.model).items() if ".attn." in k or ".mlp." in k}
-    assert set(run._checked("x", linears, loaded.model)) == set(linears)
+    assert set(run._checked("hqq", linears, loaded.model)) == set(linears)
     with pytest.raises(PeerError, match=r"layers\.0\.attn\.q is missing"):
-        run._checked("x", {k: v for k, v in linears.items() if k != "layers.0.attn.q"}, loaded.model)
+        run._checked("hqq", {k: v for k, v in linears.items() if k != "layers.0.attn.q"}, loaded.model)
     with pytest.raises(PeerError, match="not finite"):
-        run._checked("x", linears | {"layers.1.mlp.up": linears["layers.1.mlp.up"] * float("nan")}, loaded.model)
+        run._checked("hqq", linears | {"layers.1.mlp.up": linears["layers.1.mlp.up"] * float("nan")}, loaded.model)
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", PYTHON)
 def test_a_peer_rounds_every_linear_to_its_codes(name, loaded, tmp_path):
     if importlib.util.find_spec(PEERS[name].package.replace("-", "_")) is None:
         pytest.skip(f"{PEERS[name].package} is not installed")
     made = peer_model(name, loaded.model, TOKENS, budget(loaded), tmp_path / "cell")
     before, after = named_weights(loaded.model), named_weights(made.model)
     for key, (rows, columns) in loaded.spec.matrices().items():
-        scheme = Scheme(made.layout.bits, choose_group_size(columns, made.layout.group_size))
+        scheme = Scheme(made.layout.bits, PEERS[name].group_size(columns, made.layout.group_size))
         scheme = made.layout.table if key == "embed" else scheme
         groups = after[key].view(rows, -1, scheme.group_size)
         assert max(len(group.unique()) for group in groups.flatten(0, 1)) <= 1 << scheme.bits

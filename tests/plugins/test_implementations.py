@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jpq_export.numerics.affine import QuantizedWeight, store
-from jpq_export.numerics.scheme import ALL_WIDTHS, TERNARY, Scheme
+from jpq_export.numerics.scheme import ALL_WIDTHS, Scheme
 
 CPU = ("avx512-vnni", "avx512", "avx2", "neon", "scalar")
 ROWS = (1, 2, 3, 7, 16, 63, 128, 512)
@@ -129,8 +129,6 @@ def product_of(request, core_of, tmp_path):
         return lambda x: cuda.matmul(x, stored)[1]
 
     def find(name, stored):
-        if stored.scheme.bits == TERNARY and name in ("triton", "cuda-shim"):
-            pytest.skip(f"{name} has no ternary codes yet")
         if name in CPU:
             return cpu(name, stored)
         if name == "function-body":

@@ -82,3 +82,50 @@ def model(bundle_folder):
     from jpq_export.runtime.session import OrtModel
 
     return OrtModel(bundle_folder / "model.onnx", threads=1)
+
+
+def write_encoder_bundle(folder, *, dimension=8, positions=16):
+    """A sentence encoder without attention: rows of a table, their mean under the mask, normalised."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder.mkdir(exist_ok=True)
+    table = np.random.default_rng(5).normal(size=(len(WORDS), dimension)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
+        helper.make_node("Cast", ["attention_mask"], ["mask2"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["mask2", "last"], ["mask"]),
+        helper.make_node("Mul", ["rows", "mask"], ["kept"]),
+        helper.make_node("ReduceSum", ["kept", "middle"], ["sum"], keepdims=0),
+        helper.make_node("LpNormalization", ["sum"], ["embedding"], axis=1, p=2),
+    ]
+    ids = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["B", "T"]) for name in ("input_ids", "attention_mask")
+    ]
+    out = [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["B", dimension])]
+    weights = {"table": table, "last": np.array([2]), "middle": np.array([1])}
+    stored = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "encoder", ids, out, stored)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    helper.set_model_props(proto, {"jpq.spec": json.dumps({"max_positions": positions, "vocab": len(WORDS)})})
+    onnx.save(proto, folder / "model.onnx")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    manifest = Manifest(
+        model={"name": "tiny-encoder"},
+        target={"name": "cpu"},
+        method="rtn",
+        bits_per_weight=32.0,
+        weight_bytes=1,
+        original_bytes=1,
+    )
+    write_manifest(folder, manifest.with_contents(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """A finished encoder bundle."""
+    return write_encoder_bundle(tmp_path_factory.mktemp("bundle") / "encoder")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jpq_export.errors import UsageError
-from jpq_export.runtime.generate import choose, generate
+from jpq_export.runtime.generate import generate
+from jpq_export.runtime.sampling import choose
 
 LOGITS = np.log(np.array([0.05, 0.5, 0.15, 0.3], np.float32))
 
@@ -75,8 +76,24 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p, kept):
     assert set(drawn(temperature=1.0, top_p=top_p)) == kept
 
 
+def test_top_k_and_top_p_together_keep_what_both_keep():
+    assert set(drawn(temperature=1.0, top_k=3, top_p=0.6)) == {1, 3}
+
+
+def test_top_p_of_many_tokens_keeps_the_fewest_that_reach_it():
+    logits = np.random.default_rng(1).normal(size=2000).astype(np.float32) * 3
+    weights = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    order = np.argsort(-weights)
+    kept = set(order[: int(np.searchsorted(weights[order].cumsum(), 0.9)) + 1].tolist())
+    rng = np.random.default_rng(0)
+    got = {choose(logits, rng, temperature=1.0, top_p=0.9) for _ in range(20000)}
+    assert got <= kept
+    assert len(got) > 0.8 * len(kept)
+
+
 def test_huge_logits_do_not_overflow():
     assert choose(np.array([1e30, 0.0], np.float32), np.random.default_rng(0), temperature=0.01) == 0
+    assert choose(np.array([1.0, 8.0], np.float32), np.random.default_rng(0), temperature=1e-308) == 1
 
 
 @pytest.mark.parametrize(
@@ -85,12 +102,15 @@ def test_huge_logits_do_not_overflow():
         ([], {}, "no tokens"),
         ([40], {}, "token 40 is not in the model's vocabulary of 40"),
         ([-1], {}, "token -1"),
-        ([3] * 20, {"max_new_tokens": 5}, "20 tokens and 5 new ones need more than the model's 24 positions"),
+        ([3] * 20, {"max_new_tokens": 5}, "20 tokens and 5 new ones need more than the capacity of 24 tokens"),
         ([3], {"max_new_tokens": -1}, "max_new_tokens: got -1"),
         ([3], {"temperature": -0.5}, "temperature: got -0.5"),
         ([3], {"top_k": -2}, "top_k: got -2"),
         ([3], {"top_p": 0.0}, "top_p: got 0.0"),
         ([3], {"top_p": 1.5}, "top_p: got 1.5"),
+        ([3], {"temperature": float("nan")}, "temperature: got nan"),
+        ([3], {"stop": ("",)}, "stop: got"),
+        ([3], {"seed": -1}, "seed: got -1"),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_is_generated(model, ids, options, message):

@@ -1,0 +1,67 @@
+"""How the command line fails: a JpqError becomes one line and an exit code; and its default command."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import click
+
+from jpq_export.errors import JpqError, StorageError, UsageError
+
+DEFAULT = "export"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # how torch says it, in a RuntimeError
+
+
+class Sentinel(click.ClickException):
+    """A JpqError on its way through click: one line on stderr, its own exit code."""
+
+    def __init__(self, error: JpqError) -> None:
+        super().__init__(str(error).replace("\n", " "))
+        self.exit_code = error.exit_code  # pyright: ignore[reportAttributeAccessIssue] click reads the instance
+
+
+class Commands(click.Group):
+    """The command group: export is the default command; errors a user can cause become one line."""
+
+    ignore_unknown_options = True  # `jpq-export --target jetson`: an option of the default command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The named command, or export with all arguments."""
+        if self.get_command(ctx, args[0]) is None:
+            args = [DEFAULT, *args]
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run, translating errors."""
+        try:
+            return super().invoke(ctx)
+        except JpqError as error:
+            raise Sentinel(error) from error
+        except click.UsageError as error:
+            path = (error.ctx or ctx).command_path
+            raise Sentinel(UsageError(f"{error.format_message()} See `{path} --help`.")) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted; the same command goes on after the last finished stage.", err=True)
+            raise click.exceptions.Exit(130) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # the reader of a pipe went away: click ends quietly
+            if error.errno in DISK_ERRORS:
+                where = error.filename or "the output"
+                raise Sentinel(
+                    StorageError(f"{where}: {error.strerror}; free space or write to another place")
+                ) from error
+            if error.errno is not None:
+                raise Sentinel(
+                    JpqError(f"{error.filename or 'file'}: {error.strerror}; choose another path")
+                ) from error
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
+                remedy = "use a smaller model or a machine with more memory"
+                raise Sentinel(JpqError(f"out of memory; {remedy}")) from error
+            raise
