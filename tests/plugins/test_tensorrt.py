@@ -334,3 +334,44 @@ def test_the_host_code_compiles_for_aarch64(tmp_path):
         source = native.sources_folder() / "tensorrt" / f"{name}.cpp"
         built = compile_with(compiler, tmp_path / f"{name}.o", "-O1", "-c", *host_flags(), source)
         assert built.read_bytes()[18:20] == b"\xb7\x00"  # e_machine of an ELF file: EM_AARCH64
+
+
+LOADER = """
+#include <dlfcn.h>
+#include <NvInferRuntime.h>
+int main(int, char **names) {
+  void *library = dlopen(names[1], RTLD_NOW);
+  if (!library) return 1;
+  using Creators = nvinfer1::IPluginCreatorInterface *const *(*)(int32_t &);
+  int32_t count = 0;
+  const Creators creators = reinterpret_cast<Creators>(dlsym(library, "getCreators"));
+  return creators && creators(count) && count == 2 ? 0 : 2;
+}
+"""
+
+
+def test_the_whole_plugin_cross_compiles_for_thor_and_loads_in_an_emulator(tmp_path):
+    """JPQ_AARCH64_CUDA: folder of libcudart_static.a for aarch64, as the package nvidia-cuda-runtime for it has."""
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    runtime = Path(os.environ.get("JPQ_AARCH64_CUDA", "/usr/local/cuda/targets/sbsa-linux/lib"), "libcudart_static.a")
+    needed = {compiler: shutil.which(compiler), emulator: shutil.which(emulator), "nvcc": nvcc}
+    if missing := [name for name, found in {**needed, str(runtime): runtime.is_file()}.items() if not found]:
+        pytest.skip(f"no {', '.join(missing)}: the plugin is NOT cross-compiled in this run")
+    source, library = native.sources_folder(), tmp_path / "libjpq_tensorrt.so"
+    include, cuda = tensorrt_headers(), cuda_headers()
+    kernels = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-arch=sm_110", f"-I{cuda}"]
+    command = [nvcc, "-ccbin", compiler, *kernels, "-c", source / "core" / "low_bit_cuda.cu", "-o", tmp_path / "k.o"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[:4000]
+    host = [source / "tensorrt" / f"{name}.cpp" for name in ("low_bit_plugin", "creators")]
+    link = ("-shared", "-Wl,--no-undefined", tmp_path / "k.o", runtime, "-ldl", "-lpthread", "-lrt")
+    compile_with(compiler, library, "-O2", *host_flags(), *host, *link)
+    (tmp_path / "loader.cpp").write_text(LOADER)
+    flags = ("-isystem", include, "-isystem", cuda, tmp_path / "loader.cpp", "-ldl", "-static-libgcc")
+    loader = compile_with(compiler, tmp_path / "loader", *flags)
+    root = subprocess.run([compiler, "-print-file-name=libc.so.6"], capture_output=True, text=True, check=True).stdout
+    folders = ["-L", str(Path(root.strip()).resolve().parents[1])]  # where the emulator finds ld.so and the C library
+    run = [emulator, *folders, str(loader)]
+    assert subprocess.run([*run, str(library)], timeout=60, check=False).returncode == 0
+    assert subprocess.run([*run, str(tmp_path / "k.o")], timeout=60, check=False).returncode == 1, "loads anything"
