@@ -92,7 +92,22 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def open_safetensors(path: Path, family: Family) -> dict[str, Read]:
-    """Readers of one file's tensors by canonical name; nothing but the header is read yet."""
+    """Readers of one decoder file's tensors by canonical name."""
+
+    def offset(name: str) -> float:
+        return family.norm_offset if "norm" in name.rpartition(".")[2] else 0.0
+
+    return named_readers(path, lambda stored: canonical(stored, family), family.architecture, offset=offset)
+
+
+def named_readers(
+    path: Path, name_of: Callable[[str], str | None], kind: str, *, offset: Callable[[str], float] = lambda _: 0.0
+) -> dict[str, Read]:
+    """Readers of one file's tensors by canonical name; nothing but the header is read yet.
+
+    `name_of`: None for a tensor that is not needed, KeyError for one that a model of this `kind` does not have.
+    `offset`: what is added to a tensor.
+    """
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -100,15 +115,14 @@ def open_safetensors(path: Path, family: Family) -> dict[str, Read]:
     out: dict[str, Read] = {}
     for stored in sorted(file.keys()):
         try:
-            name = canonical(stored, family)
+            name = name_of(stored)
         except KeyError as error:
             raise ModelError(
-                f"{path}: unexpected tensor {stored!r} for {family.architecture}; config.json and weights do not "
+                f"{path}: unexpected tensor {stored!r} for {kind}; config.json and weights do not "
                 "belong together, or the weights are quantized"
             ) from error
         if name is not None:
-            offset = family.norm_offset if "norm" in name.rpartition(".")[2] else 0.0
-            out[name] = reader(file, stored, path, offset)
+            out[name] = reader(file, stored, path, offset(name))
     return out
 
 

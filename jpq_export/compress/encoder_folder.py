@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from jpq_export.compress.checkpoint import Checkpoint, Read, read_json, reader, weight_files
+from jpq_export.compress.checkpoint import Checkpoint, Read, named_readers, read_json, weight_files
 from jpq_export.compress.encoder import ACTIVATIONS
 from jpq_export.compress.tokenizer import TokenizerFiles, read_tokenizer
 from jpq_export.errors import ModelError
@@ -76,7 +75,7 @@ def open_encoder(folder: Path, raw: Mapping[str, Any], *, name: str) -> Checkpoi
     spec = spec_of(config, family, folder, name=name, where=where)
     stored: dict[str, Read] = {}
     for file in weight_files(folder):
-        stored |= open_tensors(file, family)
+        stored |= named_readers(file, lambda name: canonical(name, family), family.model_type)
     tokenizer = read_tokenizer(folder, vocab=spec.vocab, bos_id=None)
     first = config.pad_token_id + 1 if family.shifted else 0
     return Checkpoint(spec, shaped(stored, spec, first), for_texts(tokenizer, spec.max_positions), str(folder))
@@ -164,26 +163,6 @@ def canonical(name: str, family: EncoderFamily) -> str | None:
     if not match:
         raise KeyError(name)
     return f"layers.{match[1]}.{family.names[match[2]]}" + {"weight": "", "bias": ".bias"}[match[3]]
-
-
-def open_tensors(path: Path, family: EncoderFamily) -> dict[str, Read]:
-    """Readers of one file's tensors by canonical name."""
-    try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: not a complete safetensors file ({error}); download it again") from error
-    out: dict[str, Read] = {}
-    for stored in sorted(file.keys()):
-        try:
-            name = canonical(stored, family)
-        except KeyError as error:
-            raise ModelError(
-                f"{path}: unexpected tensor {stored!r} for {family.model_type}; config.json and weights do not belong "
-                "together"
-            ) from error
-        if name is not None:
-            out[name] = reader(file, stored, path)
-    return out
 
 
 def shaped(stored: dict[str, Read], spec: EncoderSpec, first: int) -> dict[str, Read]:

@@ -8,15 +8,14 @@
  * The host shim's build of it (no nvcc) makes operators for the CPU out of the CUDA kernels, for tests.
  */
 #include <dlfcn.h>
-#include <stdio.h>
-#include <string.h>
 
 #include <mutex>
 #include <new>
 #include <vector>
 
 #include "../core/low_bit_cuda.h"
-#include "ort_api.h"
+#define JPQ_SPEAKER "jpq CUDA"
+#include "ort_inputs.h"
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -27,15 +26,9 @@
 #endif
 
 #define CPU_LIBRARY_KEY "jpq.cpu_library"
-#define TRY(call)                \
-  do {                           \
-    OrtStatus *status_ = (call); \
-    if (status_) return status_; \
-  } while (0)
-
 namespace {
 
-constexpr int MOST_RANK = 16, CPU_FP32 = 0;
+constexpr int CPU_FP32 = 0;
 /* No product asks for more: K is split until 128 blocks of 8 rows of W are busy (16 rows of X), or of 16 (up to 4). */
 constexpr size_t WORKSPACE_BYTES = 256 * 16 * 8 * sizeof(float) * 2;
 
@@ -109,12 +102,6 @@ int ORT_CALL last_version(const OrtCustomOp *) { return 0x7fffffff; }
 
 /* ---- creation ---- */
 
-OrtStatus *fail(const OrtApi *api, const char *what, const char *where) {
-  char text[200];
-  snprintf(text, sizeof text, "jpq CUDA: %s (%s)", what, where);
-  return ORT(api, CreateStatus)(ORT_INVALID_ARGUMENT, text);
-}
-
 const char *words(int status) {
   switch (status) {
     case JPQ_CUDA_BAD_GROUP: return "group_size must be a multiple of 32 on a GPU";
@@ -144,77 +131,7 @@ void ORT_CALL destroy(void *k) { delete static_cast<Kernel *>(k); }
 
 /* ---- a run ---- */
 
-/* An input's place on the GPU and shape; no data when it was not given. */
-struct Tensor {
-  const void *data;
-  int type;
-  size_t rank;
-  int64_t dims[MOST_RANK];
-  int64_t count;
-};
-
-OrtStatus *read_info(const OrtApi *api, const OrtTensorInfo *info, Tensor *out) {
-  size_t count;
-  TRY(ORT(api, GetTensorElementType)(info, &out->type));
-  TRY(ORT(api, GetDimensionsCount)(info, &out->rank));
-  if (out->rank > MOST_RANK) return fail(api, "too many dimensions", "input");
-  TRY(ORT(api, GetDimensions)(info, out->dims, out->rank));
-  TRY(ORT(api, GetTensorShapeElementCount)(info, &count));
-  out->count = (int64_t)count;
-  return nullptr;
-}
-
-OrtStatus *input(const OrtApi *api, const OrtKernelContext *context, size_t i, Tensor *out) {
-  const OrtValue *value = nullptr;
-  OrtTensorInfo *info;
-  void *data;
-  memset(out, 0, sizeof *out);
-  TRY(ORT(api, KernelContext_GetInput)(context, i, &value));
-  if (!value) return nullptr;
-  TRY(ORT(api, GetTensorTypeAndShape)(value, &info));
-  OrtStatus *status = read_info(api, info, out);
-  ORT(api, ReleaseTensorTypeAndShapeInfo)(info);
-  if (status) return status;
-  TRY(ORT(api, GetTensorMutableData)(const_cast<OrtValue *>(value), &data)); /* not written to */
-  out->data = data;
-  return nullptr;
-}
-
-bool is_matrix(const Tensor &t, int type, int64_t rows, int64_t columns) {
-  return t.data && t.type == type && t.rank == 2 && t.dims[0] == rows && t.dims[1] == columns;
-}
-
-/* The weight of this run and the bias, checked against the attributes. */
-OrtStatus *read_weight(const Kernel &k, const OrtKernelContext *context, jpq_weight *w, const void **bias) {
-  const OrtApi *api = k.api;
-  Tensor t;
-  size_t inputs, at = 3;
-  *w = k.shape;
-  *bias = nullptr;
-  const int64_t groups = w->k / w->group_size;
-  TRY(ORT(api, KernelContext_GetInputCount)(context, &inputs));
-  TRY(input(api, context, 1, &t));
-  if (!is_matrix(t, ORT_UINT8, w->n, jpq_bytes(w->k, w->bits)))
-    return fail(api, "packed must be uint8 [N, bytes of K codes]", "input 1");
-  w->packed = static_cast<const uint8_t *>(t.data);
-  TRY(input(api, context, 2, &t));
-  if (!is_matrix(t, ORT_FLOAT16, w->n, groups)) return fail(api, "scales must be float16 [N, K/group_size]", "input 2");
-  w->scales = static_cast<const uint16_t *>(t.data);
-  w->zeros = nullptr;
-  if (!k.symmetric) {
-    TRY(input(api, context, at++, &t));
-    if (!is_matrix(t, ORT_UINT8, w->n, jpq_bytes(groups, w->bits)))
-      return fail(api, "zeros must be uint8 [N, bytes of K/group_size codes]", "input 3");
-    w->zeros = static_cast<const uint8_t *>(t.data);
-  }
-  if (at >= inputs || k.gather) return nullptr;
-  TRY(input(api, context, at, &t));
-  if (t.data && (t.type != ORT_FLOAT || t.count != w->n)) return fail(api, "bias must be float [N]", "last input");
-  *bias = t.data;
-  return nullptr;
-}
-
-OrtStatus *multiply(const Kernel &k, const jpq_weight &w, const Tensor &x, const void *bias, void *y, void *stream) {
+OrtStatus *multiply(const Kernel &k, const jpq_weight &w, const tensor &x, const void *bias, void *y, void *stream) {
   jpq_cuda_product product = {};
   product.weight = &w, product.x = x.data, product.bias = bias, product.y = y;
   product.x_type = product.bias_type = product.y_type = JPQ_F32;
@@ -230,21 +147,13 @@ OrtStatus *multiply(const Kernel &k, const jpq_weight &w, const Tensor &x, const
 OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
   const Kernel &k = *static_cast<const Kernel *>(data);
   const OrtApi *api = k.api;
-  Tensor x;
-  jpq_weight w;
+  tensor x;
+  jpq_weight w = k.shape;
   const void *bias;
-  OrtValue *output;
   void *y, *stream = nullptr;
   TRY(input(api, context, 0, &x));
-  TRY(read_weight(k, context, &w, &bias));
-  if (k.gather ? x.rank >= MOST_RANK : !x.rank || x.dims[x.rank - 1] != w.k)
-    return fail(api, "the last dimension of X must be K", "input 0");
-  if (k.gather)
-    x.dims[x.rank++] = w.k;
-  else
-    x.dims[x.rank - 1] = w.n;
-  TRY(ORT(api, KernelContext_GetOutput)(context, 0, x.dims, x.rank, &output));
-  TRY(ORT(api, GetTensorMutableData)(output, &y));
+  TRY(read_weight(api, context, k.symmetric, !k.gather, &w, &bias));
+  TRY(make_output(api, context, &w, k.gather, &x, &y));
   TRY(ORT(api, KernelContext_GetGPUComputeStream)(context, &stream));
   if (!k.gather) return multiply(k, w, x, bias, y, stream);
   const jpq_cuda_lookup look_up = {&w, x.data, y, stream, x.count, sizeof(int64_t), JPQ_F32};

@@ -3,21 +3,15 @@
  * The session option "jpq.activations" ("fp32" when absent, "int16", "int8"), set before the library is registered,
  * says what may happen to X. Work is split over the session's own threads.
  */
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "../core/low_bit.h"
-#include "ort_api.h"
+#define JPQ_SPEAKER "jpq"
+#include "ort_inputs.h"
 
 #define CONFIG_KEY "jpq.activations"
-#define TRY(call)                   \
-  do {                              \
-    OrtStatus *status_ = (call);    \
-    if (status_) return status_;    \
-  } while (0)
-
-enum { MOST_RANK = 16, TASK_ROWS = 64, MOST_TASKS = 64 }; /* TASK_ROWS: the widest panel of the core */
+enum { TASK_ROWS = 64, MOST_TASKS = 64 }; /* TASK_ROWS: the widest panel of the core */
 
 /* An operator: what onnxruntime calls, and what we need to know when it does. */
 typedef struct operator_ {
@@ -79,12 +73,6 @@ static int ORT_CALL last_version(const OrtCustomOp *op) {
 
 /* ---- creation ---- */
 
-static OrtStatus *fail(const OrtApi *api, const char *what, const char *where) {
-  char text[200];
-  snprintf(text, sizeof text, "jpq: %s (%s)", what, where);
-  return ORT(api, CreateStatus)(ORT_INVALID_ARGUMENT, text);
-}
-
 static OrtStatus *ORT_CALL create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
   static const char *const names[] = {"bits", "K", "N", "group_size", "symmetric"};
   int64_t values[5];
@@ -107,75 +95,6 @@ static OrtStatus *ORT_CALL create(const OrtCustomOp *op, const OrtApi *api, cons
 static void ORT_CALL destroy(void *k) { free(k); }
 
 /* ---- a run ---- */
-
-/* An input's data and shape; NULL data when it was not given. */
-typedef struct tensor {
-  const void *data;
-  int type;
-  size_t rank;
-  int64_t dims[MOST_RANK];
-  int64_t count;
-} tensor;
-
-static OrtStatus *read_info(const OrtApi *api, const OrtTensorInfo *info, tensor *out) {
-  size_t count;
-  TRY(ORT(api, GetTensorElementType)(info, &out->type));
-  TRY(ORT(api, GetDimensionsCount)(info, &out->rank));
-  if (out->rank > MOST_RANK) return fail(api, "too many dimensions", "input");
-  TRY(ORT(api, GetDimensions)(info, out->dims, out->rank));
-  TRY(ORT(api, GetTensorShapeElementCount)(info, &count));
-  out->count = (int64_t)count;
-  return NULL;
-}
-
-static OrtStatus *input(const OrtApi *api, const OrtKernelContext *context, size_t i, tensor *out) {
-  const OrtValue *value = NULL;
-  OrtTensorInfo *info;
-  void *data;
-  memset(out, 0, sizeof *out);
-  TRY(ORT(api, KernelContext_GetInput)(context, i, &value));
-  if (!value) return NULL;
-  TRY(ORT(api, GetTensorTypeAndShape)(value, &info));
-  OrtStatus *status = read_info(api, info, out);
-  ORT(api, ReleaseTensorTypeAndShapeInfo)(info);
-  if (status) return status;
-  TRY(ORT(api, GetTensorMutableData)((OrtValue *)value, &data)); /* the only accessor there is; not written to */
-  out->data = data;
-  return NULL;
-}
-
-static int is_matrix(const tensor *t, int type, int64_t rows, int64_t columns) {
-  return t->data && t->type == type && t->rank == 2 && t->dims[0] == rows && t->dims[1] == columns;
-}
-
-/* The weight of this run and the bias, checked against the attributes. */
-static OrtStatus *read_weight(const kernel *k, const OrtKernelContext *context, jpq_weight *w, const float **bias) {
-  const OrtApi *api = k->api;
-  tensor t;
-  size_t inputs, at = 3;
-  *w = k->shape;
-  *bias = NULL;
-  int64_t groups = w->k / w->group_size;
-  TRY(ORT(api, KernelContext_GetInputCount)(context, &inputs));
-  TRY(input(api, context, 1, &t));
-  if (!is_matrix(&t, ORT_UINT8, w->n, jpq_bytes(w->k, w->bits)))
-    return fail(api, "packed must be uint8 [N, K*bits/8]", "input 1");
-  w->packed = t.data;
-  TRY(input(api, context, 2, &t));
-  if (!is_matrix(&t, ORT_FLOAT16, w->n, groups)) return fail(api, "scales must be float16 [N, K/group_size]", "input 2");
-  w->scales = t.data;
-  if (!k->symmetric) {
-    TRY(input(api, context, at++, &t));
-    if (!is_matrix(&t, ORT_UINT8, w->n, jpq_bytes(groups, w->bits)))
-      return fail(api, "zeros must be uint8 [N, K/group_size*bits/8]", "input 3");
-    w->zeros = t.data;
-  }
-  if (at >= inputs || k->gather) return NULL;
-  TRY(input(api, context, at, &t));
-  if (t.data && (t.type != ORT_FLOAT || t.count != w->n)) return fail(api, "bias must be float [N]", "last input");
-  *bias = t.data;
-  return NULL;
-}
 
 typedef struct work {
   jpq_product product;
@@ -212,20 +131,12 @@ static OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
   const kernel *k = data;
   const OrtApi *api = k->api;
   tensor x;
-  jpq_weight w;
-  const float *bias;
-  OrtValue *output;
+  jpq_weight w = k->shape;
+  const void *bias;
   void *y;
   TRY(input(api, context, 0, &x));
-  TRY(read_weight(k, context, &w, &bias));
-  if (k->gather ? x.rank >= MOST_RANK : !x.rank || x.dims[x.rank - 1] != w.k)
-    return fail(api, "the last dimension of X must be K", "input 0");
-  if (k->gather)
-    x.dims[x.rank++] = w.k;
-  else
-    x.dims[x.rank - 1] = w.n;
-  TRY(ORT(api, KernelContext_GetOutput)(context, 0, x.dims, x.rank, &output));
-  TRY(ORT(api, GetTensorMutableData)(output, &y));
+  TRY(read_weight(api, context, k->symmetric, !k->gather, &w, &bias));
+  TRY(make_output(api, context, &w, k->gather, &x, &y));
   if (!k->gather) return multiply(k, context, &w, &x, bias, y);
   jpq_status status = jpq_gather(&w, x.data, x.count, y, NULL);
   if (status) return fail(api, status == JPQ_BAD_INDEX ? "an index is out of range" : "cannot read this weight", "LowBitGather");

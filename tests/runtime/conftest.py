@@ -41,28 +41,31 @@ def random_model(spec):
     return CompressedModel(spec, quantized, {name: np.ones(n, np.float32) for name, n in spec.vectors().items()})
 
 
-def write_bundle(folder, spec=SPEC, words=WORDS):
+def write_tokenizer(folder, words):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def finish(folder, name):
+    """The manifest over what lies in the folder; the folder."""
+    facts = {"bits_per_weight": 3.0, "weight_bytes": 1, "original_bytes": 2}
+    manifest = Manifest(model={"name": name}, target={"name": "cpu"}, method="rtn", **facts)
+    write_manifest(folder, manifest.with_contents(folder))
+    return folder
+
+
+def write_bundle(folder, spec=SPEC, words=WORDS):
     from jpq_export.lower.export import export_onnx
 
     folder.mkdir(exist_ok=True)
     export_onnx(random_model(spec), folder / "model.onnx", form="custom_op")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer(folder, words)
     config = {"chat_template": TEMPLATE, "bos_token": "<s>", "eos_token": {"content": "</s>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    manifest = Manifest(
-        model={"name": "tiny"},
-        target={"name": "cpu"},
-        method="rtn",
-        bits_per_weight=3.0,
-        weight_bytes=1,
-        original_bytes=2,
-    )
-    write_manifest(folder, manifest.with_contents(folder))
-    return folder
+    return finish(folder, "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +91,6 @@ def write_encoder_bundle(folder, *, dimension=8, positions=16):
     """A sentence encoder without attention: rows of a table, their mean under the mask, normalised."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir(exist_ok=True)
     table = np.random.default_rng(5).normal(size=(len(WORDS), dimension)).astype(np.float32)
@@ -110,19 +112,8 @@ def write_encoder_bundle(folder, *, dimension=8, positions=16):
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     helper.set_model_props(proto, {"jpq.spec": json.dumps({"max_positions": positions, "vocab": len(WORDS)})})
     onnx.save(proto, folder / "model.onnx")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="</s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    manifest = Manifest(
-        model={"name": "tiny-encoder"},
-        target={"name": "cpu"},
-        method="rtn",
-        bits_per_weight=32.0,
-        weight_bytes=1,
-        original_bytes=1,
-    )
-    write_manifest(folder, manifest.with_contents(folder))
-    return folder
+    write_tokenizer(folder, WORDS)
+    return finish(folder, "tiny-encoder")
 
 
 @pytest.fixture(scope="session")

@@ -143,8 +143,8 @@ JPQ_API jpq_result jpq_generate(const jpq_model *model, const char *prompt, cons
 JPQ_API jpq_result jpq_generate_ids(const jpq_model *model, const int64_t *ids, size_t count,
                                     const jpq_generate_options *options, jpq_on_token on_token, void *user,
                                     jpq_error *error);
-/* out: float [count, info.embedding], one row a text; all texts go through the model as one padded batch, each cut to
- * the model's positions. */
+/* out: float [count, info.embedding], one row a text; all texts go through the model as one padded batch. A text with
+ * more tokens than the model's positions is refused, as in Python: cut it where its meaning allows. */
 JPQ_API jpq_result jpq_embed(const jpq_model *model, const char *const *texts, size_t count, float *out, jpq_error *error);
 
 #ifdef __cplusplus

@@ -11,7 +11,12 @@ static jpq_result tokenise(const jpq_model *model, const char *const *texts, siz
     if (!texts[i]) return jpq_fail(error, JPQ_BAD_ARGUMENT, "jpq_embed: text %zu is NULL", i);
     JPQ_TRY(tokenizer_encode(model->tokenizer, texts[i], strlen(texts[i]), all, error));
     ends[i] = all->count;
-    if (ends[i] == (i ? ends[i - 1] : 0)) return jpq_fail(error, JPQ_BAD_ARGUMENT, "text %zu has no tokens; give some text", i);
+    const size_t tokens = ends[i] - (i ? ends[i - 1] : 0);
+    const int64_t most = model->backend->spec.max_positions;
+    if (!tokens) return jpq_fail(error, JPQ_BAD_ARGUMENT, "text %zu has no tokens; give some text", i);
+    if (tokens > (size_t)most)
+      return jpq_fail(error, JPQ_BAD_ARGUMENT, "text %zu has %zu tokens, expected at most %lld; shorten or split it", i,
+                      tokens, (long long)most);
   }
   return JPQ_SUCCESS;
 }

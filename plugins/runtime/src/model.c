@@ -23,8 +23,7 @@ static jpq_result load(const char *folder, const jpq_load_options *options, cons
     JPQ_TRY(ort_backend_open(folder, m, options, &model->backend, error));
   else
     JPQ_TRY(trt_backend_open(folder, m, options, &model->backend, error));
-  const jpq_result result = tokenizer_load(folder, &model->backend->spec, model->backend->embedding != 0,
-                                           &model->tokenizer, &model->no_tokenizer);
+  const jpq_result result = tokenizer_load(folder, &model->backend->spec, &model->tokenizer, &model->no_tokenizer);
   if (result == JPQ_SUCCESS || result == JPQ_UNSUPPORTED) return JPQ_SUCCESS;
   if (error) *error = model->no_tokenizer;
   return result;

@@ -15,8 +15,7 @@ static jpq_result read_all(tokenizer *t, const json *root, const model_spec *spe
   return tokenizer_read_added(t, json_get(root, "added_tokens"), path, error); /* last: some are normalised */
 }
 
-jpq_result tokenizer_load(const char *folder, const model_spec *spec, int cut, tokenizer **out,
-                          jpq_error *error) {
+jpq_result tokenizer_load(const char *folder, const model_spec *spec, tokenizer **out, jpq_error *error) {
   char path[PATH_MOST], *data;
   size_t count;
   json_document *document;
@@ -29,7 +28,6 @@ jpq_result tokenizer_load(const char *folder, const model_spec *spec, int cut, t
   json_free(document);
   if (result) return tokenizer_free(t), result;
   t->bos_id = spec->add_bos ? spec->bos_id : -1;
-  if (cut && (!t->most_ids || t->most_ids > spec->max_positions)) t->most_ids = spec->max_positions;
   return *out = t, JPQ_SUCCESS;
 }
 
@@ -132,9 +130,7 @@ static jpq_result between(const tokenizer *t, int normalized, const char *text, 
 }
 
 static jpq_result finish(const tokenizer *t, const ids *plain, ids *out, jpq_error *error) {
-  const size_t special = t->before_count + t->after_count;
-  size_t kept = plain->count;
-  if (t->most_ids && kept + special > (size_t)t->most_ids) kept = (size_t)t->most_ids > special ? (size_t)t->most_ids - special : 0;
+  const size_t kept = plain->count;
   const int64_t first = t->before_count ? t->before[0] : kept ? plain->data[0] : -1;
   if (t->bos_id >= 0 && first != t->bos_id) JPQ_TRY(ids_add(out, t->bos_id, error));
   for (size_t i = 0; i < t->before_count; i++) JPQ_TRY(ids_add(out, t->before[i], error));

@@ -37,14 +37,12 @@ typedef struct tokenizer {
   size_t added_count;
   int64_t before[MOST_SPECIAL], after[MOST_SPECIAL]; /* special tokens around the text's */
   size_t before_count, after_count;
-  int64_t most_ids; /* longer texts are cut, special tokens included; 0: never */
   int64_t bos_id;   /* put first unless it is there already; -1: do not */
   int decodes;      /* the decoder is ByteLevel */
 } tokenizer;
 
-/* JPQ_UNSUPPORTED, naming the part, when it is of a kind we do not interpret. `cut`: texts beyond the model's positions
- * lose their end, as encoders are used. */
-jpq_result tokenizer_load(const char *folder, const model_spec *spec, int cut, tokenizer **out, jpq_error *error);
+/* JPQ_UNSUPPORTED, naming the part, when it is of a kind we do not interpret. */
+jpq_result tokenizer_load(const char *folder, const model_spec *spec, tokenizer **out, jpq_error *error);
 void tokenizer_free(tokenizer *t);
 
 /* Ids with special tokens. */

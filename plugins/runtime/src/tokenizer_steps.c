@@ -1,4 +1,5 @@
-/* tokenizer.json: normalizer, pre-tokenizer, post-processor, decoder, truncation; each kind by its name or refused. */
+/* tokenizer.json: normalizer, pre-tokenizer, post-processor, decoder; each kind by its name or refused.
+ * Its truncation is left out, as in Python: a text that is too long is refused, never cut. */
 #include <string.h>
 
 #include "tokenizer.h"
@@ -107,20 +108,10 @@ static jpq_result read_post(tokenizer *t, const json *step, const char *path, jp
   return JPQ_SUCCESS;
 }
 
-static jpq_result read_truncation(tokenizer *t, const json *value, const char *path, jpq_error *error) {
-  if (!value || value->kind == JSON_NULL) return JPQ_SUCCESS;
-  const char *direction = json_text(value, "direction");
-  if (direction && strcmp(direction, "Right")) return tokenizer_refuse(path, "truncation on the", direction, error);
-  JPQ_TRY(json_integer(value, "max_length", 0, path, &t->most_ids, error));
-  if (t->most_ids > (int64_t)(t->before_count + t->after_count)) return JPQ_SUCCESS;
-  return jpq_fail(error, JPQ_BAD_BUNDLE, "%s: truncation to %lld tokens; export the bundle again", path, (long long)t->most_ids);
-}
-
 jpq_result tokenizer_read_steps(tokenizer *t, const json *root, const char *path, jpq_error *error) {
   JPQ_TRY(each(t, json_get(root, "normalizer"), "normalizers", read_normalizer, path, error));
   JPQ_TRY(each(t, json_get(root, "pre_tokenizer"), "pretokenizers", read_split, path, error));
   JPQ_TRY(each(t, json_get(root, "post_processor"), "processors", read_post, path, error));
-  JPQ_TRY(read_truncation(t, json_get(root, "truncation"), path, error));
   const json *decoder = json_get(root, "decoder");
   t->decodes = !t->is_wordpiece && decoder && !strcmp(type_of(decoder), "ByteLevel");
   return JPQ_SUCCESS;

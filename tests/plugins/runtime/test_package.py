@@ -108,6 +108,18 @@ def test_embeddings_are_those_of_python(run, conftest_of, tmp_path):
     assert np.abs(got - np.roll(expected, 1, axis=0)).max() > 0.1
 
 
+def test_a_text_beyond_the_models_positions_is_refused_not_cut(run, conftest_of, tmp_path):
+    folder = conftest_of("runtime").write_encoder_bundle(tmp_path / "encoder", positions=6)
+    put_known_tokenizer(folder)
+    path = folder / "tokenizer.json"
+    cutting = {"max_length": 6, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation": cutting}))
+    assert run("embed", folder, "w1 w2 w3 w4 w5 w6", "w3").returncode == 0
+    done = run("embed", folder, "w3", "w1 w2 w3 w4 w5 w6 w7")
+    assert done.returncode == 1
+    assert "text 1 has 7 tokens, expected at most 6" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [

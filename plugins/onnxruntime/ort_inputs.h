@@ -1,0 +1,109 @@
+/* What both libraries of onnxruntime operators do with a run's inputs, in C and C++: read them, check them against the
+ * attributes. Include the core's header with jpq_weight first, and define JPQ_SPEAKER, who complains.
+ */
+#ifndef JPQ_ORT_INPUTS_H
+#define JPQ_ORT_INPUTS_H
+
+#include <stdio.h>
+#include <string.h>
+
+#include "ort_api.h"
+
+#define TRY(call)                \
+  do {                           \
+    OrtStatus *status_ = (call); \
+    if (status_) return status_; \
+  } while (0)
+
+enum { MOST_RANK = 16 };
+
+static inline OrtStatus *fail(const OrtApi *api, const char *what, const char *where) {
+  char text[200];
+  snprintf(text, sizeof text, JPQ_SPEAKER ": %s (%s)", what, where);
+  return ORT(api, CreateStatus)(ORT_INVALID_ARGUMENT, text);
+}
+
+/* An input's place and shape; NULL data when it was not given. */
+typedef struct tensor {
+  const void *data;
+  int type;
+  size_t rank;
+  int64_t dims[MOST_RANK];
+  int64_t count;
+} tensor;
+
+static inline OrtStatus *read_info(const OrtApi *api, const OrtTensorInfo *info, tensor *out) {
+  size_t count;
+  TRY(ORT(api, GetTensorElementType)(info, &out->type));
+  TRY(ORT(api, GetDimensionsCount)(info, &out->rank));
+  if (out->rank > MOST_RANK) return fail(api, "too many dimensions", "input");
+  TRY(ORT(api, GetDimensions)(info, out->dims, out->rank));
+  TRY(ORT(api, GetTensorShapeElementCount)(info, &count));
+  out->count = (int64_t)count;
+  return NULL;
+}
+
+static inline OrtStatus *input(const OrtApi *api, const OrtKernelContext *context, size_t i, tensor *out) {
+  const OrtValue *value = NULL;
+  OrtTensorInfo *info;
+  void *data;
+  memset(out, 0, sizeof *out);
+  TRY(ORT(api, KernelContext_GetInput)(context, i, &value));
+  if (!value) return NULL;
+  TRY(ORT(api, GetTensorTypeAndShape)(value, &info));
+  OrtStatus *status = read_info(api, info, out);
+  ORT(api, ReleaseTensorTypeAndShapeInfo)(info);
+  if (status) return status;
+  TRY(ORT(api, GetTensorMutableData)((OrtValue *)value, &data)); /* the only accessor there is; not written to */
+  out->data = data;
+  return NULL;
+}
+
+static inline int is_matrix(const tensor *t, int type, int64_t rows, int64_t columns) {
+  return t->data && t->type == type && t->rank == 2 && t->dims[0] == rows && t->dims[1] == columns;
+}
+
+/* The weight of this run, in w that holds the attributes already, and the bias; NULL when there is none. */
+static inline OrtStatus *read_weight(const OrtApi *api, const OrtKernelContext *context, int symmetric, int takes_bias,
+                                     jpq_weight *w, const void **bias) {
+  tensor t;
+  size_t inputs, at = 3;
+  const int64_t groups = w->k / w->group_size;
+  w->zeros = NULL;
+  *bias = NULL;
+  TRY(ORT(api, KernelContext_GetInputCount)(context, &inputs));
+  TRY(input(api, context, 1, &t));
+  if (!is_matrix(&t, ORT_UINT8, w->n, jpq_bytes(w->k, w->bits)))
+    return fail(api, "packed must be uint8 [N, bytes of K codes]", "input 1");
+  w->packed = (const uint8_t *)t.data;
+  TRY(input(api, context, 2, &t));
+  if (!is_matrix(&t, ORT_FLOAT16, w->n, groups)) return fail(api, "scales must be float16 [N, K/group_size]", "input 2");
+  w->scales = (const uint16_t *)t.data;
+  if (!symmetric) {
+    TRY(input(api, context, at++, &t));
+    if (!is_matrix(&t, ORT_UINT8, w->n, jpq_bytes(groups, w->bits)))
+      return fail(api, "zeros must be uint8 [N, bytes of K/group_size codes]", "input 3");
+    w->zeros = (const uint8_t *)t.data;
+  }
+  if (at >= inputs || !takes_bias) return NULL;
+  TRY(input(api, context, at, &t));
+  if (t.data && (t.type != ORT_FLOAT || t.count != w->n)) return fail(api, "bias must be float [N]", "last input");
+  *bias = t.data;
+  return NULL;
+}
+
+/* Where Y goes: the shape of X (at least 1-d, its last dimension K, unless it holds indices) with what a row gives. */
+static inline OrtStatus *make_output(const OrtApi *api, OrtKernelContext *context, const jpq_weight *w, int gather,
+                                     tensor *x, void **y) {
+  OrtValue *output;
+  if (gather ? x->rank >= MOST_RANK : !x->rank || x->dims[x->rank - 1] != w->k)
+    return fail(api, "the last dimension of X must be K", "input 0");
+  if (gather)
+    x->dims[x->rank++] = w->k;
+  else
+    x->dims[x->rank - 1] = w->n;
+  TRY(ORT(api, KernelContext_GetOutput)(context, 0, x->dims, x->rank, &output));
+  return ORT(api, GetTensorMutableData)(output, y);
+}
+
+#endif
