@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from statistics import median
 
 from markupsafe import Markup
@@ -63,24 +63,25 @@ def by_bits(result: BenchResult) -> dict[float, tuple[int, float]]:
 
 def page(results: list[BenchResult], title: str) -> str:
     """An HTML page without anything from outside."""
-    return PAGE.format(
-        processor=Markup.escape(results[0].processor),
-        title=Markup.escape(title),
-        body=Markup().join(_section(result) for result in results),
-    )
+    return frame(results[0].processor, title, [_section(result) for result in results])
+
+
+def frame(processor: str, title: str, sections: list[Markup]) -> str:
+    """The page around its sections."""
+    return PAGE.format(processor=Markup.escape(processor), title=Markup.escape(title), body=Markup().join(sections))
 
 
 def _section(result: BenchResult) -> Markup:
-    settings = result.settings
+    settings, others = result.settings, set(result.baselines)
     why = (
         f"{settings.threads} thread(s) on {result.processor}; medians of {settings.rounds} rounds, taken in turns; "
         f"prompts of {settings.prefill} tokens. The graphs compared with have the original model's shapes."
     )
     parts = [
         element("p", why, class_="why"),
-        _bars("Decoded tokens per second", result, lambda s: s.decode_tokens_per_s, lambda v: f"{v:.1f}"),
-        _bars("Tokens of the prompt per second", result, lambda s: s.prefill_tokens_per_s, lambda v: f"{v:.0f}"),
-        _bars("Peak memory of the process", result, lambda s: float(s.peak_rss_bytes), size),
+        bars("Decoded tokens per second", _of(result, "decode_tokens_per_s"), others, "{:.1f}".format),
+        bars("Tokens of the prompt per second", _of(result, "prefill_tokens_per_s"), others, "{:.0f}".format),
+        bars("Peak memory of the process", _of(result, "peak_rss_bytes"), others, size),
     ]
     if result.layers and result.read_gb_s:
         parts.append(_layers(result))
@@ -88,21 +89,32 @@ def _section(result: BenchResult) -> Markup:
 
 
 def _all(result: BenchResult) -> dict[str, Speed]:
-    return result.bundle | result.uniform | result.baselines
+    return result.bundle | result.uniform | result.compared | result.baselines
 
 
-def _bars(title: str, result: BenchResult, value: Callable[[Speed], float], shown: Callable[[float], str]) -> Markup:
-    speeds = _all(result)
-    most, parts = max(value(speed) for speed in speeds.values()), []
-    for i, (name, speed) in enumerate(speeds.items()):
-        y, length = i * ROW + 4, (WIDTH - LEFT - 90) * value(speed) / most
-        kind = "other" if name in result.baselines else "ours"
+def _of(result: BenchResult, field: str) -> dict[str, float]:
+    return {name: float(getattr(speed, field)) for name, speed in _all(result).items()}
+
+
+def bars(title: str, values: dict[str, float], others: Container[str], shown: Callable[[float], str]) -> Markup:
+    """A bar for every name; `others` are drawn as not ours."""
+    most, parts = max(max(values.values()), 1e-9), []
+    for i, (name, value) in enumerate(values.items()):
+        y, length = i * ROW + 4, (WIDTH - LEFT - 90) * max(value, 0.0) / most
         parts += [
             text(LEFT - 8, y + 14, name, text_anchor="end"),
-            element("rect", x=LEFT, y=y, width=max(length, 1), height=ROW - 8, rx=3, class_=kind),
-            text(LEFT + length + 6, y + 14, shown(value(speed)), "value"),
+            element(
+                "rect",
+                x=LEFT,
+                y=y,
+                width=max(length, 1),
+                height=ROW - 8,
+                rx=3,
+                class_="other" if name in others else "ours",
+            ),
+            text(LEFT + length + 6, y + 14, shown(value), "value"),
         ]
-    picture = svg(WIDTH, len(speeds) * ROW + 8, *parts, label=title)
+    picture = svg(WIDTH, len(values) * ROW + 8, *parts, label=title)
     return element("h2", title) + picture
 
 

@@ -18,8 +18,9 @@ from typing import Any
 from jpq_export.bench.baselines import original_spec, write_baselines, write_uniform
 from jpq_export.bench.layers import LayerRate, layer_rates, read_bandwidth
 from jpq_export.bench.llama_cpp import LlamaBench
-from jpq_export.errors import JpqError
+from jpq_export.errors import JpqError, UsageError
 from jpq_export.format.bundle import read_manifest
+from jpq_export.format.encoder_spec import KIND, Spec
 from jpq_export.format.plan import load_plan
 from jpq_export.format.spec import ModelSpec
 from jpq_export.progress import Stages
@@ -35,7 +36,8 @@ class BenchError(JpqError):
 class Settings:
     """`rounds` turns, each a prompt of `prefill` tokens and `decode` greedy steps.
 
-    `widths`: our operators are measured at each of these for all matrices, beside the bundle's own mixture.
+    `widths`: our operators are measured at each of these for all matrices, beside the bundle's own mixture. `other`: a
+    second bundle.
     """
 
     threads: int = 1
@@ -45,6 +47,7 @@ class Settings:
     gguf: tuple[Path, ...] = ()
     baselines: bool = True
     widths: tuple[float, ...] = ()
+    other: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,8 @@ class Speed:
 class BenchResult:
     """`bundle`: the modes of this bundle by name; `uniform`: our operators at one width; `baselines`: others.
 
-    `layers`: every product of one decoded token, of the bundle and of the uniform graphs.
+    `compared`: the second bundle's modes. `layers`: every product of one decoded token, of the bundle and
+    of the uniform graphs.
     """
 
     settings: Settings
@@ -71,6 +75,7 @@ class BenchResult:
     read_gb_s: float
     bundle: dict[str, Speed]
     uniform: dict[str, Speed]
+    compared: dict[str, Speed]
     baselines: dict[str, Speed]
     layers: tuple[LayerRate, ...]
 
@@ -134,9 +139,12 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
 
     Raises:
         BundleError: no bundle.
+        UsageError: the second bundle is an encoder.
         BenchError: a runtime stopped, for want of memory for example.
     """
     manifest, plan = read_manifest(folder), load_plan(folder / "plan.json")
+    if settings.other and read_manifest(settings.other).kind == KIND:
+        raise UsageError(f"{settings.other}: a sentence encoder, {folder} is a decoder; compare bundles of one kind")
     spec = original_spec(ModelSpec.from_json(json.dumps(manifest.model["spec"])), plan)
     with ExitStack() as stack:
         graphs: dict[str, Path] = {}
@@ -144,11 +152,12 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
         if settings.baselines or settings.widths:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jpq-bench-")))
             with stages.stage("baselines", "writing the graphs to compare with"):
-                _check_room(scratch, spec)
+                check_room(scratch, spec)
                 graphs = write_baselines(spec, scratch) if settings.baselines else {}
                 uniform = write_uniform(spec, scratch, settings.widths)
         with stages.stage("load", "loading every runtime") as report:
-            ways = _ways({"jpq": folder / "model.onnx"} | uniform, graphs)
+            second = {compared_name(settings.other): settings.other / "model.onnx"} if settings.other else {}
+            ways = _ways({"jpq": folder / "model.onnx"} | second | uniform, graphs)
             workers = _workers(stack, ways, settings, report)
         with stages.stage("measure", "taking turns") as report:
             speeds = _take_turns(workers, settings, report)
@@ -156,15 +165,22 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
             measured = [folder / "model.onnx", *uniform.values()]
             rates = tuple(rate for path in measured for rate in layer_rates(path, settings.threads))
             bandwidth = read_bandwidth(settings.threads)
-    ours, same, rivals = (
+    parts = (
         {name: speed for name, speed in speeds.items() if kind(name) == wanted}
-        for wanted in ("bundle", "uniform", "baselines")
+        for wanted in ("bundle", "uniform", "compared", "baselines")
     )
-    return BenchResult(settings, _processor(), manifest.weight_bytes, bandwidth, ours, same, rivals, rates)
+    return BenchResult(settings, processor(), manifest.weight_bytes, bandwidth, *parts, rates)
+
+
+def compared_name(folder: Path) -> str:
+    """What the rows of a second bundle are called."""
+    return f"B: {folder.resolve().name}"
 
 
 def kind(name: str) -> str:
     """Which part of the result a runtime belongs to."""
+    if name.startswith("B: "):
+        return "compared"
     if not name.startswith("jpq"):
         return "baselines"
     return "bundle" if name in ("jpq", "jpq-fast") else "uniform"
@@ -178,7 +194,8 @@ def _ways(ours: dict[str, Path], others: dict[str, Path]) -> dict[str, tuple[Pat
     return ways | {name: (graph, False, name == "onnxruntime-fp32") for name, graph in others.items()}
 
 
-def _check_room(folder: Path, spec: ModelSpec) -> None:
+def check_room(folder: Path, spec: Spec) -> None:
+    """BenchError when the graphs to compare with do not fit on the disk."""
     needed, free = 5 * spec.parameters(), shutil.disk_usage(folder).free
     if free < needed:
         raise BenchError(
@@ -195,7 +212,7 @@ def _workers(
 ) -> dict[str, Worker | LlamaBench]:
     workers: dict[str, Worker | LlamaBench] = {}
     for i, (name, (path, kernels, exact)) in enumerate(wanted.items()):
-        worker = stack.enter_context(_ended(Worker(path, settings.threads, kernels=kernels, exact=exact)))
+        worker = stack.enter_context(ended(Worker(path, settings.threads, kernels=kernels, exact=exact)))
         worker.ask(decode=1)
         workers[name] = worker
         report(i + 1, len(wanted))
@@ -205,7 +222,7 @@ def _workers(
 
 
 @contextmanager
-def _ended(worker: Worker) -> Iterator[Worker]:
+def ended(worker: Worker) -> Iterator[Worker]:
     """The process ends with the block, whatever happened in it."""
     try:
         yield worker
@@ -233,7 +250,7 @@ def _take_turns(
     return out
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name where Linux tells it, and the number of cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

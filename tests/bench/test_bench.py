@@ -169,4 +169,4 @@ def test_too_little_room_is_said_before_writing(monkeypatch, tmp_path):
     usage = rounds.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(rounds.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(BenchError, match="TMPDIR"):
-        rounds._check_room(tmp_path, replace(WHOLE))
+        rounds.check_room(tmp_path, replace(WHOLE))
