@@ -156,8 +156,8 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
                 graphs = write_baselines(spec, scratch) if settings.baselines else {}
                 uniform = write_uniform(spec, scratch, settings.widths)
         with stages.stage("load", "loading every runtime") as report:
-            second = {compared_name(settings.other): settings.other / "model.onnx"} if settings.other else {}
-            ways = _ways({"jpq": folder / "model.onnx"} | second | uniform, graphs)
+            others = {compared_name(settings.other): settings.other / "model.onnx"} if settings.other else {}
+            ways = _ways({"jpq": folder / "model.onnx"} | others | uniform, graphs)
             workers = _workers(stack, ways, settings, report)
         with stages.stage("measure", "taking turns") as report:
             speeds = _take_turns(workers, settings, report)
@@ -165,11 +165,11 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
             measured = [folder / "model.onnx", *uniform.values()]
             rates = tuple(rate for path in measured for rate in layer_rates(path, settings.threads))
             bandwidth = read_bandwidth(settings.threads)
-    parts = (
+    ours, same, second, rivals = (
         {name: speed for name, speed in speeds.items() if kind(name) == wanted}
         for wanted in ("bundle", "uniform", "compared", "baselines")
     )
-    return BenchResult(settings, processor(), manifest.weight_bytes, bandwidth, *parts, rates)
+    return BenchResult(settings, processor(), manifest.weight_bytes, bandwidth, ours, same, second, rivals, rates)
 
 
 def compared_name(folder: Path) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 
 from jpq_export.progress import peak_memory_bytes
 from jpq_export.runtime.encoder import OrtEncoder, is_encoder
+from jpq_export.runtime.native import Library
 from jpq_export.runtime.session import OrtModel, open_session
 
 PROMPT = 8
@@ -94,7 +95,8 @@ def main() -> None:
     options = parser.parse_args()
     opened = open_session(options.model, threads=options.threads, exact=options.exact, device="cpu")
     if is_encoder(opened[0]):
-        runs = f"onnxruntime CPU, jpq kernels {opened[1].implementations[0]}" if opened[1] else "onnxruntime CPU"
+        ours = isinstance(opened[1], Library)
+        runs = f"onnxruntime CPU{', jpq kernels' * ours}, activations in {'fp32' if options.exact else 'fewer bits'}"
         jobs = encoder_jobs(OrtEncoder(options.model, opened[0]), runs)
     else:
         jobs = decoder_jobs(OrtModel(options.model, exact=options.exact, opened=opened))
