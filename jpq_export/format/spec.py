@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 
-
 FLOAT_CACHE, INT8_CACHE = "float", "int8"
 KV_CACHES = (FLOAT_CACHE, INT8_CACHE)
 
