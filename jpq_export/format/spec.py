@@ -146,6 +146,11 @@ class ModelSpec:
         head = self.head_dim + 4 if self.kv_cache == INT8_CACHE else self.head_dim * float_bytes
         return 2 * kv_heads * head
 
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all layers of model.onnx."""
+        return self.cache_bytes(sum(layer.kv_heads for layer in self.layers))
+
     def with_layers(self, layers: tuple[LayerSpec, ...]) -> ModelSpec:
         """The same model with other per-layer widths."""
         return replace(self, layers=layers)
