@@ -156,8 +156,11 @@ class ModelSpec:
         return replace(self, layers=layers)
 
     def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """One line of JSON. Without a float cache's name: plans name their model by a hash of this, older than int8."""
+        raw = asdict(self)
+        if self.kv_cache == FLOAT_CACHE:
+            del raw["kv_cache"]
+        return json.dumps(raw, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> ModelSpec:
