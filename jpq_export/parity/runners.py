@@ -147,7 +147,8 @@ class OrtRunner:
     `kernels` puts our CPU kernels in the place of the function bodies.
     `exact` keeps activations in fp32 where onnxruntime would round them to 8 bits inside MatMulNBits.
     `with_points` adds graph outputs to a copy in memory; the file and its weights stay as they are. `open_cache` does
-    the same with an int8 cache: `forward` can be `given` what its new tokens are to be stored as.
+    the same with an int8 cache, if there is one: `opened` names its tensors, and `forward` can be `given` what its new
+    tokens are to be stored as.
     """
 
     def __init__(
@@ -238,8 +239,9 @@ def open_writes(graph: Any) -> dict[str, str]:
     "written.{name}" becomes an input of the same type as "past.{name}", with as many positions as there are new tokens.
     """
     past, computed = {value.name: value for value in graph.input}, {}
+    codes = {name[5:-6] for name in past if name.startswith("past.") and name.endswith("_scale")}  # with an int8 cache
     for node in graph.node:
-        if node.op_type == "Concat" and node.output[0].startswith("present."):
+        if node.op_type == "Concat" and node.output[0].removeprefix("present.").removesuffix("_scale") in codes:
             name = node.output[0].removeprefix("present.")
             computed[name], node.input[1] = node.input[1], f"written.{name}"
             graph.output.add(name=computed[name])

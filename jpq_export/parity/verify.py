@@ -65,8 +65,7 @@ def verify_bundle(folder: Path, *, progress: Progress | None = None) -> VerifyRe
     try:
         vectors = Vectors.load(folder / VECTORS)
         place = ONNX
-        stored = any(name.startswith(WRITTEN) for name in vectors.tensors)
-        runner = OrtRunner(folder / ONNX, kernels=native.available(), with_points=True, open_cache=stored)
+        runner = OrtRunner(folder / ONNX, kernels=native.available(), with_points=True, open_cache=True)
         place = VECTORS
         _check_vectors(vectors, runner)
         tick(2, PHASES)
