@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.format.compressed import CompressedModel
-from jpq_export.format.spec import ModelSpec
-from jpq_export.lower import basic, half, standard
+from jpq_export.format.spec import INT8_CACHE, ModelSpec
+from jpq_export.lower import basic, half, int8_cache, standard
 from jpq_export.lower.nodes import Nodes
 from jpq_export.lower.signed import SignedWeights
 from jpq_export.lower.weights import Form, Weights
@@ -45,7 +45,10 @@ class DecoderGraph:
         else:
             self.weights = Weights(model, form, self.nodes, with_overloads=dialect.functions)
         self.ops = half if dialect.half else standard if dialect.fused else basic
-        self.cache_type = ir.DataType.FLOAT16 if dialect.half else FLOAT
+        self.attend = int8_cache.attention if self.spec.kv_cache == INT8_CACHE else self.ops.attention
+        self.cached = dict.fromkeys(("key", "value"), ir.DataType.FLOAT16 if dialect.half else FLOAT)
+        if self.spec.kv_cache == INT8_CACHE:
+            self.cached = int8_cache.CACHED
         self.inputs: list[ir.Value] = []
         self.presents: list[ir.Value] = []
         self.taps: list[ir.Value] = []
@@ -151,22 +154,23 @@ class DecoderGraph:
             self._position(value, f"{at}.{part}_norm", heads[part], cos, sin)
             for part, value in (("q", query), ("k", key))
         )
+        widths = {part: 1 if part.endswith("_scale") else spec.head_dim for part in self.cached}
         past = [
-            self._input(f"past.{index}.{part}", self.cache_type, ["batch", layer.kv_heads, "past", spec.head_dim])
-            for part in ("key", "value")
+            self._input(f"past.{index}.{part}", dtype, ["batch", layer.kv_heads, "past", widths[part]])
+            for part, dtype in self.cached.items()
         ]
-        core, *present = self.ops.attention(
+        core, *present = self.attend(
             self.nodes,
             (query, key, value, self._masks[layer.window], *past),
             heads=heads["q"],
             kv_heads=heads["k"],
             head_dim=spec.head_dim,
             scale=spec.attention_scale,
-            names=(f"{at}.core", f"present.{index}.key", f"present.{index}.value"),
+            names=(f"{at}.core", *(f"present.{index}.{part}" for part in self.cached)),
         )
-        for item in present:
-            item.shape = ir.Shape(["batch", layer.kv_heads, "total", spec.head_dim])
-            item.type = ir.TensorType(self.cache_type)
+        for item, (part, dtype) in zip(present, self.cached.items(), strict=True):
+            item.shape = ir.Shape(["batch", layer.kv_heads, "total", widths[part]])
+            item.type = ir.TensorType(dtype)
         self.presents += present
         return self._residual(x, self.weights.linear(core, f"{at}.o"), at)
 

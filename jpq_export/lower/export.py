@@ -13,6 +13,7 @@ import onnx_ir as ir
 from jpq_export.errors import BundleError, StorageError, TargetError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec
+from jpq_export.format.spec import FLOAT_CACHE
 from jpq_export.lower.decoder import DecoderGraph, Dialect
 from jpq_export.lower.encoder import EncoderGraph
 from jpq_export.lower.functions import DOMAIN
@@ -36,11 +37,13 @@ def export_onnx(
     `taps`: add graph outputs "embed", "layers.{i}.attn", "layers.{i}.mlp", "norm".
 
     Raises:
-        TargetError: `tensorrt` is no version number.
+        TargetError: `tensorrt` is no version number, or a graph for TensorRT or TensorRT-RTX should keep int8.
         StorageError: the files cannot be written.
         BundleError: the written graph does not pass the ONNX checker.
     """
     dialect = RTX if form == "signed" else dialect_for(tensorrt)
+    if getattr(model.spec, "kv_cache", FLOAT_CACHE) != FLOAT_CACHE and (form == "signed" or tensorrt is not None):
+        raise TargetError(f"{path.name}: TensorRT's graphs keep a float cache; export with --kv-cache {FLOAT_CACHE}")
     encoder = isinstance(model.spec, EncoderSpec)
     graph = (EncoderGraph if encoder else DecoderGraph)(model, form, dialect)
     result = graph.build()

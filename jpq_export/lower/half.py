@@ -23,7 +23,7 @@ def attention(
     kv_heads: int,
     head_dim: int,
     scale: float,
-    names: tuple[str, str, str],
+    names: tuple[str, ...],
 ) -> tuple[ir.Value, ...]:
     """As `standard.attention`; past and present keys and values are fp16, query, key, value and the output float32.
 

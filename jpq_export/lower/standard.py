@@ -36,7 +36,7 @@ def attention(
     kv_heads: int,
     head_dim: int,
     scale: float,
-    names: tuple[str, str, str],
+    names: tuple[str, ...],
 ) -> tuple[ir.Value, ...]:
     """Grouped-query attention over past and new tokens: gives the output, present key and present value.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -28,7 +29,8 @@ Kernels: TypeAlias = native.Library | native_cuda.CudaLibrary | None
 class Output:
     """One pass: `logits` float32 [batch, seq, vocab]; `past`, the cache to go on with; `values`, other outputs by name.
 
-    The cache is {"0.key": float32 [batch, kv_heads, past, head_dim], "0.value": ..., ...}.
+    The cache is {"0.key": [batch, kv_heads, past, head_dim], "0.value": ..., ...}: float32, or int8 codes beside
+    float32 scales {"0.key_scale": [batch, kv_heads, past, 1], "0.value_scale": ..., ...}.
     """
 
     logits: np.ndarray
@@ -74,7 +76,11 @@ class OrtModel:
         self.path = _describe(unfused, exact, kernels)
         self._inputs = {value.name for value in self.session.get_inputs()}
         self.outputs = tuple(value.name for value in self.session.get_outputs())
-        self._cached = [name.removeprefix("present.") for name in self.outputs if name.startswith("present.")]
+        self._cached = {
+            value.name.removeprefix("past."): np.dtype(np.int8 if value.type == "tensor(int8)" else np.float32)
+            for value in self.session.get_inputs()
+            if value.name.startswith("past.")
+        }
         _return_freed_memory()
 
     def forward(
@@ -118,11 +124,17 @@ class OrtModel:
 
     def _empty(self, batch: int) -> dict[str, np.ndarray]:
         """The cache before the first token."""
-        cache = {}
-        for name in self._cached:
-            layer = int(name.split(".")[0])
-            cache[name] = np.zeros((batch, self.spec.layers[layer].kv_heads, 0, self.spec.head_dim), np.float32)
-        return cache
+        return {name: np.zeros((batch, *self._row(name, 0)), dtype) for name, dtype in self._cached.items()}
+
+    def _row(self, name: str, tokens: int) -> tuple[int, int, int]:
+        """Shape of one sequence's cache tensor: [kv_heads, tokens, head_dim], of scales [kv_heads, tokens, 1]."""
+        layer = self.spec.layers[int(name.split(".")[0])]
+        return layer.kv_heads, tokens, 1 if name.endswith("_scale") else self.spec.head_dim
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes the keys and values of one token take, in all layers."""
+        return sum(math.prod(self._row(name, 1)) * dtype.itemsize for name, dtype in self._cached.items())
 
     def start(self) -> Decoding:
         """A new sequence of one row."""

@@ -119,8 +119,8 @@ static jpq_result output_shape(ort_backend *self, size_t i, int *type, int64_t *
   return ort_check(api, status, "outputs", error);
 }
 
-/* `present.{i}.key` or `.value`: the cache tensor of layer i. */
-static jpq_result add_cached(ort_backend *self, const char *name, jpq_error *error) {
+/* `present.{i}.key` or `.value`, with int8 codes `.key_scale` or `.value_scale` too: a cache tensor of layer i. */
+static jpq_result add_cached(ort_backend *self, const char *name, int type, jpq_error *error) {
   const model_spec *spec = &self->base.spec;
   char *end;
   const unsigned long layer = strtoul(name + 8, &end, 10);
@@ -129,7 +129,10 @@ static jpq_result add_cached(ort_backend *self, const char *name, jpq_error *err
   ort_cached *made = self->cached + self->cached_count++;
   snprintf(made->present, NAME_MOST, "%s", name);
   snprintf(made->past, NAME_MOST, "past.%s", name + 8);
+  const size_t length = strlen(name);
   made->kv_heads = spec->kv_heads[layer];
+  made->width = length > 6 && !strcmp(name + length - 6, "_scale") ? 1 : spec->head_dim;
+  made->type = type, made->item = type == ORT_INT8 ? 1 : sizeof(float);
   return JPQ_SUCCESS;
 }
 
@@ -139,7 +142,7 @@ static jpq_result read_output(ort_backend *self, size_t i, const char *name, int
   const int embedding = !strcmp(name, "embedding"), ours = embedding || !strcmp(name, "logits") || !strncmp(name, "present.", 8);
   if (!ours) return JPQ_SUCCESS;
   JPQ_TRY(output_shape(self, i, &type, &last, error));
-  if (type != ORT_FLOAT)
+  if (type != ORT_FLOAT && !(type == ORT_INT8 && !strncmp(name, "present.", 8)))
     return jpq_fail(error, JPQ_UNSUPPORTED, GRAPH ": output %.60s is not float32; export the bundle for a CPU target", name);
   if (embedding) {
     if (last < 1 || last > 1 << 20)
@@ -148,7 +151,7 @@ static jpq_result read_output(ort_backend *self, size_t i, const char *name, int
     return JPQ_SUCCESS;
   }
   if (!strcmp(name, "logits")) return *logits = 1, JPQ_SUCCESS;
-  return add_cached(self, name, error);
+  return add_cached(self, name, type, error);
 }
 
 static jpq_result read_names(ort_backend *self, jpq_error *error) {
