@@ -56,7 +56,7 @@ def write_baselines(spec: ModelSpec, folder: Path) -> dict[str, Path]:
     for name, form in forms.items():
         out[name] = folder / name / "model.onnx"
         out[name].parent.mkdir()
-        export_onnx(model, out[name], form=form)
+        export_onnx(model, out[name], form=form, plain=True)
     return out
 
 

@@ -13,7 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.lower.nodes import Nodes
+from jpq_export.lower.standard import ACTIVATIONS, cache_shape, mask, norm, rotate
 
+__all__ = ["ACTIVATIONS", "CACHED", "attention", "cache_shape", "mask", "norm"]
 FLOAT, INT8 = ir.DataType.FLOAT, ir.DataType.INT8
 LARGEST = 127
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # divisor of a row of zeros, whose codes and scale are 0
@@ -24,6 +26,7 @@ CACHED = {"key": INT8, "value": INT8, "key_scale": FLOAT, "value_scale": FLOAT}
 def attention(
     nodes: Nodes,
     inputs: tuple[ir.Value, ...],
+    rotary: tuple[ir.Value, ir.Value] | None,
     *,
     heads: int,
     kv_heads: int,
@@ -37,6 +40,9 @@ def attention(
     four, `names` in this order.
     """
     query, key, value, allowed, *past = inputs
+    if rotary:
+        query = rotate(nodes, query, *rotary, heads=heads, head_dim=head_dim)
+        key = rotate(nodes, key, *rotary, heads=kv_heads, head_dim=head_dim)
     query, key, value = (
         _by_head(nodes, part, count, head_dim) for part, count in ((query, heads), (key, kv_heads), (value, kv_heads))
     )

@@ -16,8 +16,8 @@ from jpq_export.format.encoder_spec import Spec, spec_from_json
 from jpq_export.format.spec import INT8_CACHE, ModelSpec
 from jpq_export.parity.points import points, present_in
 from jpq_export.runtime import native
+from jpq_export.runtime.cache import CacheLayout
 
-ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 SPEC_KEY, UNFUSED_KEY = "jpq.spec", "jpq.unfused"
 
 
@@ -173,9 +173,7 @@ class OrtRunner:
         self.session = self._session(path, exact, kernels)
         self.version = onnxruntime.__version__
         self._inputs = {value.name: value.type for value in self.session.get_inputs()}
-        self._cached = {
-            name.removeprefix("past."): kind for name, kind in self._inputs.items() if name.startswith("past.")
-        }
+        self._layout = CacheLayout.of(self.session)
 
     def _session(self, path: Path, exact: bool, kernels: bool) -> Any:
         import onnxruntime
@@ -195,14 +193,6 @@ class OrtRunner:
             first_line = str(error).strip().splitlines()[0]
             raise BundleError(f"{path}: onnxruntime cannot load it ({first_line}); export the bundle again") from error
 
-    def _empty_cache(self, batch: int) -> dict[str, np.ndarray]:
-        spec, cache = self.spec, {}
-        for name, kind in self._cached.items():
-            width = 1 if name.endswith("_scale") else spec.head_dim
-            shape = (batch, spec.layers[int(name.split(".")[0])].kv_heads, 0, width)
-            cache[name] = np.zeros(shape, ELEMENTS[kind])
-        return cache
-
     def forward(
         self,
         ids: np.ndarray,
@@ -212,9 +202,9 @@ class OrtRunner:
         values: bool = False,
         given: Mapping[str, np.ndarray] | None = None,
     ) -> Outcome:
-        """As `TorchRunner.forward`; the cache is {"0.key": [batch, kv_heads, past, head_dim], ...}."""
-        cache = self._empty_cache(len(ids)) if cache is None else cache
-        past = next(iter(cache.values())).shape[2] if cache else (0 if mask is None else mask.shape[1] - ids.shape[1])
+        """As `TorchRunner.forward`; the cache is {"0.key": array, ...} in the order the graph wants."""
+        cache = self._layout.none(len(ids)) if cache is None else cache
+        past = self._layout.length(cache) if cache else (0 if mask is None else mask.shape[1] - ids.shape[1])
         if mask is None:
             mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask, past)}

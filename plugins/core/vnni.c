@@ -290,5 +290,5 @@ static void dequantize(const jpq_weight *w, int64_t row, int64_t begin, int64_t 
   other(w)->dequantize(w, row, begin, end, out);
 }
 
-const jpq_implementation jpq_vnni = {"avx512-vnni", available, takes, prepare, matmul_rows, dequantize};
+const jpq_implementation jpq_vnni = {"avx512-vnni", available, takes, prepare, matmul_rows, dequantize, NULL, 0};
 #endif

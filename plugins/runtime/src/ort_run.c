@@ -1,5 +1,6 @@
-/* Running the graph. The cache lies in two blocks of the sequence's own: onnxruntime reads one and writes the other, so
- * that nothing is copied or allocated from token to token. */
+/* Running the graph. The cache lies in a block of the sequence's own. Tensors that grow are bound to an input and an
+ * output at once; of others there are two, onnxruntime reads one and writes the other. Nothing is allocated from token
+ * to token. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -60,7 +61,7 @@ jpq_result ort_cache_new(const backend *base, int64_t capacity, backend_cache **
     const uint64_t one = (uint64_t)capacity * (uint64_t)each->kv_heads * (uint64_t)each->width * each->item;
     bytes += (size_t)((one + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
   }
-  cache->sides[0] = block(bytes), cache->sides[1] = block(bytes);
+  cache->sides[0] = block(bytes), cache->sides[1] = block(count && self->cached[0].grows ? 0 : bytes);
   cache->positions = malloc((size_t)capacity * sizeof(int64_t));
   cache->mask = malloc((size_t)capacity * sizeof(int64_t));
   cache->input_names = calloc(count + FIXED_INPUTS, sizeof(char *));
@@ -99,6 +100,16 @@ static jpq_result bind_cache(backend_cache *c, int64_t past, int64_t count, size
   for (size_t i = 0; i < self->cached_count; i++) {
     const ort_cached *each = self->cached + i;
     const int64_t heads = each->kv_heads, width = each->width;
+    if (each->grows) {
+      const int64_t dims[4] = {c->capacity, 1, heads, width};
+      unsigned char *data = c->sides[0] + c->offsets[i];
+      const size_t all = (size_t)(c->capacity * heads * width) * each->item;
+      c->input_names[first + i] = each->past;
+      c->output_names[FIXED_OUTPUTS + i] = each->present;
+      JPQ_TRY(tensor(self, data, all, dims, 4, each->type, c->inputs + first + i, error));
+      JPQ_TRY(tensor(self, data, all, dims, 4, each->type, c->outputs + FIXED_OUTPUTS + i, error));
+      continue;
+    }
     const int64_t before[4] = {1, heads, past, width}, after[4] = {1, heads, past + count, width};
     unsigned char *from = c->sides[c->current] + c->offsets[i], *to = c->sides[!c->current] + c->offsets[i];
     const size_t row = (size_t)(heads * width) * each->item;
