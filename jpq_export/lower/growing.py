@@ -82,7 +82,9 @@ def function(heads: int, kv_heads: int, head_dim: int, *, rotary: bool, scale: f
         )
         presents.append(nodes("Concat", *parts, axis=0, name=name))
         rows = nodes("Slice", presents[-1], nodes.ints(0), total, nodes.ints(0))
-        read.append(nodes("Reshape", nodes("Transpose", rows, perm=[1, 0, 2, 3]), nodes.ints(0, 0, kv_heads * head_dim)))
+        read.append(
+            nodes("Reshape", nodes("Transpose", rows, perm=[1, 0, 2, 3]), nodes.ints(0, 0, kv_heads * head_dim))
+        )
     heads_of = {"q_num_heads": heads, "kv_num_heads": kv_heads}
     core = nodes("Attention", query, *read, inputs["mask"], name="output", scale=scale, **heads_of)
     graph = ir.Graph(
