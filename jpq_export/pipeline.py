@@ -63,6 +63,8 @@ class Export:
         plan, rounded = self.round(loaded, texts, plan)
         compressed = self.recover(loaded, texts, plan, rounded)
         compressed = replace(compressed, spec=self.cached_spec(compressed.spec))
+        if self.request.kv_cache != FLOAT_CACHE:
+            compressed.save(self.work.path("compressed.safetensors"))
         if self.request.until == "compress":
             return self.stop_early(plan, keep={"plan.json", "compressed.safetensors"})
         self.lower(loaded, compressed)

@@ -2,8 +2,9 @@
 
 Two right runtimes differ in the last bits of a key, so where it lies near the middle between two codes they round to
 different ones. One such flip is half a percent of a key, ten thousand times what rounding explains, and the layers
-after it flip more. So a free run of both sides proves nothing, and the comparison is cut in two instead, each half
-with the bounds of fp32 arithmetic (see `tolerance`):
+after it flip more: over 144 tokens of SmolLM2 a free run of both sides ended with 16% of all codes different and logits
+1.7e-2 apart. That proves nothing, and the comparison is cut in two instead, each half with the bounds of fp32
+arithmetic (see `tolerance`); then 0.003% of the codes differ, and logits by 4e-6:
 
     the reference reads the codes and scales the runtime wrote: then logits agree as closely as with a float cache;
     each of those codes must be a rounding of the key or value the reference computed from the same past.
