@@ -13,7 +13,11 @@
 
 #define CONFIG_KEY "jpq.activations"
 extern const OrtCustomOp jpq_attention_operator; /* attention_op.c */
-enum { TASK_ROWS = 64, MOST_TASKS = 64 }; /* TASK_ROWS: the widest panel of the core */
+enum {
+  TASK_ROWS = 64, /* the widest panel of the core */
+  MOST_TASKS = 64,
+  SMALL = 1 << 17, /* products that one thread has done before others have woken */
+};
 
 /* An operator: what onnxruntime calls, and what we need to know when it does. */
 typedef struct operator_ {
@@ -101,7 +105,10 @@ static OrtStatus *multiply(const kernel *k, const OrtKernelContext *context, con
   if (!status && all.product.m > 0 && tasks > 0) {
     all.rows = (w->n + tasks * TASK_ROWS - 1) / (tasks * TASK_ROWS) * TASK_ROWS;
     tasks = (w->n + all.rows - 1) / all.rows;
-    failed = ORT(k->api, KernelContext_ParallelFor)(context, task, (size_t)tasks, 0, &all);
+    if (w->n * w->k * all.product.m <= SMALL)
+      for (int64_t i = 0; i < tasks; i++) task(&all, (size_t)i);
+    else
+      failed = ORT(k->api, KernelContext_ParallelFor)(context, task, (size_t)tasks, 0, &all);
     for (int64_t i = 0; i < tasks; i++) status = all.status[i] ? all.status[i] : status;
   }
   jpq_release(&all.product);

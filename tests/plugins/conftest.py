@@ -124,7 +124,7 @@ class Core:
         return status, out[:-GUARD].reshape(len(indices), -1)
 
     def attend(self, arrays, sizes, name):
-        """Status, y, keys and values. `arrays`: q, k, v, cos, sin, mask, keys, values; `sizes`: batch ... dim, scale."""
+        """Status, y, keys, values. `arrays`: q, k, v, cos, sin, mask, keys, values; `sizes`: batch ... dim, scale."""
         y = np.full(arrays[0].size + GUARD, np.nan, np.float32)
         keys, values = arrays[6].copy(), arrays[7].copy()
         request = Attention(*(address(a) for a in (*arrays[:6], keys, values, y)), *sizes, name.encode())
