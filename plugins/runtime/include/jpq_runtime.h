@@ -8,8 +8,9 @@
  *
  * Ownership: whoever got an object from jpq_*_load or jpq_*_new frees it with jpq_*_free, which takes NULL too.
  *
- * Trust: a bundle may bring a native library (plugins/libjpq_cpu.so). Its sha256 is compared with the manifest before it
- * is loaded, which finds damage, not malice: for a bundle of unknown origin set `kernels` to "none".
+ * Trust: a bundle may bring native code: plugins/libjpq_cpu.so, and in device/ what `jpq-export build` made (an engine and
+ * its plugin library). Their sha256 is compared with the record before they are loaded, which finds damage, not malice:
+ * for a bundle of unknown origin set `kernels` to "none".
  */
 #ifndef JPQ_RUNTIME_H
 #define JPQ_RUNTIME_H

@@ -1,6 +1,8 @@
 """What the C runtime's TensorRT backend refuses, each in one line, with nothing left behind. NOT run on a GPU."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +138,14 @@ def test_an_engine_of_another_model_is_refused(stand_in, backend, device_bundle,
 def test_more_than_the_engines_profiles_hold_is_refused(stand_in, backend, device_bundle, what, arguments, said):
     done, _ = backend(what, device_bundle, *arguments, **TENSORRT)
     assert stand_in.refused(done, said) == BAD_ARGUMENT
+
+
+def test_nvidias_own_library_of_another_version_is_told_apart(stand_in, backend, device_bundle):
+    """The only real one that can be had without a GPU: its entry points are found and its version is read."""
+    name = "tensorrt_dispatch_libs"
+    found = importlib.util.find_spec(name)
+    if found is None:
+        pytest.skip(f"no {name}: pip install tensorrt-dispatch-cu13-libs")
+    library = next(Path(next(iter(found.submodule_search_locations or ()))).glob("libnvinfer_dispatch.so.*"))
+    done, _ = backend("ids", device_bundle, 3, *PROMPT, library=str(library), **TENSORRT)
+    assert stand_in.refused(done, "TensorRT 11.", "this libjpq_runtime was compiled for TensorRT 10") == BACKEND
