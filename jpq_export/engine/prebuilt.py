@@ -93,10 +93,11 @@ def find_cross_tools(*, tensorrt: str, cuda: str | None) -> CrossTools:
 
 
 def _nvcc(major: int) -> str | None:
-    """The first nvcc of this major version: another one's CUDA runtime asks for another driver."""
-    installed = sorted(str(path) for path in TOOLKITS.glob(f"cuda-{major}.*/bin/nvcc"))
+    """The first nvcc of this major version, in its toolkit: another one's CUDA runtime asks for another driver."""
+    installed = sorted(str(path) for path in TOOLKITS.glob("cuda*/bin/nvcc"))
     for path in (find_tool("nvcc"), *installed):
-        if path and _output([path, "--version"]).find(f"release {major}.") >= 0:
+        headers = Path(path).resolve().parents[1] / "include" / "cuda_runtime.h" if path else None
+        if path and headers and headers.is_file() and f"release {major}." in _output([path, "--version"]):
             return path
     return None
 

@@ -43,6 +43,7 @@ def machine(tmp_path, monkeypatch):
     for path in ("aarch64-linux", "sbsa-linux"):
         (toolkit / "targets" / path / "lib" / "libcudart_static.a").write_bytes(b"")
     (headers / "NvInferRuntime.h").write_text("")
+    (toolkit / "include" / "cuda_runtime.h").write_text("")
     (headers / "NvInferVersion.h").write_text(
         "#define TRT_MAJOR_ENTERPRISE 10\n#define NV_TENSORRT_MAJOR TRT_MAJOR_ENTERPRISE\n"
     )
