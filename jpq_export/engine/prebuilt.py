@@ -47,11 +47,12 @@ def add_prebuilt(
 ) -> list[dict[str, Any]]:
     """Compile the sources of the bundle `folder` for a board; records for the manifest, none when tools are missing.
 
-    `sm`, `tensorrt`, `cuda`: the target's. `say` gets one line either way.
+    `sm`, `tensorrt`, `cuda`: the target's. `say` gets a line for each step.
     """
     shutil.rmtree(folder / FOLDER, ignore_errors=True)  # of a killed run
     try:
         tools = find_cross_tools(tensorrt=tensorrt, cuda=cuda)
+        say(f"compiling the plugin for {MACHINE}, sm_{sm} (about half a minute)")
         path = cross_compile(folder, tools, sm=sm)
     except PluginError as error:
         say(f"no prebuilt plugin in the bundle ({error}): the board compiles its sources")

@@ -7,6 +7,8 @@ import json
 import os
 import platform
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from jpq_export.engine.plugin import PluginError
 from jpq_export.engine.prebuilt import add_prebuilt, find_cross_tools, reason_against
 from jpq_export.engine.preflight import preflight
 from jpq_export.format.bundle import Manifest, hash_file, read_manifest, write_manifest
+from jpq_export.prove import _device_files
 
 ELF = b"\x7fELF" + bytes(14) + b"\xb7\x00"
 # Writes an ELF header for aarch64 and what SYMBOLS says where the last argument points; keeps the commands.
@@ -80,7 +83,7 @@ def test_it_is_compiled_recorded_and_carried(machine, bundle):
     versions = {"abi": 1, "machine": "aarch64", "tensorrt": 10, "cuda": 12}
     assert binaries == [{"file": name, "sha256": hash_file(bundle / name).sha256, "sms": [87], **versions}]
     assert name in bundle_names(bundle)
-    assert said == ["plugin compiled for aarch64, sm_87, CUDA 12: 0.0 MB, not run"]
+    assert said[1:] == ["plugin compiled for aarch64, sm_87, CUDA 12: 0.0 MB, not run"]
     ran = commands.read_text().splitlines()
     assert [line.split()[0] for line in ran] == ["nvcc", "nvcc", "aarch64-linux-gnu-g++", "aarch64-linux-gnu-g++"]
     assert "-gencode arch=compute_87,code=sm_87" in ran[1]
@@ -130,7 +133,7 @@ def test_a_compiler_that_fails_is_said_and_the_export_goes_on(machine, bundle):
     path = commands.with_name("aarch64-linux-gnu-g++")
     path.write_text("#!/bin/sh\necho 'plugin.cpp:3: error: no such thing' >&2\nexit 1\n")
     assert add(bundle, said) == []
-    assert "aarch64-linux-gnu-g++ fails: plugin.cpp:3: error: no such thing" in said[0]
+    assert "aarch64-linux-gnu-g++ fails: plugin.cpp:3: error: no such thing" in said[-1]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,7 @@ def test_a_library_that_boards_cannot_load_does_not_get_into_the_bundle(machine,
     machine(symbols="GLIBC_2.38")
     said: list[str] = []
     assert add(bundle, said) == []
-    assert "needs GLIBC 2.38" in said[0]
+    assert "needs GLIBC 2.38" in said[-1]
     assert not (bundle / "plugins" / "prebuilt").exists()
 
 
@@ -213,3 +216,15 @@ def test_a_malformed_record_is_refused(machine, bundle, board, settings):
     assert json.loads((bundle / "manifest.json").read_text())["device"]["binaries"][0]["cuda"] == "12"
     with pytest.raises(Exception, match="device: malformed"):
         prepare(settings, replace(board, machine=platform.machine()))
+
+
+@pytest.mark.parametrize(("kind", "sms"), [("jetson", [[87]]), ("rtx", [])])
+def test_an_export_for_a_jetson_asks_for_it(machine, bundle, kind, sms):
+    machine()
+    target = SimpleNamespace(kind=kind, sm=87, tensorrt="10.3", cuda="12.6")
+    export: Any = SimpleNamespace(
+        work=SimpleNamespace(folder=bundle),
+        request=SimpleNamespace(target=target),
+        stages=SimpleNamespace(note=lambda _text: None),
+    )
+    assert [raw["sms"] for raw in _device_files(export, "10.3")["binaries"]] == sms
