@@ -23,6 +23,14 @@ TENSORRT = {"BACKEND": "1"}
 MAX_PROMPT, MAX_TOKENS = 5, 24  # of stand_in.py's engine
 PROMPT = (3, 17, 4)
 
+PROJECT = """
+cmake_minimum_required(VERSION 3.18)
+project(in_c C)
+find_package(jpq_runtime 0.1 REQUIRED)
+add_executable(generate generate.c)
+target_link_libraries(generate PRIVATE jpq::runtime)
+"""
+
 
 def test_a_generation_makes_the_expected_calls(stand_in, backend, device_bundle):
     done, calls = backend("ids", device_bundle, 3, *PROMPT, **TENSORRT)
@@ -170,30 +178,36 @@ def test_a_wrong_backend_is_refused(stand_in, backend, both):
     assert stand_in.refused(done, 'kernels: "none", but the engine needs its plugin library') == BAD_ARGUMENT
 
 
-def configure(folder, *options):
-    if not shutil.which("cmake") or not shutil.which("gcc"):
-        pytest.skip("no cmake or no gcc")
-    source = native.sources_folder() / "runtime"
-    command = ["cmake", "-S", source, "-B", folder, "-DJPQ_KERNELS=OFF", *options]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def finish(*command, **environment):
+    command, environment = [str(part) for part in command], {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
 
 
-def test_the_library_cmake_builds_runs_the_example(device_bundle, gpu, stand_in, nvidia_headers, tmp_path):
-    tensorrt, cuda = nvidia_headers[1], nvidia_headers[3]
-    said = configure(tmp_path / "build", f"-DJPQ_TENSORRT_INCLUDE={tensorrt}", f"-DJPQ_CUDA_INCLUDE={cuda}")
+def configure(folder, *options, source=None):
+    if not shutil.which("cmake") or not shutil.which("gcc"):
+        pytest.skip("no cmake or no gcc")
+    source = source or native.sources_folder() / "runtime"
+    return finish("cmake", "-S", source, "-B", folder, "-DJPQ_KERNELS=OFF", "-DJPQ_EXAMPLES=OFF", *options)
+
+
+@pytest.mark.parametrize("shared", ["ON", "OFF"])
+def test_a_project_in_c_runs_the_installed_library(device_bundle, gpu, stand_in, nvidia_headers, tmp_path, shared):
+    where = (f"-DJPQ_TENSORRT_INCLUDE={nvidia_headers[1]}", f"-DJPQ_CUDA_INCLUDE={nvidia_headers[3]}")
+    prefix, project = tmp_path / "prefix", tmp_path / "project"
+    said = configure(tmp_path / "build", *where, f"-DBUILD_SHARED_LIBS={shared}", f"-DCMAKE_INSTALL_PREFIX={prefix}")
     assert "TensorRT backend with the headers" in said
-    build = ["cmake", "--build", str(tmp_path / "build"), "--target", "generate"]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    command = [tmp_path / "build" / "bin" / "generate", device_bundle, "w0 w1 w2", "6"]
+    finish("cmake", "--build", tmp_path / "build", "--target", "install")
+    project.mkdir()
+    shutil.copy(native.sources_folder() / "runtime" / "examples" / "generate.c", project)
+    (project / "CMakeLists.txt").write_text(PROJECT)
+    configure(tmp_path / "out", f"-DCMAKE_PREFIX_PATH={prefix}", source=project)
+    finish("cmake", "--build", tmp_path / "out")
     own = {"LD_LIBRARY_PATH": str(gpu), "JPQ_IDS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **own}, check=False)
+    tokens = finish(tmp_path / "out" / "generate", device_bundle, "w0 w1 w2", "6", **own).split()
     words = Tokenizer.from_file(str(device_bundle / "tokenizer.json"))
-    assert [int(line) for line in done.stdout.split()] == stand_in.expected(words.encode("w0 w1 w2").ids, 6), (
-        done.stderr
-    )
+    assert [int(token) for token in tokens] == stand_in.expected(words.encode("w0 w1 w2").ids, 6)
 
 
 def test_a_library_built_without_the_headers_says_so(harness, device_bundle, tmp_path):
