@@ -70,7 +70,7 @@ int cuDevicePrimaryCtxRetain(void **out, int) {
 }
 int cuDevicePrimaryCtxRelease_v2(int) {
   CALL(cuDevicePrimaryCtxRelease_v2);
-  if (--retained < 0) never("a context released twice");
+  if (--retained < 0 || depth) never("a context released twice, or while it is current");
   return 0;
 }
 int cuCtxPushCurrent_v2(void *context) {

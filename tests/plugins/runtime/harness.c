@@ -6,7 +6,7 @@
  *     harness pair LIBRARY KERNELS FOLDER COUNT ID ID... two threads: COUNT greedy tokens after the first ID, after the others
  *     harness load LIBRARY KERNELS FOLDER TIMES          load, run and free; prints the resident kB after each
  *
- * LIBRARY and KERNELS may be empty. BACKEND in the environment: the number of a jpq_backend_kind.
+ * LIBRARY and KERNELS may be empty. In the environment: BACKEND, the number of a jpq_backend_kind; ENGINE, options.engine.
  */
 #include <inttypes.h>
 #include <pthread.h>
@@ -28,6 +28,7 @@ static jpq_result open_model(char **arguments, jpq_model **model, jpq_error *err
   jpq_load_options options;
   jpq_load_defaults(&options);
   if (getenv("BACKEND")) options.backend = (jpq_backend_kind)atoi(getenv("BACKEND"));
+  options.engine = getenv("ENGINE");
   options.library = *arguments[0] ? arguments[0] : NULL, options.kernels = *arguments[1] ? arguments[1] : NULL, options.threads = 1;
   options.check = getenv("CHECK") != NULL;
   return jpq_model_load(arguments[2], &options, model, error);

@@ -127,6 +127,16 @@ def test_an_engine_with_its_kernels_inside_loads_no_library(stand_in, backend, d
     assert not [line for line in calls if line.startswith("loadLibrary")]
 
 
+def test_an_engine_elsewhere_with_its_record_and_plugin_beside_it(stand_in, backend, device_bundle, tmp_path):
+    shutil.move(device_bundle / "device", tmp_path / "built")
+    engine = tmp_path / "built" / "model.engine"
+    done, calls = backend("ids", device_bundle, 2, *PROMPT, ENGINE=str(engine))  # found without JPQ_TENSORRT, too
+    assert stand_in.tokens_of(done) == stand_in.expected(PROMPT, 2)
+    assert f"loadLibrary {engine.with_name(LIBRARY)}" in calls
+    done, _ = backend("ids", device_bundle, 2, *PROMPT, **TENSORRT)
+    assert stand_in.refused(done, "device/device.json: cannot be read", "jpq-export build") == BAD_BUNDLE
+
+
 @pytest.fixture
 def both(device_bundle, bundle_folder, tmp_path):
     """A bundle for onnxruntime with the stand-in's engine, which knows another model, in device/."""

@@ -1,5 +1,5 @@
 // TensorRT's C++ classes as C functions. Nothing of libnvinfer is linked: its two entry points are looked up in the loaded
-// library, everything else is virtual. One source for TensorRT 10.3 to 11; only what all of them have is used.
+// library, everything else is virtual. Written for TensorRT 10.3 to 11, compiled with the headers of 10.14.
 #include "trt_engine.h"
 
 #include <NvInferRuntime.h>
