@@ -56,6 +56,12 @@ static const jpq_implementation *choose(const jpq_weight *w, const char *name, j
   return NULL;
 }
 
+const jpq_implementation *jpq_choose_attention(int64_t dim, const char *name) {
+  for (int j = 0; j < COUNT; j++)
+    if ((!name || !strcmp(name, all[j]->name)) && all[j]->available() && all[j]->attend && dim % all[j]->lanes == 0) return all[j];
+  return NULL;
+}
+
 jpq_status jpq_prepare(jpq_product *p) {
   p->chosen = NULL;
   p->prepared = NULL;

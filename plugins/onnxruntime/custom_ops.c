@@ -1,4 +1,4 @@
-/* `jpq::LowBitMatMul` and `jpq::LowBitGather` for onnxruntime on the CPU, over plugins/core.
+/* `jpq::LowBitMatMul` and `jpq::LowBitGather` (`jpq::Attention` is in attention_op.c) for onnxruntime on the CPU, over plugins/core.
  *
  * The session option "jpq.activations" ("fp32" when absent, "int16", "int8"), set before the library is registered,
  * says what may happen to X. Work is split over the session's own threads.
@@ -9,8 +9,10 @@
 #include "../core/low_bit.h"
 #define JPQ_SPEAKER "jpq"
 #include "ort_inputs.h"
+#include "ort_operator.h"
 
 #define CONFIG_KEY "jpq.activations"
+extern const OrtCustomOp jpq_attention_operator; /* attention_op.c */
 enum { TASK_ROWS = 64, MOST_TASKS = 64 }; /* TASK_ROWS: the widest panel of the core */
 
 /* An operator: what onnxruntime calls, and what we need to know when it does. */
@@ -31,10 +33,6 @@ typedef struct kernel {
 /* ---- description ---- */
 
 static const char *ORT_CALL name(const OrtCustomOp *op) { return ((const operator_ *)op)->name; }
-static const char *ORT_CALL provider(const OrtCustomOp *op) {
-  (void)op;
-  return NULL; /* the CPU */
-}
 
 /* X or indices, packed, scales, then zeros unless symmetric, then an optional bias. */
 static int ORT_CALL input_type(const OrtCustomOp *op, size_t i) {
@@ -53,22 +51,6 @@ static size_t ORT_CALL output_count(const OrtCustomOp *op) {
 static int ORT_CALL input_kind(const OrtCustomOp *op, size_t i) {
   (void)op;
   return i < 3 ? ORT_REQUIRED : ORT_OPTIONAL;
-}
-static int ORT_CALL output_kind(const OrtCustomOp *op, size_t i) {
-  (void)op, (void)i;
-  return ORT_REQUIRED;
-}
-static int ORT_CALL memory_type(const OrtCustomOp *op, size_t i) {
-  (void)op, (void)i;
-  return 0;
-}
-static int ORT_CALL one(const OrtCustomOp *op) {
-  (void)op;
-  return 1;
-}
-static int ORT_CALL last_version(const OrtCustomOp *op) {
-  (void)op;
-  return 0x7fffffff;
 }
 
 /* ---- creation ---- */
@@ -145,8 +127,8 @@ static OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
 
 /* onnxruntime calls the second versions where they are given; these satisfy its check that a kernel can be made. */
 #define OPERATOR(NAME, GATHER, MODE)                                                                              \
-  {{JPQ_ORT_API, NULL, name, provider, input_type, input_count, output_type, output_count, NULL, destroy,          \
-    input_kind, output_kind, memory_type, one, one, one, one, create, compute, NULL, one, last_version, NULL, NULL, \
+  {{JPQ_ORT_API, NULL, name, on_the_cpu, input_type, input_count, output_type, output_count, NULL, destroy,          \
+    input_kind, all_required, default_memory, one, one, one, one, create, compute, NULL, one, last_version, NULL, NULL, \
     NULL, NULL},                                                                                                   \
    NAME, GATHER, MODE}
 
@@ -188,5 +170,6 @@ JPQ_EXPORT OrtStatus *ORT_CALL RegisterCustomOps(OrtSessionOptions *options, con
   TRY(ORT(api, CreateCustomOpDomain)("jpq", &domain)); /* lives as long as the library, as onnxruntime asks */
   TRY(ORT(api, CustomOpDomain_Add)(domain, &matmuls[mode].base));
   TRY(ORT(api, CustomOpDomain_Add)(domain, &gather.base));
+  TRY(ORT(api, CustomOpDomain_Add)(domain, &jpq_attention_operator));
   return ORT(api, AddCustomOpDomain)(options, domain);
 }
