@@ -207,7 +207,7 @@ def test_a_project_in_c_runs_the_installed_library(device_bundle, gpu, stand_in,
     where = (f"-DJPQ_TENSORRT_INCLUDE={nvidia_headers[1]}", f"-DJPQ_CUDA_INCLUDE={nvidia_headers[3]}")
     prefix, project = tmp_path / "prefix", tmp_path / "project"
     said = configure(tmp_path / "build", *where, f"-DBUILD_SHARED_LIBS={shared}", f"-DCMAKE_INSTALL_PREFIX={prefix}")
-    assert "TensorRT backend with the headers" in said
+    assert "TensorRT backend with the headers of 1" in said
     finish("cmake", "--build", tmp_path / "build", "--target", "install")
     project.mkdir()
     shutil.copy(native.sources_folder() / "runtime" / "examples" / "generate.c", project)
@@ -225,6 +225,14 @@ def test_a_library_built_without_the_headers_says_so(harness, device_bundle, tmp
     nowhere = (f"-DCMAKE_FIND_ROOT_PATH={tmp_path}", "-DCMAKE_FIND_ROOT_PATH_MODE_INCLUDE=ONLY")
     assert "TensorRT backend left out: needs a C++ compiler, NvInferRuntime.h" in configure(tmp_path / "a", *nowhere)
     assert "TensorRT backend" not in configure(tmp_path / "b", "-DJPQ_TENSORRT=OFF")
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "NvInferRuntime.h").write_text("")
+    (old / "cuda_runtime_api.h").write_text("")
+    (old / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 8\n#define NV_TENSORRT_MINOR 5 //!< minor\n")
+    said = configure(tmp_path / "c", f"-DJPQ_TENSORRT_INCLUDE={old}", f"-DJPQ_CUDA_INCLUDE={old}")
+    assert "left out: the headers in" in said
+    assert "are of 8.5, needed 10.3 or later" in said
     done = harness("ids", "none", device_bundle, 1, 3, BACKEND="1")
     assert done.returncode == 3
     assert b"was built without TensorRT's headers" in done.stderr
