@@ -6,11 +6,11 @@ import platform
 from copy import copy
 from dataclasses import asdict, replace
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jpq_export import __version__
 from jpq_export.engine.contents import add_device_files, bundle_names
+from jpq_export.engine.prebuilt import add_prebuilt
 from jpq_export.engine.rtx import GRAPH, RtxEngine, try_build
 from jpq_export.format.bundle import MANIFEST, Manifest, read_manifest, write_manifest
 from jpq_export.format.encoder_spec import KIND, EncoderSpec
@@ -75,7 +75,7 @@ def finish_bundle(
     manifest = _manifest(export, loaded, plan, compressed, quality)
     manifest = replace(manifest, engine=engine.to_dict() if engine else None, kv_cache=kv_cache)
     if tensorrt := export.request.target.tensorrt:
-        manifest = replace(manifest, device=_device_files(work.folder, tensorrt))
+        manifest = replace(manifest, device=_device_files(export, tensorrt))
         keep |= bundle_names(work.folder)
     write_manifest(work.folder, manifest.with_contents(work.folder, names=keep))
     write_report(work.folder)
@@ -127,7 +127,7 @@ def _engine(export: Export, compressed: CompressedModel) -> RtxEngine:
     return engine
 
 
-def _device_files(folder: Path, tensorrt: str) -> dict[str, Any]:
+def _device_files(export: Export, tensorrt: str) -> dict[str, Any]:
     """Put into the bundle what the board needs to build an engine; the manifest's device section."""
     from jpq_export.parity import tolerance
     from jpq_export.parity.vectors import Vectors
@@ -137,9 +137,10 @@ def _device_files(folder: Path, tensorrt: str) -> dict[str, Any]:
         sources = native.sources_folder()
     except native.NativeError:
         sources = None  # the manifest lists what is missing, and `build` says it
+    folder, target = export.work.folder, export.request.target
     recorded = Vectors.load(folder / "vectors.safetensors").tensors
     prompt = recorded["ids.prefill"].shape[1]
-    return add_device_files(
+    section = add_device_files(
         folder,
         sources,
         tensorrt=tensorrt,
@@ -147,6 +148,10 @@ def _device_files(folder: Path, tensorrt: str) -> dict[str, Any]:
         prompt=max(prompt, recorded["ids.padded"].shape[1]),
         tokens=max(prompt + len(recorded["greedy"]), recorded["ids.padded"].shape[1]),
     )
+    if target.kind != "jetson" or target.sm is None or section["missing"]:
+        return section
+    binaries = add_prebuilt(folder, sm=target.sm, tensorrt=tensorrt, cuda=target.cuda, say=export.stages.note)
+    return {**section, "binaries": binaries}
 
 
 def _quality(

@@ -208,7 +208,7 @@ jpq_result ort_backend_open(const char *folder, const manifest *m, const jpq_loa
   self->base.free = close_all;
   self->base.cache_new = ort_cache_new, self->base.cache_free = ort_cache_free;
   self->base.step = ort_step, self->base.embed = ort_embed;
-  self->base.most_new = STEP_TOKENS;
+  self->base.most_new = STEP_TOKENS, self->base.most_past = INT64_MAX, self->base.limit = "model";
   jpq_result result = open_library(options->library, self, error);
   if (!result) result = open_session(self, folder, m, options, error);
   if (!result) result = read_spec(self, folder, error);
