@@ -21,7 +21,8 @@ FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 class Dialect:
     """What the reader of the file understands. `fused`: Attention, RMSNormalization and RotaryEmbedding are known.
 
-    `half`: attention and its cache are fp16. `growing`: attention is ours, over a cache that grows in place.
+    `half`: attention and its cache are fp16. `growing`: our own operators for what onnxruntime is slow
+    at: attention over a cache that grows in place, products of one X at once.
     """
 
     opset: int = 23
@@ -44,7 +45,8 @@ class DecoderGraph:
         if form == "signed":
             self.weights = SignedWeights(model, self.nodes)
         else:
-            self.weights = Weights(model, form, self.nodes, with_overloads=dialect.functions)
+            overloads, together = dialect.functions, dialect.growing
+            self.weights = Weights(model, form, self.nodes, with_overloads=overloads, together=together)
         fused = growing if dialect.growing else half if dialect.half else standard
         self.ops = fused if dialect.fused else basic
         if self.spec.kv_cache == INT8_CACHE:
@@ -160,7 +162,7 @@ class DecoderGraph:
             return x
         at = self.nodes.scope = f"layers.{index}.attn"
         inner = self._norm(x, f"{at}_norm")
-        query, key, value = (self.weights.linear(inner, f"{at}.{part}") for part in "qkv")
+        query, key, value = self.weights.linears(inner, [f"{at}.{part}" for part in "qkv"])
         heads, kv_heads = layer.kv_heads * spec.heads_per_group, layer.kv_heads
         if spec.qk_norm:
             query = self._head_norm(query, f"{at}.q_norm", heads)
@@ -202,7 +204,7 @@ class DecoderGraph:
             return x
         at = self.nodes.scope = f"layers.{index}.mlp"
         inner = self._norm(x, f"{at}_norm")
-        gate, up = (self.weights.linear(inner, f"{at}.{part}") for part in ("gate", "up"))
+        gate, up = self.weights.linears(inner, [f"{at}.{part}" for part in ("gate", "up")])
         active = self.ops.ACTIVATIONS[self.spec.activation](self.nodes, gate)
         product = self.nodes("Mul", active, up, name=f"{at}.inner")
         return self._residual(x, self.weights.linear(product, f"{at}.down"), at)

@@ -119,4 +119,4 @@ static jpq_status attend(const jpq_attention *a, const attention_task *task) {
   return JPQ_OK;
 }
 
-const jpq_implementation jpq_scalar = {"scalar", available, takes, prepare, matmul_rows, dequantize, attend, 1};
+const jpq_implementation jpq_scalar = {"scalar", available, takes, prepare, NULL, matmul_rows, dequantize, attend, 1};

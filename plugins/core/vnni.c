@@ -95,6 +95,9 @@ static void find_lanes(int32_t *lane, int64_t columns, int64_t paired, int32_t g
   }
 }
 
+/* The order of the codes: none of its own, or that of pairs up to 4 bits or above. */
+static int form(const jpq_weight *w) { return in_pairs(w->bits, w->group_size) ? 1 + (w->bits > 4) : 0; }
+
 static jpq_status prepare(jpq_product *p) {
   const jpq_weight *w = p->weight;
   static const int parts_of[] = {[JPQ_FP32] = 3, [JPQ_INT8] = 1, [JPQ_INT16] = 2};
@@ -290,5 +293,5 @@ static void dequantize(const jpq_weight *w, int64_t row, int64_t begin, int64_t 
   other(w)->dequantize(w, row, begin, end, out);
 }
 
-const jpq_implementation jpq_vnni = {"avx512-vnni", available, takes, prepare, matmul_rows, dequantize, NULL, 0};
+const jpq_implementation jpq_vnni = {"avx512-vnni", available, takes, prepare, form, matmul_rows, dequantize, NULL, 0};
 #endif

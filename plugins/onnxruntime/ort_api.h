@@ -31,7 +31,7 @@ typedef void(ORT_CALL *OrtFunction)(void);
 
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };                                              /* OrtErrorCode */
 enum { ORT_ANY = 0, ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_INT64 = 7, ORT_BOOL = 9, ORT_FLOAT16 = 10 }; /* element types */
-enum { ORT_REQUIRED = 0, ORT_OPTIONAL = 1 };                                                  /* inputs, outputs */
+enum { ORT_REQUIRED = 0, ORT_OPTIONAL = 1, ORT_VARIADIC = 2 };                                /* inputs, outputs */
 
 /* Slots of the table. */
 enum {

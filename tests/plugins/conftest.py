@@ -39,6 +39,7 @@ class Product(ctypes.Structure):
         ("chosen", ctypes.c_void_p),
         ("parts", ctypes.c_int),
         ("prepared", ctypes.c_void_p),
+        ("borrowed", ctypes.c_int),
     )
 
 
