@@ -36,7 +36,8 @@ def show_bench(result: BenchResult) -> None:
     base = result.baselines.get("onnxruntime-fp32")
     table = Table(title=f"{result.settings.threads} thread(s), {result.processor}")
     table.add_column("runtime", no_wrap=True)
-    for title in ("model", "decode tokens/s", f"prefill of {result.settings.prefill}, tokens/s", "peak memory"):
+    prefill_title = f"prefill of {result.settings.prefill}, tokens/s"
+    for title in ("model", "decode tokens/s", prefill_title, "peak memory", "cache, 1,000 tokens"):
         table.add_column(title, justify="right")
     for name, speed in speeds.items():
         decode, prefill = (
@@ -46,7 +47,8 @@ def show_bench(result: BenchResult) -> None:
                 (speed.prefill_tokens_per_s, base.prefill_tokens_per_s if base else 1),
             )
         )
-        table.add_row(name, size(speed.file_bytes), decode, prefill, size(speed.peak_rss_bytes))
+        cache = size(1000 * speed.cache_bytes_per_token) if speed.cache_bytes_per_token else "-"
+        table.add_row(name, size(speed.file_bytes), decode, prefill, size(speed.peak_rss_bytes), cache)
     console.print(table)
     for bits, (count, rate) in by_bits(result).items():
         share = f", {rate / result.read_gb_s:.0%} of the read bandwidth" if result.read_gb_s else ""

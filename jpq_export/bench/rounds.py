@@ -52,13 +52,17 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Medians over all rounds; `file_bytes`: the model on disk; `runs`: what computed the products."""
+    """Medians over all rounds; `file_bytes`: the model on disk; `runs`: what computed the products.
+
+    `cache_bytes_per_token`: keys and values; 0 where the runtime does not say.
+    """
 
     decode_tokens_per_s: float
     prefill_tokens_per_s: float
     peak_rss_bytes: int
     file_bytes: int
     runs: str
+    cache_bytes_per_token: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +250,13 @@ def _take_turns(
     for name, worker in workers.items():
         memory = worker.ask(memory=True)
         rates = 1 / median(decodes[name]), settings.prefill / median(prefills[name])
-        out[name] = Speed(*rates, memory["peak_rss_bytes"], worker.file_bytes, memory["runs"])
+        out[name] = Speed(
+            *rates,
+            memory["peak_rss_bytes"],
+            worker.file_bytes,
+            memory["runs"],
+            memory.get("cache_bytes_per_token", 0),
+        )
     return out
 
 

@@ -3,7 +3,8 @@
 python -m jpq_export.bench.worker model.onnx --threads 1 [--exact]
 {"prefill": 128}  ->  {"seconds": 0.28}
 {"decode": 16}    ->  {"seconds": [0.010, ...]}      one number a token, after a prompt of 8
-{"memory": true}  ->  {"peak_rss_bytes": 133000000, "runs": "onnxruntime CPU, jpq kernels ..."}
+{"memory": true}  ->  {"peak_rss_bytes": 133000000, "runs": "onnxruntime CPU, jpq kernels ...",
+                       "cache_bytes_per_token": 46080}
 
 A sentence encoder reads rows of token ids from a JSON file:
 {"embed": ["rows.json", 32]}           ->  {"seconds": [0.04, ...]}      one number a batch of 32
@@ -65,7 +66,11 @@ def decoder_jobs(model: OrtModel) -> dict[str, Callable[[Any], Any]]:
     return {
         "prefill": lambda tokens: {"seconds": prefill(model, tokens)},
         "decode": lambda tokens: {"seconds": decode(model, tokens)},
-        "memory": lambda _: {"peak_rss_bytes": peak_memory_bytes(), "runs": model.path},
+        "memory": lambda _: {
+            "peak_rss_bytes": peak_memory_bytes(),
+            "runs": model.path,
+            "cache_bytes_per_token": model.cache_bytes_per_token,
+        },
     }
 
 

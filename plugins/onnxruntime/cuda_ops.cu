@@ -149,11 +149,13 @@ OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
   const OrtApi *api = k.api;
   tensor x;
   jpq_weight w = k.shape;
-  const void *bias;
+  const void *bias = nullptr;
   void *y, *stream = nullptr;
+  size_t at = 1;
   TRY(input(api, context, 0, &x));
-  TRY(read_weight(api, context, k.symmetric, !k.gather, &w, &bias));
-  TRY(make_output(api, context, &w, k.gather, &x, &y));
+  TRY(read_weight(api, context, &at, k.symmetric, &w));
+  if (!k.gather) TRY(read_bias(api, context, at, &w, &bias));
+  TRY(make_output(api, context, 0, &w, k.gather, &x, &y));
   TRY(ORT(api, KernelContext_GetGPUComputeStream)(context, &stream));
   if (!k.gather) return multiply(k, w, x, bias, y, stream);
   const jpq_cuda_lookup look_up = {&w, x.data, y, stream, x.count, sizeof(int64_t), JPQ_F32};

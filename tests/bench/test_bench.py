@@ -58,6 +58,7 @@ def bundle(tmp_path_factory):
 
 def test_the_original_has_what_pruning_took(bundle):
     assert original_spec(PRUNED, PLAN) == WHOLE
+    assert original_spec(replace(PRUNED, kv_cache="int8"), PLAN) == WHOLE
 
 
 def test_what_is_compared_with_computes_the_same_model(tmp_path):
@@ -83,6 +84,8 @@ def test_a_bundle_is_measured(bundle, kernels):
     for speed in (result.bundle | result.baselines).values():
         assert speed.decode_tokens_per_s > 1
         assert speed.peak_rss_bytes > 1e7
+    assert {speed.cache_bytes_per_token for speed in result.bundle.values()} == {2 * 16 * 4}  # one head of 16 left
+    assert {speed.cache_bytes_per_token for speed in result.baselines.values()} == {2 * 4 * 16 * 4}
     # q, k, v, o of one attention, gate, up, down of two MLPs, and the head; the original has two of each
     assert {bits: count for bits, (count, _) in by_bits(result).items()} == {3: 15, 4: 4 + 3 + 3 + 1, 8: 15}
     raw = json.loads(rounds.to_json([result]))

@@ -113,9 +113,9 @@ def test_rows_are_looked_up(shim, random, bits):
         ({"group_size": 16}, 64, "group_size must be a multiple of 32 on a GPU"),
         ({"bits": 9}, 64, "bits, K, N and group_size do not fit"),
         ({"K": 60}, 64, "bits, K, N and group_size do not fit"),
-        ({"bits": 4}, 64, "packed must be"),
-        ({"N": 49}, 64, "packed must be"),
-        ({"symmetric": 0}, 64, "zeros must be"),
+        ({"bits": 4}, 64, "must be .*packed"),
+        ({"N": 49}, 64, "must be .*packed"),
+        ({"symmetric": 0}, 64, "must be .*zeros"),
         ({}, 32, "last dimension of X must be K"),
     ],
 )
