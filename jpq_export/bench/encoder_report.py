@@ -38,6 +38,11 @@ def show_encoder_bench(result: EncoderBench) -> None:
     console = Console()
     console.print(table)
     console.print("/s: embeddings a second; p50, p99: milliseconds of one text", highlight=False)
+    for name, speed in result.speeds.items():
+        for meter, joules in (speed.joules_per_text or {}).items():
+            console.print(f"{name}: {joules:.3g} J a text ({meter})", highlight=False)
+    if result.energy_reason:
+        console.print(f"energy: {result.energy_reason}", highlight=False)
 
 
 def encoder_page(results: Sequence[EncoderBench], title: str) -> str:

@@ -15,7 +15,8 @@ import numpy as np
 
 from jpq_export.bench.baselines import original_spec
 from jpq_export.bench.encoder_baselines import original_weights, write_encoder_baselines
-from jpq_export.bench.rounds import Worker, check_room, compared_name, ended, kind, processor
+from jpq_export.bench.energy import Meters, find_meters
+from jpq_export.bench.rounds import Worker, check_room, compared_name, ended, kind, median_joules, processor
 from jpq_export.errors import UsageError
 from jpq_export.evaluate.embeddings import EmbeddingQuality, Pairs, evaluate_embeddings, read_pairs
 from jpq_export.format.bundle import read_manifest
@@ -47,8 +48,20 @@ class EncoderSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Times:
+    """`alone`: seconds of every single text; `together`, `joules`: of all texts in batches, once a turn."""
+
+    alone: list[float]
+    together: list[float]
+    joules: list[dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
 class EncoderSpeed:
-    """Medians over all rounds; latencies are of one text alone; `spearman`: None without scores."""
+    """Medians over all rounds; latencies are of one text alone; `spearman`: None without scores.
+
+    `joules_per_text`: in batches, by meter; None without one.
+    """
 
     single_per_s: float
     batch_per_s: float
@@ -58,11 +71,15 @@ class EncoderSpeed:
     file_bytes: int
     spearman: float | None
     runs: str
+    joules_per_text: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderBench:
-    """`bundle`: the modes of this bundle by name; `compared`: those of the other one; `baselines`: the original."""
+    """`bundle`: the modes of this bundle by name; `compared`: those of the other one; `baselines`: the original.
+
+    `energy_reason`: why no energy was measured.
+    """
 
     settings: EncoderSettings
     processor: str
@@ -71,6 +88,7 @@ class EncoderBench:
     bundle: dict[str, EncoderSpeed]
     compared: dict[str, EncoderSpeed]
     baselines: dict[str, EncoderSpeed]
+    energy_reason: str | None = None
 
     @property
     def speeds(self) -> dict[str, EncoderSpeed]:
@@ -122,18 +140,19 @@ def bench_encoder(folder: Path, settings: EncoderSettings, stages: Stages) -> En
             workers = _workers(stack, folder, graphs, settings)
         with stages.stage("measure", "taking turns") as report:
             timed = _spread(rows, TEXTS)
-            times = take_turns(workers, timed, scratch, settings, report)
+            meters = find_meters()
+            times = take_turns(workers, timed, scratch, settings, report, meters=meters)
         quality = {}
         if pairs and pairs.scores is not None:
             with stages.stage("quality", f"{len(pairs.first)} pairs"):
                 quality = {name: _quality(worker, texts, rows, pairs, scratch) for name, worker in workers.items()}
-        speeds = {name: _speed(worker, *times[name], len(timed), quality.get(name)) for name, worker in workers.items()}
+        speeds = {name: _speed(worker, times[name], len(timed), quality.get(name)) for name, worker in workers.items()}
     ours, other, rivals = (
         {name: speed for name, speed in speeds.items() if kind(name) == wanted}
         for wanted in ("bundle", "compared", "baselines")
     )
     mean = float(np.mean([len(row) for row in timed]))
-    return EncoderBench(settings, processor(), manifest.weight_bytes, mean, ours, other, rivals)
+    return EncoderBench(settings, processor(), manifest.weight_bytes, mean, ours, other, rivals, meters.reason)
 
 
 def random_rows(spec: EncoderSpec) -> list[list[int]]:
@@ -181,22 +200,26 @@ def take_turns(
     scratch: Path,
     settings: EncoderSettings,
     report: Callable[[int, int], None],
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Runtime -> (seconds of every single text, seconds of all texts in batches, one number a turn)."""
+    *,
+    meters: Meters,
+) -> dict[str, Times]:
+    """Runtime -> its times and energies."""
     all_rows, singles = scratch / "rows.json", scratch / "singles.json"
     all_rows.write_text(json.dumps(rows), encoding="utf-8")
     singles.write_text(json.dumps(_spread(rows, SINGLES)), encoding="utf-8")
     for worker in workers.values():  # the first passes allocate
         worker.ask(embed=[str(singles), 1])
         worker.ask(embed=[str(all_rows), settings.batch])
-    alone: dict[str, list[float]] = {name: [] for name in workers}
-    together: dict[str, list[float]] = {name: [] for name in workers}
+    out = {name: Times([], [], []) for name in workers}
     for turn in range(settings.rounds):
         for i, (name, worker) in enumerate(workers.items()):
-            alone[name] += worker.ask(embed=[str(singles), 1])["seconds"]
-            together[name].append(sum(worker.ask(embed=[str(all_rows), settings.batch])["seconds"]))
+            out[name].alone.extend(worker.ask(embed=[str(singles), 1])["seconds"])
+            job = [str(all_rows), settings.batch]
+            answer, joules = meters.around(lambda worker=worker, job=job: worker.ask(embed=job))
+            out[name].together.append(sum(answer["seconds"]))
+            out[name].joules.append(joules)
             report(turn * len(workers) + i + 1, settings.rounds * len(workers))
-    return {name: (alone[name], together[name]) for name in workers}
+    return out
 
 
 def _quality(worker: Worker, texts: list[str], rows: list[list[int]], pairs: Pairs, scratch: Path) -> EmbeddingQuality:
@@ -207,9 +230,8 @@ def _quality(worker: Worker, texts: list[str], rows: list[list[int]], pairs: Pai
     return evaluate_embeddings(lambda wanted: vectors[[place[text] for text in wanted]], pairs)
 
 
-def _speed(
-    worker: Any, alone: list[float], together: list[float], texts: int, quality: EmbeddingQuality | None
-) -> EncoderSpeed:
+def _speed(worker: Any, times: Times, texts: int, quality: EmbeddingQuality | None) -> EncoderSpeed:
+    alone, together = times.alone, times.together
     memory = worker.ask(memory=True)
     p50, p99 = (float(np.percentile(alone, q)) * 1e3 for q in (50, 99))
     turns = np.reshape(alone, (len(together), -1)).sum(1)  # [rounds]
@@ -222,4 +244,5 @@ def _speed(
         file_bytes=worker.file_bytes,
         spearman=quality.spearman if quality else None,
         runs=memory["runs"],
+        joules_per_text=median_joules(times.joules, texts),
     )

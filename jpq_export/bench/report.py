@@ -50,9 +50,22 @@ def show_bench(result: BenchResult) -> None:
         cache = size(1000 * speed.cache_bytes_per_token) if speed.cache_bytes_per_token else "-"
         table.add_row(name, size(speed.file_bytes), decode, prefill, size(speed.peak_rss_bytes), cache)
     console.print(table)
+    for name, speed in speeds.items():
+        console.print(_latency(name, speed, result.settings.prefill), highlight=False)
+    if result.energy_reason:
+        console.print(f"energy: {result.energy_reason}", highlight=False)
     for bits, (count, rate) in by_bits(result).items():
         share = f", {rate / result.read_gb_s:.0%} of the read bandwidth" if result.read_gb_s else ""
         console.print(f"{bits} bits: {count} products at {rate:.1f} GB/s{share}", highlight=False)
+
+
+def _latency(name: str, speed: Speed, prefill: int) -> str:
+    """One line: first token, then the time between tokens, energy where it is known."""
+    parts = [f"first token after {speed.first_token_ms:.0f} ms ({prefill} tokens)"] if speed.first_token_ms else []
+    if speed.token_p50_ms is not None:
+        parts.append(f"then every {speed.token_p50_ms:.2f} ms, 1 in 100 takes {speed.token_p99_ms:.2f} ms or more")
+    parts += [f"{joules:.3g} J a token ({meter})" for meter, joules in (speed.joules_per_token or {}).items()]
+    return f"{name}: {'; '.join(parts)}"
 
 
 def by_bits(result: BenchResult) -> dict[float, tuple[int, float]]:
@@ -83,6 +96,7 @@ def _section(result: BenchResult) -> Markup:
         element("p", why, class_="why"),
         bars("Decoded tokens per second", _of(result, "decode_tokens_per_s"), others, "{:.1f}".format),
         bars("Tokens of the prompt per second", _of(result, "prefill_tokens_per_s"), others, "{:.0f}".format),
+        *_latency_bars(result, others),
         bars("Peak memory of the process", _of(result, "peak_rss_bytes"), others, size),
     ]
     if result.layers and result.read_gb_s:
@@ -96,6 +110,20 @@ def _all(result: BenchResult) -> dict[str, Speed]:
 
 def _of(result: BenchResult, field: str) -> dict[str, float]:
     return {name: float(getattr(speed, field)) for name, speed in _all(result).items()}
+
+
+def _latency_bars(result: BenchResult, others: set[str]) -> list[Markup]:
+    """Of the runtimes that tell it."""
+    titles = {
+        "first_token_ms": f"Milliseconds to the first token, prompt of {result.settings.prefill}",
+        "token_p99_ms": "Milliseconds between tokens, 99th percentile",
+    }
+    out = []
+    for field, title in titles.items():
+        values = {name: getattr(speed, field) for name, speed in _all(result).items()}
+        known = {name: float(value) for name, value in values.items() if value is not None}
+        out += [bars(title, known, others, "{:.1f}".format)] if known else []
+    return out
 
 
 def bars(title: str, values: dict[str, float], others: Container[str], shown: Callable[[float], str]) -> Markup:

@@ -15,7 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from jpq_export.bench.baselines import original_spec, write_baselines, write_uniform
+from jpq_export.bench.energy import Meters, find_meters
 from jpq_export.bench.layers import LayerRate, layer_rates, read_bandwidth
 from jpq_export.bench.llama_cpp import LlamaBench
 from jpq_export.errors import JpqError, UsageError
@@ -54,6 +57,8 @@ class Settings:
 class Speed:
     """Medians over all rounds; `file_bytes`: the model on disk; `runs`: what computed the products.
 
+    `first_token_ms`: from a prompt of `prefill` tokens to the first logits. `token_p50_ms`, `token_p99_ms`: between
+    tokens, None where the runtime tells averages only. `joules_per_token`: decoding, by meter; None without one.
     `cache_bytes_per_token`: keys and values; 0 where the runtime does not say.
     """
 
@@ -63,6 +68,10 @@ class Speed:
     file_bytes: int
     runs: str
     cache_bytes_per_token: int = 0
+    first_token_ms: float | None = None
+    token_p50_ms: float | None = None
+    token_p99_ms: float | None = None
+    joules_per_token: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +79,7 @@ class BenchResult:
     """`bundle`: the modes of this bundle by name; `uniform`: our operators at one width; `baselines`: others.
 
     `compared`: the second bundle's modes. `layers`: every product of one decoded token, of the bundle and
-    of the uniform graphs.
+    of the uniform graphs. `energy_reason`: why no energy was measured.
     """
 
     settings: Settings
@@ -82,6 +91,7 @@ class BenchResult:
     compared: dict[str, Speed]
     baselines: dict[str, Speed]
     layers: tuple[LayerRate, ...]
+    energy_reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The best mode's numbers stand at the top as well, where scripts look for them."""
@@ -164,7 +174,8 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
             ways = _ways({"jpq": folder / "model.onnx"} | others | uniform, graphs)
             workers = _workers(stack, ways, settings, report)
         with stages.stage("measure", "taking turns") as report:
-            speeds = _take_turns(workers, settings, report)
+            meters = find_meters()
+            speeds = _take_turns(workers, settings, report, meters)
         with stages.stage("layers", "layer by layer"):
             measured = [folder / "model.onnx", *uniform.values()]
             rates = tuple(rate for path in measured for rate in layer_rates(path, settings.threads))
@@ -173,7 +184,9 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
         {name: speed for name, speed in speeds.items() if kind(name) == wanted}
         for wanted in ("bundle", "uniform", "compared", "baselines")
     )
-    return BenchResult(settings, processor(), manifest.weight_bytes, bandwidth, ours, same, second, rivals, rates)
+    return BenchResult(
+        settings, processor(), manifest.weight_bytes, bandwidth, ours, same, second, rivals, rates, meters.reason
+    )
 
 
 def compared_name(folder: Path) -> str:
@@ -236,28 +249,55 @@ def ended(worker: Worker) -> Iterator[Worker]:
 
 
 def _take_turns(
-    workers: dict[str, Worker | LlamaBench], settings: Settings, report: Callable[[int, int], None]
+    workers: dict[str, Worker | LlamaBench],
+    settings: Settings,
+    report: Callable[[int, int], None],
+    meters: Meters | None = None,
 ) -> dict[str, Speed]:
+    meters = meters or Meters()
     prefills: dict[str, list[float]] = {name: [] for name in workers}
     decodes: dict[str, list[float]] = {name: [] for name in workers}
+    joules: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     total = settings.rounds * len(workers)
     for turn in range(settings.rounds):
         for i, (name, worker) in enumerate(workers.items()):
             prefills[name].append(worker.ask(prefill=settings.prefill)["seconds"])
-            decodes[name] += worker.ask(decode=settings.decode)["seconds"]
+            answer, seen = meters.around(lambda worker=worker: worker.ask(decode=settings.decode))
+            decodes[name] += answer["seconds"]
+            joules[name].append(seen)
             report(turn * len(workers) + i + 1, total)
-    out = {}
-    for name, worker in workers.items():
-        memory = worker.ask(memory=True)
-        rates = 1 / median(decodes[name]), settings.prefill / median(prefills[name])
-        out[name] = Speed(
-            *rates,
-            memory["peak_rss_bytes"],
-            worker.file_bytes,
-            memory["runs"],
-            memory.get("cache_bytes_per_token", 0),
-        )
-    return out
+    return {
+        name: _speed(worker, prefills[name], decodes[name], joules[name], settings) for name, worker in workers.items()
+    }
+
+
+def _speed(
+    worker: Worker | LlamaBench,
+    prefills: list[float],
+    decodes: list[float],
+    joules: list[dict[str, float]],
+    settings: Settings,
+) -> Speed:
+    memory = worker.ask(memory=True)
+    each = None if isinstance(worker, LlamaBench) else [float(np.percentile(decodes, q)) * 1e3 for q in (50, 99)]
+    return Speed(
+        1 / median(decodes),
+        settings.prefill / median(prefills),
+        memory["peak_rss_bytes"],
+        worker.file_bytes,
+        memory["runs"],
+        memory.get("cache_bytes_per_token", 0),
+        first_token_ms=median(prefills) * 1e3,
+        token_p50_ms=each[0] if each else None,
+        token_p99_ms=each[1] if each else None,
+        joules_per_token=median_joules(joules, settings.decode),
+    )
+
+
+def median_joules(turns: list[dict[str, float]], pieces: int) -> dict[str, float] | None:
+    """By meter, for each of the `pieces` (tokens, texts) of a turn; None without a meter."""
+    names = {name for turn in turns for name in turn}
+    return {name: median([turn[name] for turn in turns if name in turn]) / pieces for name in sorted(names)} or None
 
 
 def processor() -> str:

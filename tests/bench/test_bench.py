@@ -94,7 +94,7 @@ def test_a_bundle_is_measured(bundle, kernels):
     assert raw["weight_bytes"] == 77
     shown = page([result, replace(result, settings=Settings(threads=2))], "a <b>")
     assert "a &lt;b&gt;" in shown
-    assert shown.count(">matmulnbits-4bit<") == 6  # three pictures for each
+    assert shown.count(">matmulnbits-4bit<") == 10  # five pictures for each
     assert "2 thread(s)" in shown
     several = json.loads(rounds.to_json([result, replace(result, settings=Settings(threads=2))]))
     assert set(several["threads"]) == {"1", "2"}
@@ -119,6 +119,38 @@ def test_rates_are_medians_over_turns():
     assert speeds["a"].prefill_tokens_per_s == 8 / 4.0
     assert speeds["a"].decode_tokens_per_s == 1 / 0.2
     assert speeds["b"].decode_tokens_per_s == 1.0
+    assert speeds["a"].first_token_ms == 4000
+    assert speeds["a"].token_p50_ms == pytest.approx(200)
+    assert 390 < speeds["a"].token_p99_ms <= 400
+    assert speeds["a"].joules_per_token is None
+
+
+def test_energy_is_a_median_a_token():
+    class Meter:
+        joules = iter((1.0, 100.0, 3.0))
+
+        def around(self, work):
+            return work(), {"meter": next(self.joules)}
+
+    class Known:
+        file_bytes = 7
+
+        def ask(self, **job):
+            return {"peak_rss_bytes": 5, "runs": "known", "seconds": 1.0 if "prefill" in job else [1.0, 1.0]}
+
+    speeds = rounds._take_turns({"a": Known()}, Settings(rounds=3, decode=2), lambda done, total: None, Meter())
+    assert speeds["a"].joules_per_token == {"meter": 1.5}
+
+
+def test_two_bundles_are_measured_in_turns(bundle):
+    result = bench(bundle, Settings(rounds=1, prefill=4, decode=2, baselines=False, other=bundle), Stages())
+    assert set(result.compared) == {"B: tiny", "B: tiny-fast"}
+    assert set(result.bundle) == {"jpq", "jpq-fast"}
+    assert result.bundle["jpq"].first_token_ms > 0
+    assert result.bundle["jpq"].token_p99_ms >= result.bundle["jpq"].token_p50_ms > 0
+    assert (result.energy_reason is None) == (result.bundle["jpq"].joules_per_token is not None)
+    shown = page([result], "x")
+    assert shown.count(">B: tiny<") == 5
 
 
 def test_layer_rates_are_bytes_over_time(bundle, kernels):

@@ -17,6 +17,7 @@ from jpq_export.bench.baselines import random_model
 from jpq_export.bench.encoder_baselines import FP32, INT8, original_weights, write_encoder_baselines
 from jpq_export.bench.encoder_report import encoder_page
 from jpq_export.bench.encoders import EncoderSettings, EncoderSpeed, bench_encoder
+from jpq_export.bench.energy import Meters
 from jpq_export.cli import main
 from jpq_export.errors import UsageError
 from jpq_export.format.bundle import Manifest, write_manifest
@@ -131,13 +132,16 @@ def test_numbers_are_medians_over_turns(tmp_path: Path) -> None:
 
     worker = Known(0.1, 0.2, 900.0)
     settings = EncoderSettings(rounds=3, batch=2)
-    (times,) = encoders.take_turns({"a": worker}, [[1]] * 3, tmp_path, settings, lambda done, total: None).values()
-    speed = encoders._speed(worker, *times, 3, None)
+    (times,) = encoders.take_turns(
+        {"a": worker}, [[1]] * 3, tmp_path, settings, lambda done, total: None, meters=Meters()
+    ).values()
+    speed = encoders._speed(worker, times, 3, None)
     assert speed.single_per_s == pytest.approx(1 / 0.2)
     assert speed.batch_per_s == pytest.approx(3 / 0.4)
     assert speed.latency_p50_ms == pytest.approx(200)
     assert speed.latency_p99_ms > 8e5
     assert speed.spearman is None
+    assert speed.joules_per_text is None
 
 
 def test_texts_are_as_long_as_sentences(bundle: Path) -> None:
