@@ -22,8 +22,9 @@ def show_encoder_bench(result: EncoderBench) -> None:
     table = Table(title=title)
     table.add_column("runtime", no_wrap=True)
     batches = f"{settings.batch} texts, /s"
-    for title in ("model", "1 text, /s", batches, "p50, p99 ms", "peak memory", "Spearman"):
+    for title in ("model", "1 text, /s", batches, "p50, p99 ms", "memory"):
         table.add_column(title, justify="right")
+    table.add_column("Spearman", justify="right", no_wrap=True)
     for name, speed in result.speeds.items():
         single, batch = (
             f"{mine:.0f}" + (f" ({mine / theirs:.2f}x)" if base else "")
