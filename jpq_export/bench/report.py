@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jpq_export.bench.rounds import BenchResult, Speed
+from jpq_export.numerics.scheme import ALL_WIDTHS
 from jpq_export.parity.pictures import size
 from jpq_export.parity.svg import element, svg, text
 
@@ -56,7 +57,7 @@ def show_bench(result: BenchResult) -> None:
         console.print(f"energy: {result.energy_reason}", highlight=False)
     for bits, (count, rate) in by_bits(result).items():
         share = f", {rate / result.read_gb_s:.0%} of the read bandwidth" if result.read_gb_s else ""
-        console.print(f"{bits} bits: {count} products at {rate:.1f} GB/s{share}", highlight=False)
+        console.print(f"{bits:g} bits: {count} operators at {rate:.1f} GB/s{share}", highlight=False)
 
 
 def _latency(name: str, speed: Speed, prefill: int) -> str:
@@ -69,10 +70,10 @@ def _latency(name: str, speed: Speed, prefill: int) -> str:
 
 
 def by_bits(result: BenchResult) -> dict[float, tuple[int, float]]:
-    """Bits -> (number of products, median GB/s)."""
+    """Bits -> (operators, median GB/s); one with weights of several widths counts at that nearest their mean."""
     rates = defaultdict(list)
     for layer in result.layers:
-        rates[layer.bits].append(layer.gb_s)
+        rates[min(ALL_WIDTHS, key=lambda bits: abs(bits - layer.bits))].append(layer.gb_s)
     return {bits: (len(rates[bits]), median(rates[bits])) for bits in sorted(rates)}
 
 

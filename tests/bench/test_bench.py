@@ -9,6 +9,7 @@ import pytest
 
 from jpq_export.bench import layers, rounds
 from jpq_export.bench.baselines import original_spec, random_model, write_baselines
+from jpq_export.bench.layers import LayerRate
 from jpq_export.bench.llama_cpp import LlamaBench, LlamaError
 from jpq_export.bench.report import by_bits, page
 from jpq_export.bench.rounds import BenchError, Settings, Worker, bench
@@ -86,8 +87,8 @@ def test_a_bundle_is_measured(bundle, kernels):
         assert speed.peak_rss_bytes > 1e7
     assert {speed.cache_bytes_per_token for speed in result.bundle.values()} == {2 * 16 * 4}  # one head of 16 left
     assert {speed.cache_bytes_per_token for speed in result.baselines.values()} == {2 * 4 * 16 * 4}
-    # q, k, v, o of one attention, gate, up, down of two MLPs, and the head; the original has two of each
-    assert {bits: count for bits, (count, _) in by_bits(result).items()} == {3: 15, 4: 4 + 3 + 3 + 1, 8: 15}
+    # q with k and v, o of one attention, gate with up, down of two MLPs, the head; the original has two of each
+    assert {bits: count for bits, (count, _) in by_bits(result).items()} == {3: 9, 4: 2 + 2 + 2 + 1, 8: 9}
     raw = json.loads(rounds.to_json([result]))
     best = max(speed.decode_tokens_per_s for speed in result.bundle.values())
     assert raw["decode_tokens_per_s"] == best
@@ -156,7 +157,15 @@ def test_two_bundles_are_measured_in_turns(bundle):
 def test_layer_rates_are_bytes_over_time(bundle, kernels):
     for layer in layers.layer_rates(bundle / "model.onnx", 1):
         assert layer.gb_s == pytest.approx(layer.bytes / layer.microseconds / 1e3)
-        assert layer.bytes == random_model(PRUNED).quantized[layer.name.replace("logits", "embed")].nbytes
+        assert layer.bytes == stored_bytes(random_model(PRUNED), layer.name)
+
+
+def stored_bytes(model, operator):
+    """Of all weights the operator called `operator` multiplies with."""
+    together = {"q": "qkv", "gate": ("gate", "up")}
+    stem, _, last = operator.rpartition(".")
+    names = [f"{stem}.{part}" for part in together.get(last, (last,))] if stem else ["embed"]
+    return sum(model.quantized[name].nbytes for name in names)
 
 
 @pytest.mark.parametrize("bits", [1, TERNARY])
@@ -164,9 +173,15 @@ def test_layer_rates_know_the_narrowest_widths(bits, kernels, tmp_path):
     model = random_model(PRUNED, bits=bits, symmetric=True)
     export_onnx(model, tmp_path / "model.onnx", form="custom_op")
     rates = layers.layer_rates(tmp_path / "model.onnx", 1)
-    assert len(rates) == len(model.quantized)
+    assert sum(layer.bytes for layer in rates) == sum(weight.nbytes for weight in model.quantized.values())
     for layer in rates:
-        assert (layer.bits, layer.bytes) == (bits, model.quantized[layer.name.replace("logits", "embed")].nbytes)
+        assert (layer.bits, layer.bytes) == (bits, stored_bytes(model, layer.name))
+
+
+def test_an_operator_of_several_widths_counts_at_the_nearest(bundle):
+    result = bench(bundle, Settings(rounds=1, prefill=4, decode=2, baselines=False), Stages())
+    mixed = [LayerRate("a", 3.4, 10, 1.0, 1.0), LayerRate("b", 3.0, 10, 1.0, 3.0), LayerRate("c", 1.7, 10, 1.0, 5.0)]
+    assert by_bits(replace(result, layers=tuple(mixed))) == {1.6: (1, 5.0), 3: (2, 2.0)}
 
 
 def test_the_machine_reads_memory(kernels):
