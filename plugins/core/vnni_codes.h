@@ -33,10 +33,11 @@ static const _Alignas(64) uint8_t pair_spreads[7][64] = {
 #define SECONDS(B) {0, 2 * (B), 4 * (B), 6 * (B), 8 * (B), 10 * (B), 12 * (B), 14 * (B)}
 static const uint8_t seconds[3][8] = {SECONDS(1), SECONDS(2), SECONDS(3)};
 
-/* Four vectors of 3 bits, two from each of two vectors of which a qword takes 16 codes in 6 bytes: bytes 12 to 43 and 60
- * to 91 of the 96, and those from 0, 36 and 84 on (`quad_parts`). */
-#define SIXES(A, B, C, D) SPREAD(1, A), SPREAD(1, (A) + 6), SPREAD(1, B), SPREAD(1, (B) + 6), SPREAD(1, C), SPREAD(1, (C) + 6), SPREAD(1, D), SPREAD(1, (D) + 6)
-static const _Alignas(64) uint8_t quad_spreads[2][64] = {{SIXES(0, 12, 32, 44)}, {SIXES(0, 16, 28, 40)}};
+/* Four vectors of 3 bits, two from each of two vectors of which a qword takes 16 codes in 6 bytes: of the 96 bytes it
+ * takes those from 0 on out of the first 64, and where they lie beyond, out of the last 64, which begin at byte 32. */
+#define SIX(AT) SPREAD(1, (AT) < 42 ? (AT) : (AT) - 32)
+#define SIXES(A, B, C, D) SIX(A), SIX(A + 6), SIX(B), SIX(B + 6), SIX(C), SIX(C + 6), SIX(D), SIX(D + 6)
+static const _Alignas(64) uint8_t quad_spreads[2][64] = {{SIXES(12, 24, 60, 72)}, {SIXES(0, 36, 48, 84)}};
 
 /* Where the codes of each vector are among the 128 or 256 of a form. */
 #define ORDER16(STEP, AT) \
@@ -101,10 +102,9 @@ JPQ_INLINE __m512i unpack_ternary(const uint8_t *p, unsigned phase) {
 }
 
 /* Bits start[t] .. start[t] + bits - 1 of each qword as its byte t. */
-JPQ_INLINE __m512i pick(__m512i qwords, const uint8_t *start, int bits, int shift) {
+JPQ_INLINE __m512i pick(__m512i qwords, const uint8_t *start, int bits) {
   uint64_t control;
   memcpy(&control, start, 8);
-  control += 0x0101010101010101u * (uint64_t)shift;
   __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64((int64_t)control), qwords);
   return _mm512_and_si512(codes, _mm512_set1_epi8((char)((1 << bits) - 1)));
 }
@@ -114,28 +114,7 @@ JPQ_INLINE __m512i unpack(const uint8_t *row, int64_t j, int bits) {
   if (bits == JPQ_TERNARY) return unpack_ternary(jpq_at(row, bits, j), jpq_phase(j));
   const uint8_t *p = row + j / 8 * bits;
   if (bits == 8) return load(p, 64);
-  return pick(_mm512_permutexvar_epi8(*(const __m512i *)spreads[bits - 1], load(p, 8 * bits)), starts[bits - 1], bits, 0);
-}
-
-/* The 128 codes from `p` on as a pair. */
-JPQ_INLINE void unpack_pair(const uint8_t *p, int bits, __m512i out[2]) {
-  if (bits == 4) {
-    __m512i v = load(p, 64), mask = _mm512_set1_epi8(15);
-    out[0] = _mm512_and_si512(v, mask);
-    out[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
-    return;
-  }
-  __m512i spread = *(const __m512i *)pair_spreads[bits - 1];
-  if (bits < 4) {
-    __m512i v = _mm512_permutexvar_epi8(spread, load(p, 16 * bits));
-    for (int i = 0; i < 2; i++) out[i] = pick(v, seconds[bits - 1], bits, i * bits);
-    return;
-  }
-  for (int i = 0; i < 2; i++, p += 4 * bits) {
-    __m512i v = bits == 5 ? load(p, 64)
-                          : _mm512_inserti64x4(load(p, 32), _mm256_loadu_si256((const __m256i *)(p + 8 * bits)), 1);
-    out[i] = pick(_mm512_permutexvar_epi8(spread, v), starts[bits - 1], bits, 0);
-  }
+  return pick(_mm512_permutexvar_epi8(*(const __m512i *)spreads[bits - 1], load(p, 8 * bits)), starts[bits - 1], bits);
 }
 
 /* Bits start .. start + bits - 1 of each byte. */
@@ -146,11 +125,31 @@ JPQ_INLINE __m512i field(__m512i bytes, int start, int bits) {
   return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64((int64_t)matrix), 0);
 }
 
-/* The two sources of `quad_spreads`. */
-JPQ_INLINE __m512i quad_part(const uint8_t *p, int part) {
-  if (!part) return _mm512_inserti64x4(load(p + 12, 32), _mm256_loadu_si256((const __m256i *)(p + 60)), 1);
-  __m512i v = _mm512_mask_loadu_epi64(load(p, 16), 0x1c, p + 20); /* qwords 2 to 4 begin at byte 36 */
-  return _mm512_mask_loadu_epi64(v, 0xe0, p + 44);                /* and 5 to 7 at byte 84 */
+/* Bits 2 bits t .. + 7 of each qword as its byte t: a code, the next, and what lies behind; up to 3 bits. */
+JPQ_INLINE __m512i two_codes(__m512i qwords, int bits) {
+  uint64_t control;
+  memcpy(&control, seconds[bits - 1], 8);
+  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64((int64_t)control), qwords);
+}
+
+/* The 128 codes from `p` on as a pair. */
+JPQ_INLINE void unpack_pair(const uint8_t *p, int bits, __m512i out[2]) {
+  if (bits == 4) {
+    __m512i v = load(p, 64);
+    for (int i = 0; i < 2; i++) out[i] = field(v, 4 * i, 4);
+    return;
+  }
+  __m512i spread = *(const __m512i *)pair_spreads[bits - 1];
+  if (bits < 4) {
+    __m512i v = two_codes(_mm512_permutexvar_epi8(spread, load(p, 16 * bits)), bits);
+    for (int i = 0; i < 2; i++) out[i] = field(v, i * bits, bits);
+    return;
+  }
+  for (int i = 0; i < 2; i++, p += 4 * bits) {
+    __m512i v = bits == 5 ? load(p, 64)
+                          : _mm512_inserti64x4(load(p, 32), _mm256_loadu_si256((const __m256i *)(p + 8 * bits)), 1);
+    out[i] = pick(_mm512_permutexvar_epi8(spread, v), starts[bits - 1], bits);
+  }
 }
 
 /* The 256 codes from `p` on as four vectors. */
@@ -160,11 +159,12 @@ JPQ_INLINE void unpack_quad(const uint8_t *p, int bits, __m512i out[4]) {
     for (int i = 0; i < 4; i++) out[i] = field(v, 2 * i, 2);
     return;
   }
-  uint64_t control;
-  memcpy(&control, seconds[2], 8);
+  const __m512i first = load(p, 64), last = load(p + 32, 64);
   for (int part = 0; part < 2; part++) {
-    __m512i v = _mm512_permutexvar_epi8(*(const __m512i *)quad_spreads[part], quad_part(p, part));
-    v = _mm512_multishift_epi64_epi8(_mm512_set1_epi64((int64_t)control), v); /* a code, the next, and two bits more */
+    const __m512i spread = *(const __m512i *)quad_spreads[part];
+    __mmask64 beyond = part ? ~0ull << 24 : ~0ull << 32;
+    __m512i v = _mm512_permutexvar_epi8(spread, first);
+    v = two_codes(_mm512_mask_permutexvar_epi8(v, beyond, spread, last), bits);
     for (int i = 0; i < 2; i++) out[2 * part + i] = field(v, 3 * i, 3);
   }
 }
