@@ -140,6 +140,8 @@ class Export:
             plan, *rivals = self.search(loaded, texts, cost)
             for i, each in enumerate([plan, *rivals] if rivals else []):
                 write_atomic(self.work.path(f"finalist-{i}.json"), each.to_json())
+        elif self.request.method == "toga":
+            plan = self.toga(loaded, texts, cost)
         else:
             kind = {"method": self.request.method, "widths": self.request.widths or BIT_WIDTHS}
             plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, **kind)
@@ -162,7 +164,7 @@ class Export:
         """The target's engine must be able to store every weight; PlanError names the first it cannot."""
         target = self.request.target
         for choice in given.choices:
-            if not target.holds(choice.scheme):
+            if not all(target.holds(scheme) for scheme in choice.schemes) or (choice.blocks and target.engine):
                 zero = f"zero {choice.scheme.centre:g}" if choice.symmetric else "stored zero points"
                 raise PlanError(
                     f"{self.request.plan}: {choice.name}: {choice.bits}-bit codes with {zero} do not fit the signed "
@@ -237,6 +239,14 @@ class Export:
                 make_plan(problem, trial.solution, trial.knobs, sha256=loaded.sha256, method="jpq", measured=measured)
             )
         return plans
+
+    def toga(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
+        """The masks of a trained hypernetwork."""
+        from jpq_export.methods.toga.search import toga_plan
+
+        request, budget = self.request, self.request.budget.resolve(loaded.spec)
+        kind = {"effort": request.effort, "prune": request.prune, "widths": request.widths, "seed": request.seed}
+        return toga_plan(loaded, texts.calibration, cost, budget, **kind, stages=self.stages)
 
     def round(self, loaded: LoadedModel, texts: Texts, plan: Plan) -> tuple[Plan, CompressedModel]:
         """Round every finalist; the plan that is best then, and its model."""

@@ -56,19 +56,42 @@ def test_twin_untrained_it_is_not():
     assert not torch.equal(logits + BASE > 0, torch.cat(list(toy.worth.values())) > 1)
 
 
-def test_one_training_answers_a_range_of_sizes():
-    """Worths fall evenly over the rows: at every size asked for, the most valuable rows should be the kept ones."""
+@pytest.fixture(scope="module")
+def even():
+    """Worths that fall evenly over the rows, small beside the penalty as a mean cross entropy is."""
     order = torch.randperm(LAYERS * ROWS, generator=torch.Generator().manual_seed(3))
-    values = 0.1 + 4 * order.float() / len(order)
-    toy = Toy({f"layers.{i}": values[i * ROWS : (i + 1) * ROWS] for i in range(LAYERS)})
+    values = (0.1 + 4 * order.float() / len(order)) / 20
+    return Toy({f"layers.{i}": values[i * ROWS : (i + 1) * ROWS] for i in range(LAYERS)})
+
+
+def kept_worth(toy, network, fraction):
+    """Worth of the rows with the highest logits at that size, of the best possible."""
+    with torch.no_grad():
+        logits = torch.cat(list(network(fraction).values()))
+    values = torch.cat(list(toy.worth.values()))
+    count = round(fraction * len(values))
+    return float(values[logits.argsort(descending=True)[:count]].sum() / values.sort().values[-count:].sum())
+
+
+def network_for(toy, steps, fractions):
     network = Hypernetwork([{name: ROWS} for name in toy.worth], seed=0)
-    train(network, toy, Training(600, rate=5e-3, fractions=(0.25, 0.75)), seed=1)
+    train(network, toy, Training(steps, rate=2e-3, fractions=fractions), seed=1)
+    return network
+
+
+def test_one_training_answers_a_range_of_sizes(even):
+    """Measured 0.93, 0.99, 0.95; trained for 0.5 alone: 0.93, 0.91, 0.92."""
+    network = network_for(even, 1500, (0.25, 0.75))
     for fraction in (0.3, 0.5, 0.7):
+        assert kept_worth(even, network, fraction) > 0.9
         with torch.no_grad():
-            logits = torch.cat(list(network(fraction).values()))
-        kept = logits.argsort(descending=True)[: round(fraction * len(values))]
-        best = values.sort(descending=True).values[: len(kept)].sum()
-        assert values[kept].sum() > 0.93 * best  # a random choice of half the rows has two thirds of the best
+            hard = torch.cat(list(network(fraction).values())) + BASE > 0
+        assert abs(float(hard.float().mean()) - fraction) < 0.08  # and the size that was asked for
+
+
+def test_twin_untrained_it_answers_none(even):
+    network = network_for(even, 0, (0.25, 0.75))
+    assert max(kept_worth(even, network, fraction) for fraction in (0.3, 0.5)) < 0.85
 
 
 def test_masks_follow_the_published_formula():
