@@ -46,6 +46,7 @@ def rate_for(steps: int, *, published: int) -> float:
     return min(1e-2, PUBLISHED_RATE * max(1.0, published / steps))
 
 
+@torch.enable_grad()
 def train(
     network: Hypernetwork, supernet: Supernet, training: Training, *, seed: int, progress: Progress | None = None
 ) -> list[float]:
