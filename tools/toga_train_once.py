@@ -5,7 +5,7 @@
 Every network is asked for the same bytes of the linears; the masks are rounded and shifted until those bytes are met,
 and the cross entropy of the masked model is taken on text that no training saw. Masks drawn at random, the whole model
 in the high and in the low precision stand beside them: a network that is not better than chance has learned nothing.
-Widths only, no pruning; roundings are the supernet's own (nearest), not the export's GPTQ.
+Widths only, no pruning; roundings are the supernet's own (GPTQ from the teacher's inputs, not the compressed prefix's).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -66,7 +67,8 @@ def main() -> None:
     seen = seen[: len(seen) // BATCH * BATCH]
     widths, target = Widths(2, 4), load_target("jetson")
     supernet = MaskedDecoder(loaded.model, seen, widths, target, batch=BATCH)
-    judge = MaskedDecoder(loaded.model, unseen[:HELDOUT], widths, target, batch=BATCH)
+    judge = copy(supernet)
+    judge.ids = torch.from_numpy(unseen[:HELDOUT])
     shapes = structures(loaded.spec, prune=False)
     rate = rate_for(options.steps, published=PUBLISHED_STEPS["bits"])
     rows: list[dict] = []

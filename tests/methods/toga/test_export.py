@@ -68,6 +68,10 @@ def test_a_whole_export_is_proved(bits_only: Path) -> None:
     gates = [by_name[f"layers.{i}.mlp.gate"] for i in range(2)]
     assert all(gate["order"] is None for gate in gates)  # folded into the order of the channels
     assert any(len(gate["blocks"]) == 2 for gate in gates)
+    page = (bits_only / "parity.html").read_text()
+    mixed = next(choice for choice in plan["choices"] if choice["blocks"])
+    assert f">{mixed['bits']:.1f}</text>" in page
+    assert f"b{str(mixed['bits']).replace('.', '_')}" not in page  # no such colour: the nearest width's
     nodes = [node.op_type for node in onnx.load(str(bits_only / "model.onnx"), load_external_data=False).graph.node]
     assert nodes.count("LowBitMatMul") > 15  # 14 linears and the head
 
