@@ -73,6 +73,7 @@ def render(manifest: Manifest, *, plan: Mapping[str, Any] | None, parity: Mappin
         as_run=_as_run(parity),
         small_effect=tolerance.SMALL_EFFECT,
         widths=_picture(grid.widths, plan, "choices"),
+        shades=sorted({grid.shade(choice) for choice in plan["choices"]}) if plan else [],
         front=_picture(pictures.front, plan, "front"),
         staircase=pictures.staircase(manifest.staircase) if manifest.staircase else None,
         dearest=_dearest(plan),
