@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import asdict
 from hashlib import sha256
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from jpq_export.compress.cost import CostModel
 from jpq_export.compress.decoder import Decoder
@@ -17,6 +19,7 @@ from jpq_export.compress.load import LoadedModel
 from jpq_export.compress.prepared import check_cache, prepared_folder
 from jpq_export.errors import BudgetError, TargetError, UsageError
 from jpq_export.format.plan import Budget, Plan
+from jpq_export.format.tensor_file import save_tensors
 from jpq_export.methods.toga.choose import Frame, frame, plan_for
 from jpq_export.methods.toga.hypernetwork import Hypernetwork
 from jpq_export.methods.toga.supernet import MaskedDecoder, structures
@@ -24,9 +27,12 @@ from jpq_export.methods.toga.train import PUBLISHED_STEPS, Training, rate_for, t
 from jpq_export.progress import Stages
 from jpq_export.revision import revision
 
-STEPS = {"quick": 30, "standard": 200}  # "max": as published. A step is 5 s on SmolLM2-135M and one busy core
+STEPS = {"quick": 30, "standard": 200}  # "max": as published. A step is 6 s on SmolLM2-135M and a busy core
 TOKENS = 256  # of a training sequence
+TRAINED, UNFINISHED = "hypernetwork.safetensors", "unfinished.pt"  # in the cache
 ABOVE, BELOW = 1.02, 0.98  # a size at the very end of the range leaves the masks nothing to choose
+
+logger = logging.getLogger(__name__)
 
 
 def toga_plan(
@@ -72,15 +78,15 @@ def toga_plan(
     folder = prepared_folder(**inputs)
     check_cache(folder)
     network = Hypernetwork(structures(loaded.spec, prune=prune), seed=seed).to(loaded.model.embed.weight.device)
-    if (folder / "hypernetwork.safetensors").exists():
+    if _load(network, folder):
         stages.resumed("hypernetwork", "training the hypernetwork")
-        network.load_state_dict(load_file(folder / "hypernetwork.safetensors"))
     else:
         assert isinstance(loaded.model, Decoder)
         with stages.stage("hypernetwork", f"training the hypernetwork, {training.steps} steps") as report:
             pieces = calibration[:, : calibration.shape[1] // TOKENS * TOKENS].reshape(-1, TOKENS)
             supernet = MaskedDecoder(loaded.model, pieces, found.widths, cost.target)
-            train(network, supernet, training, seed=seed, progress=report)
+            unfinished = folder / UNFINISHED
+            train(network, supernet, training, seed=seed, unfinished=unfinished, progress=report)
         _save(network, folder)
     search = {"steps": training.steps, "trained_fractions": list(training.fractions), "widths": asdict(found.widths)}
     return plan_for(network, cost, budget, found, sha256=loaded.sha256, search=search)
@@ -109,9 +115,23 @@ def settings(found: Frame, effort: str, *, prune: bool) -> Training:
     return Training(steps, rate_for(steps, published=PUBLISHED_STEPS["bits"]), (low, BELOW))
 
 
+def _load(network: Hypernetwork, folder: Path) -> bool:
+    """Fill the network from the cache; False when it was not trained yet or its file is damaged."""
+    path = folder / TRAINED
+    if not path.exists():
+        return False
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        logger.warning("%s: cannot be read (%s); training again", path, error)
+        return False
+    return True
+
+
 def _save(network: Hypernetwork, folder: Path) -> None:
-    """The file last gets its name: a killed run trains again."""
+    """The file last gets its name: a killed run goes on with its training."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".hypernetwork-{os.getpid()}"
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, temporary)
-    os.replace(temporary, folder / "hypernetwork.safetensors")
+    temporary = folder / f".{TRAINED}-{os.getpid()}"
+    save_tensors(temporary, {name: value.detach().cpu().numpy() for name, value in network.state_dict().items()})
+    os.replace(temporary, folder / TRAINED)
+    (folder / UNFINISHED).unlink(missing_ok=True)

@@ -99,6 +99,13 @@ def test_another_budget_needs_no_training(shelf: Path, bits_only: Path) -> None:
     assert sizes[0] < sizes[1]
 
 
+def test_a_damaged_network_is_trained_again(shelf: Path, bits_only: Path) -> None:
+    for path in (shelf / "cache").rglob("hypernetwork.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    run(f"{EXPORT} --no-prune --bits 3.2 --until plan --out {shelf / 'retrained'}")
+    assert (shelf / "retrained" / "plan.json").read_bytes() == (bits_only / "plan.json").read_bytes()
+
+
 def test_its_plan_gives_the_same_bundle(shelf: Path, bits_only: Path) -> None:
     again = shelf / "again"
     run(f"{EXPORT} --plan {bits_only / 'plan.json'} --out {again}")

@@ -110,3 +110,26 @@ def test_rounding_is_straight_through():
     assert hard.tolist() == [0.0, 1.0]
     assert mask.grad is not None
     assert mask.grad.tolist() == [1.0, 1.0]
+
+
+def test_a_stopped_training_goes_on_and_ends_the_same(even, tmp_path, monkeypatch):
+    monkeypatch.setattr("jpq_export.methods.toga.train.KEPT_EVERY", 4)
+
+    class Stopped(Toy):
+        def loss(self, masks, step):
+            if step == 10:
+                raise KeyboardInterrupt
+            return super().loss(masks, step)
+
+    settings = Training(20, rate=2e-3, fractions=(0.25, 0.75))
+    whole, parted, file = *(Hypernetwork([{n: ROWS} for n in even.worth], seed=0) for _ in range(2)), tmp_path / "u.pt"
+    losses = train(whole, even, settings, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(parted, Stopped(even.worth), settings, seed=1, unfinished=file)
+    fresh = Hypernetwork([{n: ROWS} for n in even.worth], seed=0)
+    assert train(fresh, even, settings, seed=1, unfinished=file) == losses
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name])
+    file.write_bytes(b"damaged")  # the twin: without the file it must start again, and does
+    again = Hypernetwork([{n: ROWS} for n in even.worth], seed=0)
+    assert len(train(again, even, settings, seed=1, unfinished=file)) == 20
