@@ -164,10 +164,11 @@ class Export:
         """The target's engine must be able to store every weight; PlanError names the first it cannot."""
         target = self.request.target
         for choice in given.choices:
-            if not all(target.holds(scheme) for scheme in choice.schemes) or (choice.blocks and target.engine):
-                zero = f"zero {choice.scheme.centre:g}" if choice.symmetric else "stored zero points"
+            if not target.holds(choice.schemes[0]) or (choice.blocks and target.engine):
+                zero = f"zero {choice.schemes[0].centre:g}" if choice.symmetric else "stored zero points"
+                what = "rows of several widths" if choice.blocks else f"{choice.bits}-bit codes with {zero}"
                 raise PlanError(
-                    f"{self.request.plan}: {choice.name}: {choice.bits}-bit codes with {zero} do not fit the signed "
+                    f"{self.request.plan}: {choice.name}: {what} do not fit the signed "
                     f"{max(target.stored_bits)}-bit ones of {target.name}; make a plan with --target {target.name}"
                 )
 

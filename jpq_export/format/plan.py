@@ -247,7 +247,7 @@ def _choice(raw: dict[str, Any]) -> Choice:
         if choice.scheme.weight_bytes(choice.rows, choice.columns) != choice.bytes:  # also validates the scheme
             raise ValueError(f"{choice.name}: bytes {choice.bytes} do not match its scheme")
         return choice
-    if sum(block.rows for block in choice.blocks) != choice.rows:
+    if sum(b.rows for b in choice.blocks) != choice.rows or min(b.rows for b in choice.blocks) < 1:
         raise ValueError(f"{choice.name}: its blocks do not have {choice.rows} rows")
     if choice.order is not None and sorted(choice.order) != list(range(choice.rows)):
         raise ValueError(f"{choice.name}: order is not each of {choice.rows} rows once")

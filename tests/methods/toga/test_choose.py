@@ -1,5 +1,6 @@
 """Masks to plans: exact bytes below every budget, the rows that were asked for, contiguous where it is free."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from jpq_export.compress.cost import CostModel  # noqa: E402
-from jpq_export.errors import BudgetError  # noqa: E402
+from jpq_export.errors import BudgetError, PlanError  # noqa: E402
 from jpq_export.format.plan import Budget, load_plan  # noqa: E402
 from jpq_export.format.spec import LayerSpec  # noqa: E402
 from jpq_export.format.target import load_target  # noqa: E402
@@ -84,6 +85,20 @@ def test_plans_come_back_from_their_file(cost, tmp_path):
     plan = answer(cost, 3.3, prune=True)
     (tmp_path / "plan.json").write_text(plan.to_json())
     assert load_plan(tmp_path) == plan
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("blocks", [{"bits": 4, "rows": -1}, {"bits": 2, "rows": 65}]), ("order", [0] * 64), ("bytes", 1)],
+)
+def test_a_plan_whose_blocks_do_not_fit_is_refused(cost, tmp_path, field, value):
+    raw = json.loads(answer(cost, 3.3).to_json())
+    choice = next(c for c in raw["choices"] if c["name"] == "layers.0.attn.q")
+    assert choice["blocks"]
+    choice[field] = value
+    (tmp_path / "plan.json").write_text(json.dumps(raw))
+    with pytest.raises(PlanError, match=r"layers\.0\.attn\.q"):
+        load_plan(tmp_path)
 
 
 def test_reordered_channels_leave_the_function_as_it_was(cost):

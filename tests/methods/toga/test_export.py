@@ -134,3 +134,8 @@ def test_what_it_cannot_do_is_one_line(shelf: Path, options: str, told: str, cod
     out = run(f"export m --method toga --effort quick {options} --out {shelf / 'no'}", expected=code)
     assert told in out
     assert "Traceback" not in out
+
+
+def test_its_plan_is_refused_where_rows_must_be_alike(shelf: Path, bits_only: Path) -> None:
+    told = run(f"export m --target rtx-4090 --effort quick --plan {bits_only / 'plan.json'} --out no", expected=1)
+    assert "rows of several widths do not fit" in told
