@@ -7,7 +7,7 @@ and the cross entropy of the masked model is taken on text that no training saw.
 in the high and in the low precision stand beside them: a network that is not better than chance has learned nothing.
 Widths only, no pruning; roundings are the supernet's own (GPTQ from the teacher's inputs, not the compressed prefix's).
 
-Measured on SmolLM2-135M, 20 steps, 2 and 4 bits, 16 held-out sequences of 256 tokens, nats (all rows high 4.462, all low
+Measured on SmolLM2-135M, 20 steps, 2 and 4 bits, 16 held-out sequences of 256 tokens, nats (all high 4.462, all low
 6.398): at 0.65 of the bytes random 5.867, trained for the range 5.421, for this size 5.445; at 0.80 random 5.139, range
 4.737, this size 4.724. At so few steps one training for the range is as good as one for each size.
 """
