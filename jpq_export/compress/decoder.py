@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jpq_export.format.spec import LayerSpec, ModelSpec
+from jpq_export.compress.int8_cache import Stored, stored_int8
+from jpq_export.format.spec import INT8_CACHE, LayerSpec, ModelSpec
 
 Tap = Callable[[str, Tensor], None]
 M = TypeVar("M", bound=nn.Module)
@@ -69,12 +70,21 @@ class KVCache:
 
 
 class Context:
-    """What all layers of one forward pass share: rotary tables, attention masks, the cache."""
+    """What all layers of one forward pass share: rotary tables, attention masks, the cache.
+
+    `stored`, when there is one, gives keys and values of new tokens as attention will read them.
+    """
 
     def __init__(
-        self, spec: ModelSpec, positions: Tensor, attention_mask: Tensor | None, cache: KVCache | None, past: int
+        self,
+        spec: ModelSpec,
+        positions: Tensor,
+        attention_mask: Tensor | None,
+        cache: KVCache | None,
+        past: int,
+        stored: Stored | None = None,
     ) -> None:
-        self.cache = cache
+        self.cache, self.stored = cache, stored
         self._mask, self._past, self._seq = attention_mask, past, positions.shape[-1]
         self._device = positions.device
         self.rotary = []
@@ -144,6 +154,8 @@ class Attention(nn.Module):
         query, key, value = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
         cos, sin = context.rotary[self.rope]
         query, key = rotate(self.q_norm(query), cos, sin), rotate(self.k_norm(key), cos, sin)
+        if context.stored is not None:
+            key, value = context.stored(self.index, key, value)
         if context.cache is not None:
             key, value = context.cache.extend(self.index, key, value)
         mask = context.mask(self.window)
@@ -246,6 +258,7 @@ class Decoder(nn.Module):
         layers = nn.ModuleList(Layer(spec, i) for i in range(len(spec.layers)))
         self.layers = layers  # pyright: ignore[reportAttributeAccessIssue] see the annotation above
         self.norm = RMSNorm(spec.hidden, spec.norm_eps)
+        self.stored: Stored | None = stored_int8 if spec.kv_cache == INT8_CACHE else None
         self.head = None if spec.tied else nn.Linear(spec.hidden, spec.vocab, bias=False)
 
     def context(
@@ -262,7 +275,7 @@ class Decoder(nn.Module):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
             else:
                 position_ids = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
-        return Context(self.spec, position_ids, attention_mask, cache, past)
+        return Context(self.spec, position_ids, attention_mask, cache, past, self.stored)
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """[batch, seq] -> [batch, seq, hidden]."""
