@@ -172,6 +172,10 @@ class Export:
     def check_options(self, given: Plan) -> None:
         """A plan has its own method and structure; UsageError when an option asks for another."""
         request = self.request
+        if given.method == "srcr":
+            raise UsageError(
+                f"--plan {request.plan}: of a study's cell; make its bundle with `jpq-export study --export`"
+            )
         if request.method not in ("jpq", given.method):
             raise UsageError(
                 f"--method {request.method}: {request.plan} was made for {given.method}; leave --method out or make a "

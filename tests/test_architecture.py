@@ -17,7 +17,10 @@ PACKAGE = Path(jpq_export.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli",),
+    ("cli_study",),
     ("cli_options", "cli_group"),
+    ("study_export",),
+    ("study",),
     ("comparison",),
     ("comparison_report",),
     ("peers",),

@@ -12,7 +12,7 @@ from jpq_export.format.encoder_spec import Spec
 from jpq_export.numerics.scheme import TERNARY, Scheme
 
 FORMAT = "jpq-plan/1"
-METHODS = ("jpq", "gptq", "rtn")
+METHODS = ("jpq", "gptq", "rtn", "srcr")
 
 
 @dataclass(frozen=True, slots=True)

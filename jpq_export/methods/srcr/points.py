@@ -19,8 +19,8 @@ NOTES = {
     "unstructured": "shrinks only in theory: kernels and files here keep every zero as a code; with an index of 1 bit "
     "a weight a file could be smaller, none here is, and no common hardware skips scattered zeros",
     "2:4": "can run faster: the sparse tensor cores of Nvidia GPUs from Ampere on (Jetson Orin, RTX 30 and later) "
-    "skip two zeros of four in matrix products, which helps long prompts; this project's kernels do not use them and its "
-    "files keep every zero",
+    "skip two zeros of four in matrix products, which helps long prompts; this project's kernels do not use them "
+    "and its files keep every zero",
     "structural": "smaller and faster on every target: whole key/value heads and channels are gone from file, products "
     "and KV cache",
 }
