@@ -123,6 +123,33 @@ def test_the_zeros_of_an_exported_pattern_are_exact(
     assert np.isfinite(sparse.quantized["embed"].dequantize()).all()
 
 
+def test_the_plan_of_a_cell_is_no_plan_for_an_export(study: Callable, tmp_path: Path) -> None:
+    from jpq_export.cli import main
+
+    options = ["--rates", "87.5", "--patterns", "2:4", "--export", str(tmp_path / "bundle"), "--target", "cpu"]
+    assert study(*options)[0].exit_code == 0
+    plan, out = str(tmp_path / "bundle" / "plan.json"), str(tmp_path / "other")
+    folder, quick = str(tmp_path / "llama_tied"), ["--effort", "quick"]
+    again = CliRunner().invoke(main, [folder, "--target", "cpu", "--plan", plan, "--out", out, *quick])
+    assert again.exit_code == 2
+    assert "study --export" in again.output
+
+
+def test_tasks_give_the_retention(study: Callable, tmp_path: Path, conftest_of: Callable[[str], Any]) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'jpq-export[tasks]'")
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    rows = [json.dumps(conftest_of("evaluate").ROWS["piqa"](i)) for i in range(4)]
+    (folder / "piqa.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    options = ["--rates", "87.5", "--patterns", "2:4", "--tasks", "piqa", "--task-data", str(folder)]
+    result, found = study(*options)
+    assert result.exit_code == 0, result.output
+    for cell in found["cells"]:
+        assert cell["retention_by"] == "tasks"
+        assert cell["retention"] == cell["tasks"]["piqa"]["acc_norm"] / cell["original_tasks"]["piqa"]["acc_norm"]
+    assert "mean over the tasks" in result.output
+
+
 def row(name: str, *, rate: float, retention: float, counted: float, stored: float) -> dict[str, Any]:
     both = {"balance": balance(retention, rate), "stored_balance": balance(retention, stored)}
     return {"name": name, "rate": rate, "retention": retention, "counted_rate": counted, "stored_rate": stored} | both
