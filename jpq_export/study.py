@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from jpq_export.compress.apply import LayerChoice
     from jpq_export.compress.statistics import Statistics
 
+CELL_CODE = ("compress", "numerics", "evaluate", "methods/srcr")  # what the numbers of a cell depend on
 Row = dict[str, Any]
 
 
@@ -143,7 +144,7 @@ class Study:
         self.windows, self.teacher = windows, Remembered(model)
         facts = [self.loaded.sha256, self.texts.sha256, sha256(windows.tobytes()).hexdigest(), settings.seed]
         tasks = settings.tasks.about() if settings.tasks else None
-        self.key = sha256(json.dumps([*facts, settings.device, tasks, revision()]).encode()).hexdigest()
+        self.key = sha256(json.dumps([*facts, settings.device, tasks, revision(CELL_CODE)]).encode()).hexdigest()
 
     def _sequences(self) -> tuple[Texts, np.ndarray]:
         """Calibration and held-out tokens, and what cells are measured on."""

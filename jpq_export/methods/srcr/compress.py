@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jpq_export.compress.apply import COLUMNS_OF, Compressor, LayerChoice, Recipe, Stream, all_kept
 from jpq_export.compress.decoder import Decoder
+from jpq_export.compress.model import AnyContext
 from jpq_export.compress.rounding import Rounded
 from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.compress.student import to_compressed
@@ -51,8 +52,22 @@ class SparseCompressor(Compressor):
     def __init__(self, teacher: Decoder, cell: Cell, recipe: Recipe, stats: Statistics, sequences: np.ndarray) -> None:
         super().__init__(teacher, recipe, stats, sequences)
         self.cell, self.part = cell, ""
-        # SparseGPT has no columns left to move a removed channel's share to: the repository's refit does that instead.
+        # What a removed column did, the kept ones of its matrix take over: SparseGPT's update, for all of them at once.
         self.refits = cell.pattern == "structural"
+
+    def _attention(self, i: int, teacher_stream: Stream, student_stream: Stream, contexts: list[AnyContext]) -> None:
+        super()._attention(i, self._inputs(student_stream), student_stream, contexts)
+
+    def _mlp(self, i: int, teacher_stream: Stream, student_stream: Stream) -> None:
+        super()._mlp(i, self._inputs(student_stream), student_stream)
+
+    def _inputs(self, student_stream: Stream) -> Stream:
+        """What the whole layer reads where it is asked: the compressed prefix too, as SparseGPT does.
+
+        From the original's activations a refit would also correct what earlier layers did wrong, and structural cells
+        alone would have that: at 50% and 8 bits, perplexity 217 on 3,072 held-out tokens, the original's 72.
+        """
+        return list(student_stream) if self.refits else []
 
     def _linear(self, i: int, part: str, old_in: Stream, new_in: Stream) -> None:
         self.part, refits = part, self.refits
