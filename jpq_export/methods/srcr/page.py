@@ -11,7 +11,7 @@ from jpq_export.parity.svg import element, svg, text
 
 Row = dict[str, Any]
 LEFT, TOP, WIDE, HIGH = 150, 44, 108, 46
-WORST, MIDDLE, BEST = (192, 51, 43), (240, 205, 110), (29, 127, 78)  # red, yellow, green
+WORST, MIDDLE, BEST = (233, 138, 128), (246, 222, 146), (118, 190, 142)  # light: dark letters stand on them
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
@@ -84,7 +84,7 @@ def _square(row: Row, x: float, y: float, share: float, best: Row) -> Markup:
     chosen = row["name"] in (best["cell"], *best["by_rate"].values())
     told = f"{row['name']}: Sr {row['retention']:.4f}, perplexity {row['quality']['perplexity']:.2f}"
     told += "" if reaches(row) else f"; zeros lost, really {row['counted_rate']:.2%}"
-    colour, frame = "#{:02x}{:02x}{:02x}".format(*shade(share)), "#111" if chosen else "none"
+    colour, frame = "#{:02x}{:02x}{:02x}".format(*shade(share)), "currentColor" if chosen else "none"
     kind = {"x": x + 2, "y": y + 2, "width": WIDE - 4, "height": HIGH - 4}
     middle = x + WIDE / 2
     return element(

@@ -112,9 +112,13 @@ def _kept(columns: Tensor, diagonal: Tensor, zeros: Zeros) -> Tensor:
     if zeros.of:
         rank = score.argsort(dim=0, stable=True).argsort(dim=0)
         return rank >= zeros.count
-    kept = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
-    kept[score.flatten().argsort(dim=0, stable=True)[: round(zeros.share * score.numel())]] = False
-    return kept.view_as(score)
+    flat, count = score.flatten(), round(zeros.share * score.numel())
+    if count == 0:
+        return torch.ones_like(columns, dtype=torch.bool)
+    limit = flat.kthvalue(count).values  # a sort of them all took half the sweep
+    tied = flat == limit
+    gone = (flat < limit) | (tied & (tied.cumsum(0) <= count - (flat < limit).sum()))
+    return ~gone.view_as(score)
 
 
 class _Rounder:

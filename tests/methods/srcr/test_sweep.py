@@ -163,3 +163,10 @@ def test_a_dead_input_is_harmless() -> None:
     H[5], H[:, 5] = 0, 0
     rounded: Rounded = prune_and_round(W, H, Zeros(0.5), Scheme(4, 32, symmetric=False))
     assert torch.isfinite(rounded.dequantize()).all()
+
+
+@pytest.mark.parametrize("zeros", HALF, ids=NAMES)
+def test_equal_weights_lose_exactly_the_share_and_always_the_same(zeros: Zeros) -> None:
+    kept = sweep(torch.ones(8, 192), torch.eye(192), zeros).kept
+    assert float((~kept).float().mean()) == zeros.share
+    assert torch.equal(kept, sweep(torch.ones(8, 192), torch.eye(192), zeros).kept)
