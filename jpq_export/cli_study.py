@@ -23,7 +23,7 @@ Examples:
   jpq-export study --effort quick                        the default model, case B, a small grid
   jpq-export study ./my-llama --rates 81.25 --widths 3,4 3 bits against a quarter of zeros and 4 bits
   jpq-export study --tasks arc_easy,piqa --limit 200     retention of task scores, as published
-  jpq-export study --effort max --device cuda            128 x 2048 calibration tokens, all widths, both cases
+  jpq-export study --effort max --calibration c4.jsonl   128 x 2048 tokens, all widths, both cases: for a GPU
   jpq-export study --effort quick --export bundle --target cpu
 """
 

@@ -161,6 +161,9 @@ class Study:
             length=effort.length,
             seed=settings.seed,
         )
+        if len(chosen) < effort.sequences:
+            told = f"{len(chosen)} of {effort.sequences} sequences of {effort.length} tokens"
+            self.stages.note(f"the calibration text gives {told}; give a longer one with --calibration for all of them")
         texts = Texts(chosen, kept_out, kept_out)
         if self.content is None:
             return texts, kept_out

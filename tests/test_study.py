@@ -135,6 +135,18 @@ def test_the_plan_of_a_cell_is_no_plan_for_an_export(study: Callable, tmp_path: 
     assert "study --export" in again.output
 
 
+def test_a_short_calibration_text_is_said(study: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("\n\n".join(f"{i} {WORDS[i:]}{WORDS * 12}" for i in range(40)))
+    asked = ["--rates", "87.5", "--widths", "2", "--calibration", str(short)]
+    monkeypatch.setitem(module.EFFORTS, "quick", module.Effort(9000, 64, 2, (2,), ("B",)))
+    result, _ = study(*asked)
+    assert result.exit_code == 0, result.output
+    assert "of 9000 sequences" in result.output
+    monkeypatch.setitem(module.EFFORTS, "quick", module.Effort(8, 64, 2, (2,), ("B",)))
+    assert "sequences of 64 tokens" not in study(*asked)[0].output  # twin
+
+
 def test_tasks_give_the_retention(study: Callable, tmp_path: Path, conftest_of: Callable[[str], Any]) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'jpq-export[tasks]'")
     folder = tmp_path / "questions"
