@@ -65,7 +65,8 @@ class SparseCompressor(Compressor):
         """What the whole layer reads where it is asked: the compressed prefix too, as SparseGPT does.
 
         From the original's activations a refit would also correct what earlier layers did wrong, and structural cells
-        alone would have that: at 50% and 8 bits, perplexity 217 on 3,072 held-out tokens, the original's 72.
+        alone would have that. It makes little difference: SmolLM2-135M, 50% and 8 bits, perplexity 216.6 instead of
+        217.4, the original's 71.7.
         """
         return list(student_stream) if self.refits else []
 
