@@ -54,6 +54,7 @@ def test_every_cell_is_measured_and_on_the_page(study: Callable, tmp_path: Path)
     assert html.count("<rect") == len(names)
     assert "http" not in html.replace("http-equiv", "")  # nothing from outside
     assert found["recommended"]["cell"] in names
+    assert f"{found['recommended']['cell']}, whose file is " in html
     assert "harmonic mean" in found["score"]
     assert "harmonic mean" in result.output
 

@@ -50,7 +50,10 @@ def page(study: Row) -> str:
 
 def _told(study: Row) -> list[str]:
     best, tokens = study["recommended"], study["tokens"]
-    theory = best["cell"] or "none, for no cell's counted zeros reach its rate"
+    theory = "none, for no cell's counted zeros reach its rate"
+    for row in study["cells"]:
+        if row["name"] == best["cell"]:
+            theory = f"{row['name']}, whose file is {row['stored_rate']:.1%} smaller than fp16, not {row['rate']:.1%}"
     return [
         f"Recommended by theoretical rate: {theory}. Recommended by stored bytes: {best['stored']}.",
         f"TCr = 1 - (1 - s) q / 16 over the layers' weights. {study['retention']}. {study['score']}.",
