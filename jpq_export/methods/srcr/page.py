@@ -86,7 +86,7 @@ def heat_map(rows: list[Row], best: Row) -> Markup:
 def _square(row: Row, x: float, y: float, share: float, best: Row) -> Markup:
     chosen = row["name"] in (best["cell"], *best["by_rate"].values())
     told = f"{row['name']}: Sr {row['retention']:.4f}, perplexity {row['quality']['perplexity']:.2f}"
-    told += "" if reaches(row) else f"; zeros lost, really {row['counted_rate']:.2%}"
+    told += "" if reaches(row) else f"; its zeros give only {row['counted_rate']:.2%}"
     colour, frame = "#{:02x}{:02x}{:02x}".format(*shade(share)), "currentColor" if chosen else "none"
     kind = {"x": x + 2, "y": y + 2, "width": WIDE - 4, "height": HIGH - 4}
     middle = x + WIDE / 2
@@ -138,7 +138,7 @@ def _table(rows: list[Row], best: Row) -> Markup:
     for row in rows:
         chosen = "best" if row["name"] in (best["cell"], best["stored"]) else None
         body.append(element("tr", *(element("td", cell) for cell in cells_of(row)), class_=chosen))
-    return element("table", *body) + element("p", "* zeros lost to rounding: the rate is not reached.", class_="why")
+    return element("table", *body) + element("p", "* the zeros that are left do not give this rate.", class_="why")
 
 
 def _notes(rows: list[Row]) -> Markup:
@@ -164,6 +164,6 @@ def markdown(study: Row) -> str:
     for row in study["cells"]:
         cells = cells_of(row)
         lines.append("| " + " | ".join(cells[i] for i in (0, 1, 2, 4, 5, 7, 9, 10, 11, 12)) + " |")
-    lines += ["", *(f"{line}" for line in _told(study)[:2]), "* zeros lost to rounding: the rate is not reached."]
+    lines += ["", *(f"{line}" for line in _told(study)[:2]), "* the zeros that are left do not give this rate."]
     by_rate = (f"{float(rate):.2%}: {name}" for rate, name in study["recommended"]["by_rate"].items())
     return "\n".join([*lines, "Highest Sr at each rate: " + ", ".join(by_rate)])
