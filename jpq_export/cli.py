@@ -23,6 +23,7 @@ from jpq_export.cli_options import (
     size_bytes,
     task_options,
 )
+from jpq_export.cli_study import study
 from jpq_export.errors import JpqError, UsageError
 from jpq_export.numerics.scheme import BIT_WIDTHS
 
@@ -60,6 +61,9 @@ def main(*, verbose: bool) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ✓ shows ? instead of a traceback
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+main.add_command(study)
 
 
 @main.command(epilog=EXAMPLES)
