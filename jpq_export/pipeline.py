@@ -145,6 +145,8 @@ class Export:
                 write_atomic(self.work.path(f"finalist-{i}.json"), each.to_json())
         elif self.request.method == "toga":
             plan = self.toga(loaded, texts, cost)
+        elif self.request.method == "qpruner":
+            plan = self.qpruner(loaded, texts, cost)
         else:
             kind = {"method": self.request.method, "widths": self.request.widths or BIT_WIDTHS}
             plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, **kind)
@@ -224,6 +226,14 @@ class Export:
         request, budget = self.request, self.request.budget.resolve(loaded.spec)
         kind = {"effort": request.effort, "prune": request.prune, "widths": request.widths, "seed": request.seed}
         return toga_plan(loaded, texts.calibration, cost, budget, **kind, stages=self.stages)
+
+    def qpruner(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
+        """Taylor pruning, then the best trial of the search over bits."""
+        from jpq_export.methods.qpruner.search import qpruner_plan
+
+        request, budget = self.request, self.request.budget.resolve(loaded.spec)
+        kind = {"effort": request.effort, "prune": request.prune, "widths": request.widths, "seed": request.seed}
+        return qpruner_plan(loaded, texts.calibration, texts.heldout, cost, budget, **kind, stages=self.stages)
 
     def round(self, loaded: LoadedModel, texts: Texts, plan: Plan) -> tuple[Plan, CompressedModel]:
         """Round every finalist; the plan that is best then, and its model."""
