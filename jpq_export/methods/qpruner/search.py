@@ -25,6 +25,7 @@ from jpq_export.compress.load import LoadedModel
 from jpq_export.compress.prepared import check_cache, prepared_folder
 from jpq_export.errors import UsageError
 from jpq_export.format.plan import Budget, Plan
+from jpq_export.format.spec import ModelSpec
 from jpq_export.methods.qpruner.bayes import Levels, Space, Trial, search
 from jpq_export.methods.qpruner.choose import Frame, by_information, frame, plan_of
 from jpq_export.methods.qpruner.importance import derivatives, keep
@@ -64,7 +65,9 @@ def qpruner_plan(
         BudgetError: the lowest width everywhere is too much.
     """
     allowed = check(loaded, budget, widths)
-    sequences = calibration[: SEQUENCES[effort]]
+    teacher, spec, sequences = loaded.model, loaded.spec, calibration[: SEQUENCES[effort]]
+    assert isinstance(teacher, Decoder)
+    assert isinstance(spec, ModelSpec)
     inputs: dict[str, Any] = {
         "method": "qpruner",
         "model": loaded.sha256,
@@ -73,12 +76,12 @@ def qpruner_plan(
     }
     folder = prepared_folder(**inputs, sequences=len(sequences))
     check_cache(folder)
-    kept = importance(loaded.model, sequences, folder, stages)
-    choices = {rate: keep(loaded.spec, kept, rate) for rate in (RATES if prune else (0.0,))}
+    kept = importance(teacher, sequences, folder, stages)
+    choices = {rate: keep(spec, kept, rate) for rate in (RATES if prune else (0.0,))}
     found = frame(cost, choices, allowed, budget)
     inputs |= {"budget": budget.bytes, "trials": TRIALS[effort], "widths": allowed, "rate": found.rate, "seed": seed}
     inputs |= {"target": cost.target.stored_bits, "sequences": len(sequences)}
-    trials, space, information = _search(loaded.model, sequences, heldout, found, budget, inputs, stages)
+    trials, space, information = _search(teacher, sequences, heldout, found, budget, inputs, stages)
     told = {"information": information, "order": ORDER, "estimate": ESTIMATE}
     return plan_of(found, space, trials, budget, sha256=loaded.sha256, search=told)
 
@@ -89,9 +92,9 @@ def check(loaded: LoadedModel, budget: Budget, widths: tuple[float, ...] | None)
         raise UsageError("--method qpruner: an encoder has no next-token loss to prune by; use --method jpq")
     if budget.bytes is None:
         raise UsageError("--method qpruner: its cap is on bytes; give --size, --bits or --ratio")
-    allowed = tuple(sorted(set(widths or WIDTHS)))
+    allowed: tuple[float, ...] = tuple(sorted(set(widths or WIDTHS)))
     if len(allowed) < 2:
-        raise UsageError(f"--widths: --method qpruner chooses between widths, got {allowed[0]:g}; give two or more")
+        raise UsageError(f"--widths: --method qpruner chooses between widths, got {len(allowed)}; give two or more")
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"--method qpruner: {missing[0]} is not installed; pip install 'jpq-export[qpruner]'")
