@@ -13,6 +13,7 @@ from jpq_export.compress.search import rounded_up
 from jpq_export.errors import BudgetError
 from jpq_export.format.encoder_spec import Spec, is_table
 from jpq_export.format.plan import Budget, Choice, FrontPoint, LayerPlan, Plan, Predicted, Removal
+from jpq_export.methods.qpruner.adapters import adapter_bytes
 from jpq_export.methods.qpruner.bayes import Levels, Space, Trial, best, pareto
 from jpq_export.methods.qpruner.importance import GROUP_SIZE
 from jpq_export.numerics.scheme import Scheme, choose_group_size
@@ -20,7 +21,10 @@ from jpq_export.numerics.scheme import Scheme, choose_group_size
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The model as pruned, the widths a layer may have (rising), the tables' width, and how much was pruned."""
+    """The model as pruned, the widths a layer may have (rising), the tables' width, and how much was pruned.
+
+    `rank`: of the low-rank branch beside every linear, 0 without.
+    """
 
     spec: Spec
     kept: tuple[LayerChoice, ...]
@@ -28,6 +32,7 @@ class Frame:
     table_bits: float
     rate: float
     cost: CostModel
+    rank: int = 0
 
     def scheme(self, columns: int, bits: float) -> Scheme:
         """Of a matrix with `columns` inputs, as the target stores it."""
@@ -44,7 +49,8 @@ class Frame:
             shapes = self.spec.linear_shapes(i).values()
             rows.append(tuple(sum(self.stored_bytes(shape, bits) for shape in shapes) for bits in self.widths))
         tables = sum(self.stored_bytes(s, self.table_bits) for n, s in self.spec.matrices().items() if is_table(n))
-        return Space(tuple(rows), tables + 4 * sum(self.spec.vectors().values()), cap, tuple(order))
+        fixed = tables + 4 * sum(self.spec.vectors().values()) + adapter_bytes(self.spec, self.rank)
+        return Space(tuple(rows), fixed, cap, tuple(order))
 
 
 def narrowed(spec: Spec, kept: tuple[LayerChoice, ...]) -> Spec:
@@ -58,7 +64,12 @@ def narrowed(spec: Spec, kept: tuple[LayerChoice, ...]) -> Spec:
 
 
 def frame(
-    cost: CostModel, kept: dict[float, tuple[LayerChoice, ...]], widths: tuple[float, ...], budget: Budget
+    cost: CostModel,
+    kept: dict[float, tuple[LayerChoice, ...]],
+    widths: tuple[float, ...],
+    budget: Budget,
+    *,
+    rank: int = 0,
 ) -> Frame:
     """The least pruning, of `kept` by rate, and then the widest tables, that leave layers room below the budget.
 
@@ -72,7 +83,7 @@ def frame(
     for rate, each in sorted(kept.items()):
         spec = narrowed(cost.spec, each)
         for level in range(len(widths) - 1, -1, -1):
-            found = Frame(spec, each, widths, widths[level], rate, cost)
+            found = Frame(spec, each, widths, widths[level], rate, cost, rank)
             least = found.space(budget.bytes, ()).bytes((max(level - 1, 0),) * len(spec.layers))
             if least <= budget.bytes:
                 return found
@@ -124,6 +135,7 @@ def plan_of(
         predicted,
         front,
         search,
+        found.rank,
     )
 
 

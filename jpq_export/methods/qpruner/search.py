@@ -56,15 +56,16 @@ def qpruner_plan(
     prune: bool,
     widths: tuple[float, ...] | None,
     seed: int,
+    rank: int,
     stages: Stages,
 ) -> Plan:
-    """Structure and bits of the best trial.
+    """Structure and bits of the best trial; room is left for low-rank branches of `rank`.
 
     Raises:
         UsageError: an encoder, no byte budget, fewer than two widths, or the extra is not installed.
         BudgetError: the lowest width everywhere is too much.
     """
-    allowed = check(loaded, budget, widths)
+    allowed = check(loaded, budget, widths, rank)
     teacher, spec, sequences = loaded.model, loaded.spec, calibration[: SEQUENCES[effort]]
     assert isinstance(teacher, Decoder)
     assert isinstance(spec, ModelSpec)
@@ -78,15 +79,22 @@ def qpruner_plan(
     check_cache(folder)
     kept = importance(teacher, sequences, folder, stages)
     choices = {rate: keep(spec, kept, rate) for rate in (RATES if prune else (0.0,))}
-    found = frame(cost, choices, allowed, budget)
-    inputs |= {"budget": budget.bytes, "trials": TRIALS[effort], "widths": allowed, "rate": found.rate, "seed": seed}
+    found = frame(cost, choices, allowed, budget, rank=rank)
+    inputs |= {
+        "budget": budget.bytes,
+        "trials": TRIALS[effort],
+        "widths": allowed,
+        "rate": found.rate,
+        "seed": seed,
+        "rank": rank,
+    }
     inputs |= {"target": cost.target.stored_bits, "sequences": len(sequences)}
     trials, space, information = _search(teacher, sequences, heldout, found, budget, inputs, stages)
     told = {"information": information, "order": ORDER, "estimate": ESTIMATE}
     return plan_of(found, space, trials, budget, sha256=loaded.sha256, search=told)
 
 
-def check(loaded: LoadedModel, budget: Budget, widths: tuple[float, ...] | None) -> tuple[float, ...]:
+def check(loaded: LoadedModel, budget: Budget, widths: tuple[float, ...] | None, rank: int) -> tuple[float, ...]:
     """What cannot be asked of this method, said before anything is computed; the widths, rising."""
     if not isinstance(loaded.model, Decoder):
         raise UsageError("--method qpruner: an encoder has no next-token loss to prune by; use --method jpq")
@@ -95,7 +103,7 @@ def check(loaded: LoadedModel, budget: Budget, widths: tuple[float, ...] | None)
     allowed: tuple[float, ...] = tuple(sorted(set(widths or WIDTHS)))
     if len(allowed) < 2:
         raise UsageError(f"--widths: --method qpruner chooses between widths, got {len(allowed)}; give two or more")
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    missing = [name for name in (*EXTRA, *(("peft",) if rank else ())) if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"--method qpruner: {missing[0]} is not installed; pip install 'jpq-export[qpruner]'")
     return allowed
