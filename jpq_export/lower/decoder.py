@@ -60,7 +60,7 @@ class DecoderGraph:
         )
         self._rotary = self._rotary_tables(positions)
         self._masks = self._attention_masks(ids, mask)
-        x = self._embed(ids)
+        x = self._embed(ids, positions)
         for i in range(len(self.spec.layers)):
             x = self._attention(i, x)
             x = self._mlp(i, x)
@@ -74,18 +74,24 @@ class DecoderGraph:
         self.inputs.append(value)
         return value
 
-    def _embed(self, ids: ir.Value) -> ir.Value:
+    def _embed(self, ids: ir.Value, positions: ir.Value) -> ir.Value:
         """[batch, seq] -> [batch, seq, hidden]."""
-        self.nodes.scope = "embed"
-        rows = self.weights.rows(ids, "embed", name="embed" if self.spec.embed_scale == 1 else None)
-        if self.spec.embed_scale != 1:
-            rows = self.nodes("Mul", rows, self.nodes.const(self.spec.embed_scale, np.float32), name="embed")
+        nodes, spec = self.nodes, self.spec
+        nodes.scope = "embed"
+        looked_up = None if spec.learned_positions else "embed"
+        rows = self.weights.rows(ids, "embed", name=looked_up if spec.embed_scale == 1 else None)
+        if spec.embed_scale != 1:
+            rows = nodes("Mul", rows, nodes.const(spec.embed_scale, np.float32), name=looked_up)
+        if spec.learned_positions:
+            rows = nodes("Add", rows, self.weights.rows(positions, "positions", name=None), name="embed")
         self.taps.append(rows)
         return rows
 
     def _rotary_tables(self, positions: ir.Value) -> dict[int, tuple[ir.Value, ir.Value]]:
         """Cosine and sine [batch, seq, head_dim / 2] of every rope a layer uses, computed once a pass."""
         nodes, tables = self.nodes, {}
+        if not self.spec.ropes:
+            return tables
         nodes.scope = "rope"
         used = sorted({layer.rope for layer in self.spec.layers if layer.kv_heads})
         wide = nodes("Unsqueeze", nodes("Cast", positions, to=FLOAT), nodes.ints(-1)) if used else positions
@@ -127,7 +133,11 @@ class DecoderGraph:
         return out
 
     def _norm(self, x: ir.Value, name: str) -> ir.Value:
-        return self.ops.norm(self.nodes, x, self.weights.norm(name), self.spec.norm_eps, name)
+        factor, eps = self.weights.norm(name), self.spec.norm_eps
+        if not self.spec.layer_norm:
+            return self.ops.norm(self.nodes, x, factor, eps, name)
+        shift = self.weights.vector(f"{name}.bias")
+        return self.nodes("LayerNormalization", x, factor, shift, name=name, axis=-1, epsilon=eps)
 
     def _residual(self, x: ir.Value, y: ir.Value, at: str) -> ir.Value:
         """Add y to x, where y passes the post-norm first when the model has one: value `at`, a tap."""
@@ -146,9 +156,8 @@ class DecoderGraph:
         inner = self._norm(x, f"{at}_norm")
         query, key, value = (self.weights.linear(inner, f"{at}.{part}") for part in "qkv")
         heads = {"q": layer.kv_heads * spec.heads_per_group, "k": layer.kv_heads}
-        cos, sin = self._rotary[layer.rope]
         query, key = (
-            self._position(value, f"{at}.{part}_norm", heads[part], cos, sin)
+            self._position(value, f"{at}.{part}_norm", heads[part], layer.rope)
             for part, value in (("q", query), ("k", key))
         )
         past = [
@@ -170,13 +179,15 @@ class DecoderGraph:
         self.presents += present
         return self._residual(x, self.weights.linear(core, f"{at}.o"), at)
 
-    def _position(self, x: ir.Value, norm: str, heads: int, cos: ir.Value, sin: ir.Value) -> ir.Value:
-        """Per-head norm where the model has one, then rotary embedding: [batch, seq, heads * head_dim]."""
+    def _position(self, x: ir.Value, norm: str, heads: int, rope: int) -> ir.Value:
+        """Per-head norm, then rotary embedding, where the model has them: [batch, seq, heads * head_dim]."""
         if self.spec.qk_norm:
             nodes = self.nodes
             split = nodes("Reshape", x, nodes.ints(0, 0, heads, self.spec.head_dim))
             x = nodes("Reshape", self._norm(split, norm), nodes.ints(0, 0, -1))
-        return self.ops.rotate(self.nodes, x, cos, sin, heads=heads, head_dim=self.spec.head_dim)
+        if not self._rotary:
+            return x
+        return self.ops.rotate(self.nodes, x, *self._rotary[rope], heads=heads, head_dim=self.spec.head_dim)
 
     def _mlp(self, index: int, x: ir.Value) -> ir.Value:
         """Add the MLP sub-layer to x; nothing when it was removed."""
@@ -184,7 +195,11 @@ class DecoderGraph:
             return x
         at = self.nodes.scope = f"layers.{index}.mlp"
         inner = self._norm(x, f"{at}_norm")
-        gate, up = (self.weights.linear(inner, f"{at}.{part}") for part in ("gate", "up"))
-        active = self.ops.ACTIVATIONS[self.spec.activation](self.nodes, gate)
-        product = self.nodes("Mul", active, up, name=f"{at}.inner")
+        read = ("gate", "up") if self.spec.gated else ("up",)
+        parts = [self.weights.linear(inner, f"{at}.{part}") for part in read]
+        active = self.ops.ACTIVATIONS[self.spec.activation](self.nodes, parts[0])
+        if self.spec.gated:
+            product = self.nodes("Mul", active, parts[1], name=f"{at}.inner")
+        else:
+            product = self.nodes("Identity", active, name=f"{at}.inner")
         return self._residual(x, self.weights.linear(product, f"{at}.down"), at)

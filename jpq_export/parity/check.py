@@ -71,7 +71,7 @@ def check_parity(
     """
     proto = load_proto(onnx_path)
     _, unfused = read_metadata(proto, onnx_path)
-    rounds = bool(set(model.quantized) - unfused - {"embed"})
+    rounds = bool(set(model.quantized) - unfused - {"embed", "positions"})
     assert isinstance(model.spec, ModelSpec)  # encoders: `parity.encoder`
     cases, reference = make_cases(prompts, model.spec), TorchRunner(model)
     ways = [BODIES, KERNELS] if proto.functions and native.available() else [BODIES]

@@ -219,7 +219,7 @@ def test_other_files_and_architectures_are_refused(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    assert "GGUF architecture 'falcon' is not supported; supported: gemma3, llama, qwen2, qwen3" in refusal(path)
+    assert "GGUF architecture 'falcon' is not supported; supported: gemma3, gpt2, llama, phi3, qwen2, qwen3" in refusal(path)
     assert parse_gguf(path).fields["general.architecture"] == "falcon"
 
 
