@@ -1,0 +1,59 @@
+"""Whole exports of the two families that are least like Llama: pruned, rounded, recovered, lowered, proved, run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jpq_export.cli import main
+from jpq_export.compress import effort
+from jpq_export.runtime import load
+
+FAMILIES = ("phi3", "gpt2")
+# Removing is priced at next to nothing, so that the search does it.
+SHORT = effort.Effort("quick", 4, 2, 32, 1, 4, 2, (("removal", (1e-3,)),))
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory, save_tiny: Callable[..., Path]) -> Iterator[Path]:
+    """A folder with one model a family, where the commands run."""
+    folder = tmp_path_factory.mktemp("families")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JPQ_CACHE", str(folder / "cache"))
+        patch.setitem(effort.EFFORTS, "quick", SHORT)
+        patch.chdir(folder)
+        for name in FAMILIES:
+            save_tiny(folder / name, name)
+        yield folder
+
+
+def run(command: str, expected: int = 0) -> str:
+    done = CliRunner().invoke(main, shlex.split(command), catch_exceptions=False)
+    assert done.exit_code == expected, done.output
+    return done.output
+
+
+@pytest.mark.parametrize(("target", "method"), [("cpu-x86", "jpq"), ("jetson", "jpq"), ("cpu-x86", "gptq")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_export_is_proved(shelf: Path, family: str, target: str, method: str) -> None:
+    out = shelf / f"{family}-{target}-{method}"
+    run(f"export {family} --effort quick --context 64 --target {target} --method {method} --bits 3 --out {out}")
+    plan, parity = (json.loads((out / f"{name}.json").read_text()) for name in ("plan", "parity"))
+    assert parity["passed"]
+    if method == "jpq":  # something of every kind is gone, and not the same everywhere
+        kept = [(len(layer["kv_heads"]), layer["ffn"]) for layer in plan["layers"]]
+        print(kept)
+    print([(c["name"], c["bits"]) for c in plan["choices"]])
+    names = {choice["name"] for choice in plan["choices"]}
+    assert ("positions" in names, "layers.0.mlp.gate" in names) == ((True, False) if family == "gpt2" else (False, True))
+    run(f"verify {out}")
+    text = load(out).generate("the theory", max_new_tokens=4)
+    print(repr(text))
+    codes = out / "model.onnx.data"
+    codes.write_bytes(codes.read_bytes()[::-1])  # the twin
+    run(f"verify {out}", expected=1)
