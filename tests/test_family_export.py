@@ -52,3 +52,16 @@ def test_a_whole_export_is_proved(shelf: Path, family: str, target: str, method:
     codes = out / "model.onnx.data"
     codes.write_bytes(codes.read_bytes()[::-1])  # the twin
     run(f"verify {out}", expected=1)
+
+
+def test_a_table_of_positions_is_never_left(shelf: Path, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Calibration, parity and evaluation keep within 28 positions, where all of them would like more."""
+    model, out = save_tiny(tmp_path / "gpt2", "gpt2", max_position_embeddings=28), tmp_path / "out"
+    run(f"export {model} --effort quick --context 64 --target cpu-x86 --bits 4 --no-prune --out {out}")
+    parity = json.loads((out / "parity.json").read_text())
+    assert parity["passed"]
+    assert {runtime["greedy"]["steps"] for runtime in parity["runtimes"]} == {14}
+    (tmp_path / "a.txt").write_text("some words of no meaning " * 40, encoding="utf-8")
+    evaluate = f"eval {out} --text {tmp_path / 'a.txt'} --windows 2 --no-teacher --context"
+    assert "perplexity" in run(f"{evaluate} 28")
+    assert "--context 29: gpt2 has 28 positions; give 28 or less" in run(f"{evaluate} 29", expected=2)
