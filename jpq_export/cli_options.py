@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from jpq_export.errors import UsageError
+from jpq_export.format.spec import FLOAT_CACHE, KV_CACHES
 from jpq_export.numerics.scheme import read_width
 
 WIDTHS_HELP = "Bits a matrix may have, by commas; default 2,3,4,5,6,8. Also 1 and 1.6 (ternary)."
@@ -101,6 +102,13 @@ def search_options(command: Any) -> Any:
                 "--context", type=int, default=2048, show_default=True, help="Tokens in the KV cache, for latency."
             ),
             click.option(
+                "--kv-cache",
+                type=click.Choice(KV_CACHES),
+                default=FLOAT_CACHE,
+                show_default=True,
+                help="How a decoder keeps keys and values; int8 is for onnxruntime targets.",
+            ),
+            click.option(
                 "--prune/--no-prune", default=True, show_default=True, help="Let the search remove structure."
             ),
             click.option("--seed", type=int, default=0, show_default=True),
@@ -138,6 +146,12 @@ def make_request(options: dict[str, Any], **extra: Any) -> Any:
         raise UsageError(f"--context {options['context']}: expected at least 1 token")
     if not 0 <= options["seed"] <= LARGEST_SEED:
         raise UsageError(f"--seed {options['seed']}: expected 0 to {LARGEST_SEED}")
+    kept = options.get("kv_cache", FLOAT_CACHE)
+    if kept != FLOAT_CACHE and (engine := "TensorRT" if target.tensorrt else "TensorRT-RTX" if target.engine else ""):
+        raise UsageError(
+            f"--kv-cache {kept}: {engine}, which {target.name} is for, reads a {FLOAT_CACHE} cache only; leave the "
+            "option out, or export for onnxruntime, such as --target cpu-x86"
+        )
     if options["latency"] is not None and options["method"] != "jpq":
         raise UsageError(
             f"--method {options['method']}: one width for all cannot meet --latency; give --size, --bits or --ratio"

@@ -19,6 +19,7 @@ import numpy as np
 from jpq_export.errors import BudgetError, JpqError, PlanError, TargetError, UsageError
 from jpq_export.format.encoder_spec import EncoderSpec
 from jpq_export.format.plan import Plan, load_plan
+from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
 from jpq_export.progress import Stages
 from jpq_export.request import QUALITY_SEQUENCES, Request, Texts, prepared_for
 from jpq_export.workspace import Workspace, check_disk, check_output, write_atomic
@@ -61,6 +62,9 @@ class Export:
             return self.stop_early(plan, keep={"plan.json"})
         plan, rounded = self.round(loaded, texts, plan)
         compressed = self.recover(loaded, texts, plan, rounded)
+        compressed = replace(compressed, spec=self.cached_spec(compressed.spec))
+        if self.request.kv_cache != FLOAT_CACHE:
+            compressed.save(self.work.path("compressed.safetensors"))
         if self.request.until == "compress":
             return self.stop_early(plan, keep={"plan.json", "compressed.safetensors"})
         self.lower(loaded, compressed)
@@ -78,6 +82,11 @@ class Export:
             loaded = load_model(self.request.model, progress=report, device=self.request.device)
         if isinstance(loaded.spec, EncoderSpec):
             self.effort, self.final_sequences = for_texts(self.effort), FINAL_SEQUENCES * PER_SEQUENCE
+            if self.request.kv_cache != FLOAT_CACHE:
+                raise UsageError(
+                    f"--kv-cache {self.request.kv_cache}: {loaded.name} is a sentence encoder, which keeps no keys and "
+                    "values; leave the option out"
+                )
             if self.request.target.engine:
                 raise TargetError(
                     f"{self.request.target.name}: TensorRT-RTX engines of encoders are not built yet; use --target cpu"
@@ -134,7 +143,7 @@ class Export:
         if self.work.has("plan.json"):
             self.stages.resumed("plan", "search")
             return load_plan(self.work.path("plan.json"))
-        cost = CostModel(loaded.spec, self.request.target, self.request.context)
+        cost = CostModel(self.cached_spec(loaded.spec), self.request.target, self.request.context)
         budget = self.request.budget.resolve(loaded.spec)
         if self.request.method == "jpq":
             plan, *rivals = self.search(loaded, texts, cost)
@@ -148,10 +157,10 @@ class Export:
         return plan
 
     def check_board(self, plan: Plan, spec: Spec) -> None:
-        """Weights and KV cache (fp16) must fit the board's memory."""
+        """Weights and KV cache (fp16 or int8) must fit the board's memory."""
         target, context = self.request.target, min(self.request.context, spec.max_positions)
-        heads = 0 if isinstance(spec, EncoderSpec) else sum(len(layer.kv_heads) for layer in plan.layers)
-        cache = 2 * heads * spec.head_dim * context * 2
+        heads, spec = sum(len(layer.kv_heads) for layer in plan.layers), self.cached_spec(spec)
+        cache = 0 if isinstance(spec, EncoderSpec) else context * spec.cache_bytes(heads, float_bytes=2)
         if plan.predicted.bytes + cache > target.memory_bytes:
             raise BudgetError(
                 f"{target.name}: weights of {plan.predicted.bytes / 1e6:.2f} MB and a KV cache of {cache / 1e6:.2f} MB "
@@ -338,6 +347,10 @@ class Export:
 
     def _kl(self, name: str) -> float:
         return json.loads(self.work.path(f"{name}.json").read_text(encoding="utf-8"))["heldout_kl"]
+
+    def cached_spec(self, spec: Spec) -> Spec:
+        """The spec with the cache that was asked for: nothing up to the lowering depends on it but its cost."""
+        return replace(spec, kv_cache=self.request.kv_cache) if isinstance(spec, ModelSpec) else spec
 
     def lower(self, loaded: LoadedModel, compressed: CompressedModel) -> None:
         """model.onnx, for TensorRT and TensorRT-RTX a graph of their own, and the tokenizer."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import platform
+from copy import copy
 from dataclasses import asdict, replace
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jpq_export import __version__
 from jpq_export.engine.contents import add_device_files, bundle_names
+from jpq_export.engine.prebuilt import add_prebuilt
 from jpq_export.engine.rtx import GRAPH, RtxEngine, try_build
 from jpq_export.format.bundle import MANIFEST, Manifest, read_manifest, write_manifest
 from jpq_export.format.encoder_spec import KIND, EncoderSpec
 from jpq_export.format.plan import Plan
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
 
 if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
@@ -64,7 +65,7 @@ def finish_bundle(
     with stages.stage("vectors", "recording vectors for the device"):
         record_vectors(compressed, work.path("vectors.safetensors"), prompts=prompts)
     with stages.stage("quality", "quality on held-out text") as report:
-        quality = _quality(loaded, texts, compressed, report)
+        quality, kv_cache = _quality(loaded, texts, compressed, report)
     keep = {
         *("plan.json", "parity.json", "vectors.safetensors", "tokenizer.json", "tokenizer_config.json"),
         *(path.name for path in work.folder.glob("model*.onnx*")),
@@ -72,9 +73,9 @@ def finish_bundle(
     engine = _engine(export, compressed) if export.request.target.engine else None
     keep |= {engine.file} if engine and engine.file else set()
     manifest = _manifest(export, loaded, plan, compressed, quality)
-    manifest = replace(manifest, engine=engine.to_dict() if engine else None)
+    manifest = replace(manifest, engine=engine.to_dict() if engine else None, kv_cache=kv_cache)
     if tensorrt := export.request.target.tensorrt:
-        manifest = replace(manifest, device=_device_files(work.folder, tensorrt))
+        manifest = replace(manifest, device=_device_files(export, tensorrt))
         keep |= bundle_names(work.folder)
     write_manifest(work.folder, manifest.with_contents(work.folder, names=keep))
     write_report(work.folder)
@@ -91,6 +92,7 @@ def _finish_encoder(
     from jpq_export.compress.student import dequantized
     from jpq_export.compress.teaching import teaching_of
     from jpq_export.parity.encoder import check_encoder, record_vectors
+    from jpq_export.parity.report import write_report
 
     work, stages, rows = export.work, export.stages, texts.heldout.tolist()
     with stages.stage("parity", "PyTorch against onnxruntime, every sub-layer"):
@@ -107,6 +109,7 @@ def _finish_encoder(
     keep |= {path.name for path in work.folder.glob("model*.onnx*")}
     manifest = replace(_manifest(export, loaded, plan, compressed, quality), kind=KIND)
     write_manifest(work.folder, manifest.with_contents(work.folder, names=keep))
+    write_report(work.folder)
     manifest = read_manifest(work.folder)
     work.finish(keep={MANIFEST, *manifest.files})
     return {"out": str(work.out), "plan": plan, "manifest": manifest, "parity": parity}
@@ -126,7 +129,7 @@ def _engine(export: Export, compressed: CompressedModel) -> RtxEngine:
     return engine
 
 
-def _device_files(folder: Path, tensorrt: str) -> dict[str, Any]:
+def _device_files(export: Export, tensorrt: str) -> dict[str, Any]:
     """Put into the bundle what the board needs to build an engine; the manifest's device section."""
     from jpq_export.parity import tolerance
     from jpq_export.parity.vectors import Vectors
@@ -136,9 +139,10 @@ def _device_files(folder: Path, tensorrt: str) -> dict[str, Any]:
         sources = native.sources_folder()
     except native.NativeError:
         sources = None  # the manifest lists what is missing, and `build` says it
+    folder, target = export.work.folder, export.request.target
     recorded = Vectors.load(folder / "vectors.safetensors").tensors
     prompt = recorded["ids.prefill"].shape[1]
-    return add_device_files(
+    section = add_device_files(
         folder,
         sources,
         tensorrt=tensorrt,
@@ -146,16 +150,34 @@ def _device_files(folder: Path, tensorrt: str) -> dict[str, Any]:
         prompt=max(prompt, recorded["ids.padded"].shape[1]),
         tokens=max(prompt + len(recorded["greedy"]), recorded["ids.padded"].shape[1]),
     )
+    if target.kind != "jetson" or target.sm is None or section["missing"]:
+        return section
+    binaries = add_prebuilt(folder, sm=target.sm, tensorrt=tensorrt, cuda=target.cuda, say=export.stages.note)
+    return {**section, "binaries": binaries}
 
 
-def _quality(loaded: LoadedModel, texts: Texts, compressed: CompressedModel, report: Any) -> dict[str, Any]:
-    """The numbers of the manifest, on held-out calibration text that decided nothing."""
+def _quality(
+    loaded: LoadedModel, texts: Texts, compressed: CompressedModel, report: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest's `quality` and `kv_cache`, on held-out calibration text that decided nothing."""
     from jpq_export.compress.student import dequantized
     from jpq_export.evaluate.text_quality import evaluate_text
 
+    spec = compressed.spec
+    assert isinstance(spec, ModelSpec)
     student = dequantized(compressed).to(loaded.model.embed.weight.device)
     result = evaluate_text(student, loaded.model, texts.quality, progress=report)
-    return asdict(result)
+    plain = replace(spec, kv_cache=FLOAT_CACHE)
+    about = {"type": spec.kv_cache, "bytes_per_token": spec.cache_bytes_per_token}
+    about |= {"float_bytes_per_token": plain.cache_bytes_per_token}
+    if spec.kv_cache != FLOAT_CACHE:
+        floating = copy(student)  # the same weights
+        floating.stored = None
+        without = evaluate_text(floating, loaded.model, texts.quality, progress=report)
+        cost = evaluate_text(student, floating, texts.quality, progress=report)
+        about["without"] = {"kl_mean": without.kl_mean, "perplexity": without.perplexity}
+        about["kl_to_float"], about["top1_agreement"] = cost.kl_mean, cost.top1_agreement
+    return asdict(result), about
 
 
 def _manifest(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jpq_export.format.spec import FLOAT_CACHE
 from jpq_export.format.target import Target
 from jpq_export.revision import PRICING, revision
 
@@ -38,6 +39,7 @@ class Request:
     device: str = "cpu"
     prune: bool = True
     widths: tuple[float, ...] | None = None
+    kv_cache: str = FLOAT_CACHE
     force: bool = False
 
     def key(self, model_sha256: str, calibration_sha256: str) -> str:

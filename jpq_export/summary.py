@@ -36,6 +36,8 @@ def show_summary(result: dict[str, Any]) -> None:
         "KL to the teacher", f"{quality['kl_mean']:.4f} nats a token, top-1 agreement {quality['top1_agreement']:.1%}"
     )
     table.add_row("perplexity", f"{quality['teacher_perplexity']:.2f} -> {quality['perplexity']:.2f} on held-out text")
+    if manifest.kv_cache:
+        table.add_row("KV cache", kv_cache_line(manifest.kv_cache))
     verdict = "[green]passed[/green]" if parity.passed else "[red]FAILED[/red]"
     table.add_row("parity", f"{verdict}, PyTorch against {', '.join(r.name for r in parity.runtimes)}")
     if parity.as_run is not None:
@@ -54,6 +56,18 @@ def show_summary(result: dict[str, Any]) -> None:
     console.print(
         f'next: jpq-export run {shown} "Once upon a time"   |   on the device: jpq-export verify {shown}',
         soft_wrap=True,
+    )
+
+
+def kv_cache_line(cache: dict[str, Any]) -> str:
+    """Kind, memory and price of the cache."""
+    told = f"{cache['type']}, {cache['bytes_per_token']:,} bytes a token"
+    if "kl_to_float" not in cache:
+        return told
+    without = cache["without"]["kl_mean"]
+    return (
+        f"{told} instead of {cache['float_bytes_per_token']:,}; costs {cache['kl_to_float']:.5f} nats (KL to the same "
+        f"model with a float cache, whose KL to the teacher is {without:.4f})"
     )
 
 

@@ -24,7 +24,7 @@ READ_BYTES = 1 << 28  # far beyond every cache
 
 @dataclass(frozen=True, slots=True)
 class LayerRate:
-    """One `jpq::LowBitMatMul` at one row of X: stored bytes, median microseconds, GB/s."""
+    """One `jpq::LowBitMatMul` or LowBitMatMuls at one row of X: stored bytes, median microseconds, GB/s."""
 
     name: str
     bits: float
@@ -56,16 +56,26 @@ def layer_rates(path: Path, threads: int) -> tuple[LayerRate, ...]:
 
 
 def _stored(path: Path) -> dict[str, tuple[float, int]]:
-    """Node name -> (bits, stored bytes) of every product."""
+    """Node name -> (bits a weight on average, stored bytes) of every product."""
     import onnx
 
     out = {}
     for node in onnx.load(str(path), load_external_data=False).graph.node:
+        facts = {a.name: a.i for a in node.attribute}
         if node.op_type == "LowBitMatMul":
-            facts = {a.name: a.i for a in node.attribute}
-            scheme = Scheme(from_kernel_bits(facts["bits"]), facts["group_size"], bool(facts["symmetric"]))
-            out[node.name] = scheme.bits, scheme.weight_bytes(facts["N"], facts["K"])
+            out[node.name] = _size(facts, "")
+        if node.op_type == "LowBitMatMuls":
+            parts = [_size(facts, f"_{i}") for i in range(facts["count"])]
+            rows = [facts[f"N_{i}"] for i in range(facts["count"])]
+            widths = {bits for bits, _ in parts}
+            mean = widths.pop() if len(widths) == 1 else float(np.average([bits for bits, _ in parts], weights=rows))
+            out[node.name] = mean, sum(size for _, size in parts)
     return out
+
+
+def _size(facts: dict[str, int], part: str) -> tuple[float, int]:
+    scheme = Scheme(from_kernel_bits(facts[f"bits{part}"]), facts[f"group_size{part}"], bool(facts[f"symmetric{part}"]))
+    return scheme.bits, scheme.weight_bytes(facts[f"N{part}"], facts["K"])
 
 
 def read_bandwidth(threads: int, *, repeats: int = 5) -> float:

@@ -52,7 +52,7 @@ class CostModel:
         size = self._vector_bytes(index, "attn", kv_heads, None)
         if isinstance(spec, EncoderSpec):
             return size, self.microseconds(size, OPS_PER_ATTENTION, 2 * kv_heads * spec.head_dim * self.tokens**2)
-        cache_bytes = 2 * kv_heads * spec.head_dim * tokens * 2  # keys and values, fp16 on the device
+        cache_bytes = spec.cache_bytes(kv_heads, float_bytes=2) * tokens  # a float cache is fp16 on the device
         macs = 2 * kv_heads * spec.heads_per_group * spec.head_dim * tokens
         return size, self.microseconds(size + cache_bytes, OPS_PER_ATTENTION, macs)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jpq_export.format.spec import LayerSpec, ModelSpec
+from jpq_export.compress.int8_cache import Stored, stored_int8
+from jpq_export.format.spec import INT8_CACHE, LayerSpec, ModelSpec
 
 Tap = Callable[[str, Tensor], None]
 M = TypeVar("M", bound=nn.Module)
@@ -77,12 +78,21 @@ class KVCache:
 
 
 class Context:
-    """What all layers of one forward pass share: positions, rotary tables, attention masks, the cache."""
+    """What all layers of one forward pass share: positions, rotary tables, attention masks, the cache.
+
+    `stored`, when there is one, gives keys and values of new tokens as attention will read them.
+    """
 
     def __init__(
-        self, spec: ModelSpec, positions: Tensor, attention_mask: Tensor | None, cache: KVCache | None, past: int
+        self,
+        spec: ModelSpec,
+        positions: Tensor,
+        attention_mask: Tensor | None,
+        cache: KVCache | None,
+        past: int,
+        stored: Stored | None = None,
     ) -> None:
-        self.cache, self.positions = cache, positions
+        self.cache, self.stored, self.positions = cache, stored, positions
         self._mask, self._past, self._seq = attention_mask, past, positions.shape[-1]
         self._device = positions.device
         self.rotary = []
@@ -154,6 +164,8 @@ class Attention(nn.Module):
         if context.rotary:
             cos, sin = context.rotary[self.rope]
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if context.stored is not None:
+            key, value = context.stored(self.index, key, value)
         if context.cache is not None:
             key, value = context.cache.extend(self.index, key, value)
         mask = context.mask(self.window)
@@ -257,6 +269,7 @@ class Decoder(nn.Module):
         layers = nn.ModuleList(Layer(spec, i) for i in range(len(spec.layers)))
         self.layers = layers  # pyright: ignore[reportAttributeAccessIssue] see the annotation above
         self.norm = make_norm(spec)
+        self.stored: Stored | None = stored_int8 if spec.kv_cache == INT8_CACHE else None
         self.head = None if spec.tied else nn.Linear(spec.hidden, spec.vocab, bias=False)
 
     def context(
@@ -273,7 +286,7 @@ class Decoder(nn.Module):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
             else:
                 position_ids = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
-        return Context(self.spec, position_ids, attention_mask, cache, past)
+        return Context(self.spec, position_ids, attention_mask, cache, past, self.stored)
 
     def embed_tokens(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """[batch, seq] -> [batch, seq, hidden]; `positions` [batch or 1, seq], by default 0, 1, ..."""

@@ -108,7 +108,10 @@ def _plugin(job: Job) -> Plugin | None:
     if job.settings.aot:
         return as_plugin(read_kernels(job.settings.bundle), job.device.machine)
     section = device_section(job.manifest)
-    return choose(job.settings, section, sm=job.device.sm, machine=job.device.machine)
+    device = job.device
+    return choose(
+        job.settings, section, sm=device.sm, machine=device.machine, tensorrt=device.tensorrt, cuda=device.cuda
+    )
 
 
 def _compile(job: Job, say: Say) -> Plugin:

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,10 @@ class PluginError(JpqError):
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """A library whose sha256 somebody recorded. `sms`: GPU generations it has code for; `origin`: for the reader."""
+    """A library whose sha256 somebody recorded. `sms`: GPU generations it has code for; `origin`: for the reader.
+
+    `tensorrt`, `cuda`: major versions a library from elsewhere was compiled for; None when it was compiled here.
+    """
 
     path: Path
     sha256: str
@@ -36,20 +39,28 @@ class Plugin:
     abi: int
     machine: str
     origin: str
+    tensorrt: int | None = None
+    cuda: int | None = None
 
     @property
     def untouched(self) -> bool:
         """Whether the file is still the recorded one."""
         return self.path.is_file() and hash_file(self.path).sha256 == self.sha256
 
-    def reason_against(self, sm: int | None, machine: str) -> str | None:
-        """Why this library is not for this board; None when it is."""
+    def reason_against(
+        self, sm: int | None, machine: str, *, tensorrt: str | None = None, cuda: str | None = None
+    ) -> str | None:
+        """Why this library is not for this board; None when it is. `cuda`: what the driver knows, "12.6"."""
         if self.abi != ABI:
             return f"ABI {self.abi}"
         if self.machine != machine:
             return f"for {self.machine}"
         if sm not in self.sms:
             return "for " + ", ".join(f"sm_{value}" for value in self.sms)
+        if self.tensorrt is not None and (tensorrt is None or int(tensorrt.split(".")[0]) != self.tensorrt):
+            return f"for TensorRT {self.tensorrt}"
+        if self.cuda is not None and (cuda is None or int(cuda.split(".")[0]) < self.cuda):
+            return f"for CUDA {self.cuda}"  # its runtime refuses an older driver
         return None if self.untouched else "sha256 is not the recorded one"
 
 
@@ -68,16 +79,28 @@ def recorded(settings: Settings, section: dict[str, Any]) -> list[Plugin]:
 
 def _prebuilt(bundle: Path, raw: dict[str, Any]) -> Plugin:
     return Plugin(
-        bundle / raw["file"], raw["sha256"], tuple(raw["sms"]), raw["abi"], raw["machine"], f"prebuilt, {raw['file']}"
+        *(bundle / raw["file"], raw["sha256"], tuple(raw["sms"]), raw["abi"], raw["machine"]),
+        origin=f"prebuilt, {raw['file']}",
+        tensorrt=raw.get("tensorrt"),
+        cuda=raw.get("cuda"),
     )
 
 
-def choose(settings: Settings, section: dict[str, Any], *, sm: int | None, machine: str) -> Plugin | None:
+def choose(
+    settings: Settings,
+    section: dict[str, Any],
+    *,
+    sm: int | None,
+    machine: str,
+    tensorrt: str | None = None,
+    cuda: str | None = None,
+) -> Plugin | None:
     """The first that fits this board; with --plugin only that file, and only with a recorded hash."""
     candidates = recorded(settings, section)
     if settings.plugin is not None:
         candidates = [_asked(settings.plugin, candidates)]
-    return next((plugin for plugin in candidates if plugin.reason_against(sm, machine) is None), None)
+    fits = (p for p in candidates if p.reason_against(sm, machine, tensorrt=tensorrt, cuda=cuda) is None)
+    return next(fits, None)
 
 
 def _asked(path: Path, candidates: list[Plugin]) -> Plugin:
@@ -87,7 +110,7 @@ def _asked(path: Path, candidates: list[Plugin]) -> Plugin:
     digest = hash_file(path).sha256
     for plugin in candidates:
         if plugin.sha256 == digest:
-            return Plugin(path, digest, plugin.sms, plugin.abi, plugin.machine, f"--plugin {path}")
+            return replace(plugin, path=path, origin=f"--plugin {path}")
     known = ", ".join(f"{plugin.sha256[:12]}…" for plugin in candidates) or "none"
     raise PluginError(
         f"--plugin {path}: sha256 {digest[:12]}… is in no record (recorded: {known}); it is not loaded; leave --plugin "

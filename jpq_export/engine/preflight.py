@@ -127,9 +127,10 @@ def plugin(manifest: Manifest, device: Device, settings: Settings) -> Check:
     needed = f"a library for {board}, {device.machine}, ABI {ABI}, with the recorded sha256"
     remedy = "install the compilers (sudo apt install cmake cuda-nvcc-12-6, or nvidia-jetpack)"
     try:
-        found = choose(settings, section, sm=device.sm, machine=device.machine)
+        versions = {"tensorrt": device.tensorrt, "cuda": device.cuda}
+        found = choose(settings, section, sm=device.sm, machine=device.machine, **versions)
         reasons = [
-            f"{plugin.origin}: {plugin.reason_against(device.sm, device.machine)}"
+            f"{plugin.origin}: {plugin.reason_against(device.sm, device.machine, **versions)}"
             for plugin in recorded(settings, section)
         ]
     except PluginError as error:
@@ -143,7 +144,8 @@ def plugin(manifest: Manifest, device: Device, settings: Settings) -> Check:
         return Check("plugin", False, "; ".join(reasons), needed, "copy the bundle again; the library is not loaded")
     missing = can_compile(section, device.tools)
     if missing is None:
-        return Check("plugin", True, "sources, cmake and nvcc: compiled here first", needed)
+        why = f" ({'; '.join(reasons)})" if reasons else ""
+        return Check("plugin", True, f"sources, cmake and nvcc: compiled here first{why}", needed)
     if "carries no" in missing:
         remedy = "export again with a jpq-export that ships plugins/tensorrt, or give --plugin a prebuilt library"
     return Check("plugin", False, "; ".join([*reasons, missing]), needed, remedy)

@@ -73,6 +73,8 @@ def _check_section(section: dict[str, Any]) -> None:
         kinds = {"abi": int, "sms": list, "sha256": str, "machine": str}
         if wrong := [key for key, kind in kinds.items() if not isinstance(raw[key], kind)]:
             raise TypeError(f"binaries: {wrong[0]}")
+        if wrong := [key for key in ("tensorrt", "cuda") if not isinstance(raw.get(key, 0), int)]:
+            raise TypeError(f"binaries: {wrong[0]}")
     for value in (section["bounds"]["logits"], section["bounds"]["peak"]):
         if not 0 < float(value) < 1e6:
             raise ValueError(f"bound {value!r}")

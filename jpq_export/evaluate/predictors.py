@@ -85,7 +85,8 @@ class OrtPredictor:
 
     def go_on(self, cache: Any, rows: np.ndarray, ids: np.ndarray) -> Iterator[np.ndarray]:
         """See `Predictor`."""
-        mine = {name: np.ascontiguousarray(value[rows]) for name, value in cache.items()}
+        layout = self._model.cache
+        mine = {name: np.ascontiguousarray(layout.rows(layout.rows(value)[rows])) for name, value in cache.items()}
         for logits, _ in self._feed(ids, mine):
             yield logits
 

@@ -35,6 +35,9 @@ class Manifest:
     that `verify` can say which weight is damaged. `quality` is None and lists are empty when a stage was not run.
     `device`: for TensorRT targets, what `jpq-export build` needs to know on the board (see engine/contents.py).
     `kind`: "decoder", or "encoder" for a graph that gives embeddings.
+    `kv_cache`: of a decoder, its `type` ("float" or "int8"), `bytes_per_token` in model.onnx, those of a float one, and
+    what int8 costs on the held-out text of `quality`: `kl_to_float` to the same model with a float cache, and
+    `without`, that model's own `kl_mean` and `perplexity`.
     `engine`: for targets whose engine is built by the export, that engine or why there is none (see engine/rtx.py).
     """
 
@@ -56,6 +59,7 @@ class Manifest:
     device: dict[str, Any] | None = None
     engine: dict[str, Any] | None = None
     kind: str = "decoder"
+    kv_cache: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """The text of manifest.json."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 
+FLOAT_CACHE, INT8_CACHE = "float", "int8"
+KV_CACHES = (FLOAT_CACHE, INT8_CACHE)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
@@ -31,7 +34,7 @@ class RopeSpec:
 
 # Written only where they are not the default: models without them keep the identity (weights_sha256) they had before
 # these facts existed, so that their plans and caches stay good.
-LATER_FACTS = {"layer_norm": False, "gated": True, "learned_positions": False}
+LATER_FACTS = {"kv_cache": FLOAT_CACHE, "layer_norm": False, "gated": True, "learned_positions": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,10 @@ class ModelSpec:
     Query head j reads key/value head j // heads_per_group. No `ropes`: queries and keys are not rotated. `layer_norm`:
     norms subtract the mean and have a bias at "<norm>.bias". Not `gated`: down(act(up(x))) instead of
     down(act(gate(x)) * up(x)). `learned_positions`: a row of `positions` is added to every embedded token.
+
+    `kv_cache`: how keys (after rotary) and values are kept. "float": as computed. "int8": each (position, head) as
+    codes round(x / scale) with scale = max |x| / 127 in fp32; attention reads codes * scale, of new tokens too, so it
+    does not matter in how many passes a text is read.
     """
 
     name: str
@@ -78,9 +85,15 @@ class ModelSpec:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     add_bos: bool = False
+    kv_cache: str = FLOAT_CACHE
     layer_norm: bool = False
     gated: bool = True
     learned_positions: bool = False
+
+    def __post_init__(self) -> None:
+        """Check: a kind of cache that this version does not know is a ValueError."""
+        if self.kv_cache not in KV_CACHES:
+            raise ValueError(f"kv_cache: expected one of {', '.join(KV_CACHES)}, got {self.kv_cache!r}")
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """Shapes [out, in] of the linears of layer `index` that exist, by short name ("attn.q", "mlp.down", ...)."""
@@ -139,6 +152,16 @@ class ModelSpec:
     def parameters(self) -> int:
         """Number of parameters, tied weights counted once."""
         return sum(n * k for n, k in self.matrices().values()) + sum(self.vectors().values())
+
+    def cache_bytes(self, kv_heads: int, *, float_bytes: int = 4) -> int:
+        """Bytes of one token's keys and values in `kv_heads` heads; a float cache has `float_bytes` a number."""
+        head = self.head_dim + 4 if self.kv_cache == INT8_CACHE else self.head_dim * float_bytes
+        return 2 * kv_heads * head
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all layers of model.onnx."""
+        return self.cache_bytes(sum(layer.kv_heads for layer in self.layers))
 
     def with_layers(self, layers: tuple[LayerSpec, ...]) -> ModelSpec:
         """The same model with other per-layer widths."""

@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.lower.nodes import Nodes
-from jpq_export.lower.standard import silu
+from jpq_export.lower.standard import CACHED, cache_shape, silu
 
+__all__ = ["ACTIVATIONS", "CACHED", "attention", "cache_shape", "mask", "norm"]
 BLOCKED = -1e9  # added to a score that may not be looked at: its softmax is exactly 0 in fp32, and no infinity appears
 
 
@@ -39,18 +40,19 @@ def mask(nodes: Nodes, allowed: ir.Value) -> ir.Value:
 def attention(
     nodes: Nodes,
     inputs: tuple[ir.Value, ...],
+    rotary: tuple[ir.Value, ir.Value] | None,
     *,
     heads: int,
     kv_heads: int,
     head_dim: int,
     scale: float,
-    names: tuple[str, str, str],
+    names: tuple[str, ...],
 ) -> tuple[ir.Value, ...]:
-    """Grouped-query attention over past and new tokens: gives the output, present key and present value.
-
-    `inputs`: query, key, value [batch, seq, heads * head_dim], what `mask` gave, past key and past value.
-    """
+    """As `standard.attention`."""
     query, key, value, bias, past_key, past_value = inputs
+    if rotary:
+        query = rotate(nodes, query, *rotary, heads=heads, head_dim=head_dim)
+        key = rotate(nodes, key, *rotary, heads=kv_heads, head_dim=head_dim)
     per_group = heads // kv_heads
     split = nodes("Reshape", query, nodes.ints(0, 0, kv_heads, per_group, head_dim))
     query = nodes("Transpose", split, perm=[0, 2, 3, 1, 4])  # [batch, kv_heads, group, seq, head_dim]

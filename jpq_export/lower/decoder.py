@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.format.compressed import CompressedModel
-from jpq_export.format.spec import ModelSpec
-from jpq_export.lower import basic, half, standard
+from jpq_export.format.spec import INT8_CACHE, ModelSpec
+from jpq_export.lower import basic, growing, half, int8_cache, standard
 from jpq_export.lower.nodes import Nodes
 from jpq_export.lower.signed import SignedWeights
 from jpq_export.lower.weights import Form, Weights
@@ -21,7 +21,8 @@ FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 class Dialect:
     """What the reader of the file understands. `fused`: Attention, RMSNormalization and RotaryEmbedding are known.
 
-    `half`: attention and its cache are fp16.
+    `half`: attention and its cache are fp16. `growing`: our own operators for what onnxruntime is slow
+    at: attention over a cache that grows in place, products of one X at once.
     """
 
     opset: int = 23
@@ -29,6 +30,7 @@ class Dialect:
     fused: bool = True
     functions: bool = True
     half: bool = False
+    growing: bool = False
 
 
 class DecoderGraph:
@@ -43,9 +45,12 @@ class DecoderGraph:
         if form == "signed":
             self.weights = SignedWeights(model, self.nodes)
         else:
-            self.weights = Weights(model, form, self.nodes, with_overloads=dialect.functions)
-        self.ops = half if dialect.half else standard if dialect.fused else basic
-        self.cache_type = ir.DataType.FLOAT16 if dialect.half else FLOAT
+            overloads, together = dialect.functions, dialect.growing
+            self.weights = Weights(model, form, self.nodes, with_overloads=overloads, together=together)
+        fused = growing if dialect.growing else half if dialect.half else standard
+        self.ops = fused if dialect.fused else basic
+        if self.spec.kv_cache == INT8_CACHE:
+            self.ops = int8_cache
         self.inputs: list[ir.Value] = []
         self.presents: list[ir.Value] = []
         self.taps: list[ir.Value] = []
@@ -68,6 +73,19 @@ class DecoderGraph:
         x = self._norm(x, "norm")
         self.taps.append(x)
         return self.weights.linear(x, "logits", weight="embed" if self.spec.tied else "head")
+
+    def functions(self) -> list[ir.Function]:
+        """Bodies of all our operators used so far, sorted."""
+        opset, spec = self.dialect.opset, self.spec
+        found = self.weights.functions(opset)
+        if not self.dialect.growing:
+            return found
+        sizes = sorted({layer.kv_heads for layer in spec.layers if layer.kv_heads})
+        facts = {"rotary": bool(spec.ropes), "scale": spec.attention_scale, "opset": opset}
+        return [
+            *(growing.function(kv * spec.heads_per_group, kv, spec.head_dim, **facts) for kv in sizes),
+            *found,
+        ]
 
     def _input(self, name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
@@ -154,40 +172,41 @@ class DecoderGraph:
             return x
         at = self.nodes.scope = f"layers.{index}.attn"
         inner = self._norm(x, f"{at}_norm")
-        query, key, value = (self.weights.linear(inner, f"{at}.{part}") for part in "qkv")
-        heads = {"q": layer.kv_heads * spec.heads_per_group, "k": layer.kv_heads}
-        query, key = (
-            self._position(value, f"{at}.{part}_norm", heads[part], layer.rope)
-            for part, value in (("q", query), ("k", key))
-        )
-        past = [
-            self._input(f"past.{index}.{part}", self.cache_type, ["batch", layer.kv_heads, "past", spec.head_dim])
-            for part in ("key", "value")
-        ]
+        query, key, value = self.weights.linears(inner, [f"{at}.{part}" for part in "qkv"])
+        heads, kv_heads = layer.kv_heads * spec.heads_per_group, layer.kv_heads
+        if spec.qk_norm:
+            query = self._head_norm(query, f"{at}.q_norm", heads)
+            key = self._head_norm(key, f"{at}.k_norm", kv_heads)
+        past = [self._cache_input(index, part, kv_heads) for part in self.ops.CACHED]
         core, *present = self.ops.attention(
             self.nodes,
             (query, key, value, self._masks[layer.window], *past),
-            heads=heads["q"],
-            kv_heads=heads["k"],
-            head_dim=spec.head_dim,
+            self._rotary[layer.rope] if spec.ropes else None,
+            heads=heads,
             scale=spec.attention_scale,
-            names=(f"{at}.core", f"present.{index}.key", f"present.{index}.value"),
+            names=(f"{at}.core", *(f"present.{index}.{part}" for part in self.ops.CACHED)),
+            kv_heads=kv_heads,
+            head_dim=spec.head_dim,
         )
-        for item in present:
-            item.shape = ir.Shape(["batch", layer.kv_heads, "total", spec.head_dim])
-            item.type = ir.TensorType(self.cache_type)
+        for item, part in zip(present, self.ops.CACHED, strict=True):
+            item.shape = ir.Shape(self._cache_shape("total", part, kv_heads))
+            item.type = ir.TensorType(self.ops.CACHED[part])
         self.presents += present
         return self._residual(x, self.weights.linear(core, f"{at}.o"), at)
 
-    def _position(self, x: ir.Value, norm: str, heads: int, rope: int) -> ir.Value:
-        """Per-head norm, then rotary embedding, where the model has them: [batch, seq, heads * head_dim]."""
-        if self.spec.qk_norm:
-            nodes = self.nodes
-            split = nodes("Reshape", x, nodes.ints(0, 0, heads, self.spec.head_dim))
-            x = nodes("Reshape", self._norm(split, norm), nodes.ints(0, 0, -1))
-        if not self._rotary:
-            return x
-        return self.ops.rotate(self.nodes, x, *self._rotary[rope], heads=heads, head_dim=self.spec.head_dim)
+    def _cache_input(self, index: int, part: str, kv_heads: int) -> ir.Value:
+        shape = self._cache_shape("past", part, kv_heads)
+        return self._input(f"past.{index}.{part}", self.ops.CACHED[part], shape)
+
+    def _cache_shape(self, length: str, part: str, kv_heads: int) -> list[str | int]:
+        width = 1 if part.endswith("_scale") else self.spec.head_dim
+        return self.ops.cache_shape(length, kv_heads=kv_heads, width=width)
+
+    def _head_norm(self, x: ir.Value, norm: str, heads: int) -> ir.Value:
+        """A norm of every head of x [batch, seq, heads * head_dim]."""
+        nodes = self.nodes
+        split = nodes("Reshape", x, nodes.ints(0, 0, heads, self.spec.head_dim))
+        return nodes("Reshape", self._norm(split, norm), nodes.ints(0, 0, -1))
 
     def _mlp(self, index: int, x: ir.Value) -> ir.Value:
         """Add the MLP sub-layer to x; nothing when it was removed."""
@@ -195,11 +214,8 @@ class DecoderGraph:
             return x
         at = self.nodes.scope = f"layers.{index}.mlp"
         inner = self._norm(x, f"{at}_norm")
-        read = ("gate", "up") if self.spec.gated else ("up",)
-        parts = [self.weights.linear(inner, f"{at}.{part}") for part in read]
-        active = self.ops.ACTIVATIONS[self.spec.activation](self.nodes, parts[0])
-        if self.spec.gated:
-            product = self.nodes("Mul", active, parts[1], name=f"{at}.inner")
-        else:
-            product = self.nodes("Identity", active, name=f"{at}.inner")
+        names = [f"{at}.{part}" for part in (("gate", "up") if self.spec.gated else ("up",))]
+        first, *factor = self.weights.linears(inner, names)
+        active = self.ops.ACTIVATIONS[self.spec.activation](self.nodes, first)
+        product = self.nodes("Mul" if factor else "Identity", active, *factor, name=f"{at}.inner")
         return self._residual(x, self.weights.linear(product, f"{at}.down"), at)

@@ -39,7 +39,7 @@ class EncoderGraph:
         self.inputs: list[ir.Value] = []
         self.presents: list[ir.Value] = []  # an encoder has no cache
         self.taps: list[ir.Value] = []
-        self._model = model
+        self._model, self._opset = model, dialect.opset
         self._bias: ir.Value | None = None
         self._distances: ir.Value | None = None
 
@@ -56,6 +56,10 @@ class EncoderGraph:
             x = self._attention(i, x)
             x = self._mlp(i, x)
         return self._pool(x, real)
+
+    def functions(self) -> list[ir.Function]:
+        """Bodies of all our operators used so far, sorted."""
+        return self.weights.functions(self._opset)
 
     def _input(self, name: str) -> ir.Value:
         value = ir.Value(name=name, shape=ir.Shape(["batch", "seq"]), type=ir.TensorType(INT64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,34 +14,45 @@ import onnx_ir as ir
 from jpq_export.errors import BundleError, StorageError, TargetError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec
+from jpq_export.format.spec import FLOAT_CACHE
 from jpq_export.lower.decoder import DecoderGraph, Dialect
 from jpq_export.lower.encoder import EncoderGraph
 from jpq_export.lower.functions import DOMAIN
 from jpq_export.lower.weights import Form
 
-FORMAT = "jpq-onnx/1"
+FORMAT = "jpq-onnx/2"  # 2: time comes first in the cache
 RTX = Dialect(functions=False, half=True)
 SPEC_KEY, FORMAT_KEY = "jpq.spec", "jpq.format"
 UNFUSED_KEY = "jpq.unfused"  # matrices onnxruntime unpacks to fp32 at load
 
 
 def export_onnx(
-    model: CompressedModel, path: Path, *, form: Form, tensorrt: str | None = None, taps: bool = False
+    model: CompressedModel,
+    path: Path,
+    *,
+    form: Form,
+    tensorrt: str | None = None,
+    plain: bool = False,
+    taps: bool = False,
 ) -> None:
     """Write `path` and `path.name + ".data"` (all weights), then check the file.
 
     `form`: "custom_op" stores every matrix packed for `jpq::LowBitMatMul`; "qdq" stores 4 and 8 bits as standard
     DequantizeLinear, other widths and a tied embedding as custom operators; "signed" stores INT4 and INT8 around zero
     and computes products and attention in fp16, for TensorRT-RTX; "fp32" stores plain matrices, to measure against.
-    `tensorrt`: version the file must parse in.
+    `tensorrt`: version the file must parse in. `plain`: with onnxruntime's own attention, to measure against.
     `taps`: add graph outputs "embed", "layers.{i}.attn", "layers.{i}.mlp", "norm".
 
     Raises:
-        TargetError: `tensorrt` is no version number.
+        TargetError: `tensorrt` is no version number, or a graph for TensorRT or TensorRT-RTX should keep int8.
         StorageError: the files cannot be written.
         BundleError: the written graph does not pass the ONNX checker.
     """
     dialect = RTX if form == "signed" else dialect_for(tensorrt)
+    if getattr(model.spec, "kv_cache", FLOAT_CACHE) != FLOAT_CACHE and (form == "signed" or tensorrt is not None):
+        raise TargetError(f"{path.name}: TensorRT's graphs keep a float cache; export with --kv-cache {FLOAT_CACHE}")
+    growing = getattr(model.spec, "kv_cache", FLOAT_CACHE) == FLOAT_CACHE and tensorrt is None and form != "signed"
+    dialect = replace(dialect, growing=growing and not plain)
     encoder = isinstance(model.spec, EncoderSpec)
     graph = (EncoderGraph if encoder else DecoderGraph)(model, form, dialect)
     result = graph.build()
@@ -94,7 +106,7 @@ def _assemble(graph: DecoderGraph | EncoderGraph, outputs: list[ir.Value], diale
         body,
         ir_version=dialect.ir_version,
         producer_name="jpq-export",
-        functions=graph.weights.functions(dialect.opset) if dialect.functions else (),
+        functions=graph.functions() if dialect.functions else (),
         metadata_props={
             FORMAT_KEY: FORMAT,
             SPEC_KEY: graph.spec.to_json(),

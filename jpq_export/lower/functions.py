@@ -34,7 +34,7 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.lower.nodes import Nodes
-from jpq_export.numerics.scheme import TERNARY, Scheme, row_bytes
+from jpq_export.numerics.scheme import TERNARY, Scheme, kernel_bits, row_bytes
 
 DOMAIN = "jpq"
 VERSION = "1"
@@ -139,6 +139,55 @@ def function(variant: Variant, opset: int) -> ir.Function:
     attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in INT_ATTRIBUTES]
     attributes += [ir.Attr(name, ir.AttributeType.STRING, None) for name in TEXT_ATTRIBUTES]
     return ir.Function(DOMAIN, variant.op_type, variant.overload, graph=graph, attributes=attributes)
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """`jpq::LowBitMatMuls`: products of one X with several weights; the body holds that of a LowBitMatMul for each."""
+
+    in_features: int
+    parts: tuple[tuple[Variant, int], ...]  # and N
+    op_type: str = "LowBitMatMuls"
+
+    @property
+    def overload(self) -> str:
+        """Name of the overload: K, and those of the parts with their N, "k576__b4_g64_sym_n576__b3_g64_sym_n192"."""
+        return "__".join([f"k{self.in_features}", *(f"{variant.overload}_n{n}" for variant, n in self.parts)])
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """What a kernel is told: of part i "bits_i", "N_i", "group_size_i", "symmetric_i" and "bias_i"."""
+        out = {"count": len(self.parts), "K": self.in_features}
+        for i, (variant, n) in enumerate(self.parts):
+            scheme = variant.scheme
+            facts = (kernel_bits(scheme.bits), n, scheme.group_size, int(scheme.symmetric), int(variant.bias))
+            names = ("bits", "N", "group_size", "symmetric", "bias")
+            out |= {f"{name}_{i}": fact for name, fact in zip(names, facts, strict=True)}
+        return out
+
+    def function(self, opset: int) -> ir.Function:
+        """The ONNX function. It repeats the bodies of its parts: onnxruntime knows no overload inside a function."""
+        nodes, x, inputs, outputs = Nodes(), ir.Value(name="X"), [], []
+        for i, (variant, _) in enumerate(self.parts):
+            mine = {name: ir.Value(name=f"{name}_{i}") for name in variant.inputs[1:]}
+            inputs += mine.values()
+            outputs.append(_matmul(nodes, variant, {"X": x} | mine))
+        graph = ir.Graph([x, *inputs], outputs, nodes=nodes.nodes, opset_imports={"": opset}, name=self.op_type)
+        attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in self.attributes]
+        return ir.Function(DOMAIN, self.op_type, self.overload, graph=graph, attributes=attributes)
+
+
+def stamp(scheme: Scheme, out_features: int, in_features: int) -> dict[str, int | str]:
+    """Attributes of a LowBitMatMul or LowBitGather node."""
+    return {
+        "bits": kernel_bits(scheme.bits),
+        "K": in_features,
+        "N": out_features,
+        "group_size": scheme.group_size,
+        "symmetric": int(scheme.symmetric),
+        "plugin_namespace": DOMAIN,
+        "plugin_version": VERSION,
+    }
 
 
 def _unpack(

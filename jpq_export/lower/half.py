@@ -9,27 +9,32 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from jpq_export.lower.nodes import Nodes
-from jpq_export.lower.standard import ACTIVATIONS, mask, norm, rotate
+from jpq_export.lower.standard import ACTIVATIONS, cache_shape, mask, norm, rotate
 
-__all__ = ["ACTIVATIONS", "attention", "mask", "norm", "rotate"]
+__all__ = ["ACTIVATIONS", "CACHED", "attention", "cache_shape", "mask", "norm"]
 FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
+CACHED = {"key": FLOAT16, "value": FLOAT16}
 
 
 def attention(
     nodes: Nodes,
     inputs: tuple[ir.Value, ...],
+    rotary: tuple[ir.Value, ir.Value] | None,
     *,
     heads: int,
     kv_heads: int,
     head_dim: int,
     scale: float,
-    names: tuple[str, str, str],
+    names: tuple[str, ...],
 ) -> tuple[ir.Value, ...]:
     """As `standard.attention`; past and present keys and values are fp16, query, key, value and the output float32.
 
     The cache is joined before: TensorRT parses an Attention of one output only.
     """
     query, key, value, allowed, *past = inputs
+    if rotary:
+        query = rotate(nodes, query, *rotary, heads=heads, head_dim=head_dim)
+        key = rotate(nodes, key, *rotary, heads=kv_heads, head_dim=head_dim)
     query, key, value = (
         _by_head(nodes, part, count, head_dim) for part, count in ((query, heads), (key, kv_heads), (value, kv_heads))
     )

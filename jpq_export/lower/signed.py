@@ -13,6 +13,7 @@ subnormal ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +94,10 @@ class SignedWeights:
         return nodes(
             "Add", y, self._store(f"{weight}.bias", ir.tensor(self._model.vectors[f"{weight}.bias"])), name=name
         )
+
+    def linears(self, x: ir.Value, names: Sequence[str]) -> tuple[ir.Value, ...]:
+        """`linear` of every name."""
+        return tuple(self.linear(x, name) for name in names)
 
     def rows(self, indices: ir.Value, weight: str, *, name: str | None) -> ir.Value:
         """Rows of matrix `weight` at `indices` [batch, seq], float32.

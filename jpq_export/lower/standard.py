@@ -10,6 +10,9 @@ import onnx_ir as ir
 
 from jpq_export.lower.nodes import Nodes
 
+# Name after "past.{i}." -> element type, in the order `attention` takes and gives them.
+CACHED = {"key": ir.DataType.FLOAT, "value": ir.DataType.FLOAT}
+
 
 def norm(nodes: Nodes, x: ir.Value, weight: ir.Value, eps: float, name: str) -> ir.Value:
     """Compute x / rms(x) * weight over the last axis."""
@@ -22,6 +25,11 @@ def rotate(nodes: Nodes, x: ir.Value, cos: ir.Value, sin: ir.Value, *, heads: in
     return nodes("RotaryEmbedding", x, cos, sin, num_heads=heads, interleaved=0)
 
 
+def cache_shape(length: str, *, kv_heads: int, width: int) -> list[str | int]:
+    """Dimensions of a cache tensor with `width` numbers a head; `length` names the third, "past" or "total"."""
+    return ["batch", kv_heads, length, width]
+
+
 def mask(nodes: Nodes, allowed: ir.Value) -> ir.Value:
     """What `attention` takes, from a boolean mask [batch, 1, seq, total]."""
     del nodes
@@ -31,19 +39,26 @@ def mask(nodes: Nodes, allowed: ir.Value) -> ir.Value:
 def attention(
     nodes: Nodes,
     inputs: tuple[ir.Value, ...],
+    rotary: tuple[ir.Value, ir.Value] | None,
     *,
     heads: int,
     kv_heads: int,
     head_dim: int,
     scale: float,
-    names: tuple[str, str, str],
+    names: tuple[str, ...],
 ) -> tuple[ir.Value, ...]:
     """Grouped-query attention over past and new tokens: gives the output, present key and present value.
 
-    `inputs`: query, key, value [batch, seq, heads * head_dim], what `mask` gave, past key and past value.
+    `inputs`: query, key, value [batch, seq, heads * head_dim], what `mask` gave, past key and past value. `rotary`:
+    cosine and sine to turn query and key with first.
     """
-    del head_dim
-    return nodes.many("Attention", *inputs, names=names, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale)
+    query, key, *rest = inputs
+    if rotary:
+        query = rotate(nodes, query, *rotary, heads=heads, head_dim=head_dim)
+        key = rotate(nodes, key, *rotary, heads=kv_heads, head_dim=head_dim)
+    return nodes.many(
+        "Attention", query, key, *rest, names=names, q_num_heads=heads, kv_num_heads=kv_heads, scale=scale
+    )
 
 
 def silu(nodes: Nodes, x: ir.Value) -> ir.Value:

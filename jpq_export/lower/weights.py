@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.lower import functions
-from jpq_export.lower.functions import Variant
+from jpq_export.lower.functions import Several, Variant
 from jpq_export.lower.nodes import Nodes
 from jpq_export.numerics.affine import QuantizedWeight, with_stored_zeros
-from jpq_export.numerics.scheme import kernel_bits
 
 Form = Literal["custom_op", "qdq", "fp32", "signed"]  # the last is written by `signed.SignedWeights`
 # 2 bits have a standard type too, but only from opset 25, and its kernel is no faster than the 4-bit one the function
@@ -27,11 +27,15 @@ class Weights:
     the value that norm computes), and the canonical name for a bias.
     """
 
-    def __init__(self, model: CompressedModel, form: Form, nodes: Nodes, *, with_overloads: bool) -> None:
-        """Start with no weight stored."""
+    def __init__(
+        self, model: CompressedModel, form: Form, nodes: Nodes, *, with_overloads: bool, together: bool = False
+    ) -> None:
+        """Start with no weight stored. `together`: products of one X may be one operator."""
         self.variants: dict[tuple[str, str], Variant] = {}
         self.unfused: set[str] = set()
         self._model, self._form, self._nodes, self._with_overloads = model, form, nodes, with_overloads
+        self._together = together
+        self._several: dict[str, Several] = {}
         self._sums: dict[tuple[str | None, int], ir.Value] = {}
 
     def norm(self, name: str) -> ir.Value:
@@ -60,6 +64,27 @@ class Weights:
             self.unfused.add(weight)
         return self._custom(variant, inputs, name, stored)
 
+    def linears(self, x: ir.Value, names: Sequence[str]) -> tuple[ir.Value, ...]:
+        """`linear` of every name, as one operator where all of them may be."""
+        if not self._together or self._form != "custom_op" or len(names) == 1:
+            return tuple(self.linear(x, name) for name in names)
+        inputs, parts, columns = [x], [], 0
+        for name in names:
+            stored, bias = self._stored(name), self._bias(f"{name}.bias")
+            n, columns = stored.shape
+            variant = Variant.of("LowBitMatMul", stored.scheme, columns, bias=bias is not None)
+            if not variant.fused:
+                self.unfused.add(name)
+            inputs += [*self._packed(name), *([bias] if bias else [])]
+            parts.append((variant, n))
+        several = Several(columns, tuple(parts))
+        self._several[several.overload] = several
+        facts: dict[str, Any] = several.attributes
+        overload = several.overload
+        return self._nodes.many(
+            several.op_type, *inputs, names=names, domain=functions.DOMAIN, overload=overload, **facts
+        )
+
     def rows(self, indices: ir.Value, weight: str, *, name: str | None) -> ir.Value:
         """Rows of matrix `weight` at `indices` [batch, seq]."""
         stored = self._stored(weight)
@@ -72,24 +97,18 @@ class Weights:
 
     def functions(self, opset: int) -> list[ir.Function]:
         """Bodies of all operators used so far, sorted."""
-        return [functions.function(self.variants[key], opset) for key in sorted(self.variants)]
+        found = [functions.function(self.variants[key], opset) for key in sorted(self.variants)]
+        return found + [self._several[key].function(opset) for key in sorted(self._several)]
 
     def _custom(self, variant: Variant, inputs: list[ir.Value], name: str | None, stored: QuantizedWeight) -> ir.Value:
         self.variants[variant.op_type, variant.overload] = variant
-        scheme = stored.scheme
         return self._nodes.many(
             variant.op_type,
             *inputs,
             names=[name],
             domain=functions.DOMAIN,
             overload=variant.overload if self._with_overloads else "",
-            bits=kernel_bits(scheme.bits),
-            K=stored.shape[1],
-            N=stored.shape[0],
-            group_size=scheme.group_size,
-            symmetric=int(scheme.symmetric),
-            plugin_namespace=functions.DOMAIN,
-            plugin_version=functions.VERSION,
+            **functions.stamp(stored.scheme, *stored.shape),
         )[0]
 
     def _packed(self, name: str) -> list[ir.Value]:

@@ -23,6 +23,50 @@ def low_bit_gather(indices: np.ndarray, weight: QuantizedWeight) -> np.ndarray:
     return weight.dequantize()[indices]
 
 
+def attention(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    mask: np.ndarray,
+    past: tuple[np.ndarray, np.ndarray],
+    rotary: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`jpq::Attention`: output [batch, seq, heads * dim], present key and value [room, batch, kv_heads, dim].
+
+    `query` [batch, seq, heads * dim], `key`, `value` [batch, seq, kv_heads * dim]; `mask` bool [batch, 1, seq, total];
+    `past`: two tensors [room, batch, kv_heads, dim] whose first total - seq rows hold something; `rotary`: cosine and
+    sine [batch, seq, dim / 2]. A row that may look at nothing gives zeros.
+    """
+    batch, seq, total = *query.shape[:2], mask.shape[-1]
+    query, key, value = (
+        x.reshape(batch, seq, count, -1) for x, count in ((query, heads), (key, kv_heads), (value, kv_heads))
+    )
+    if rotary is not None:
+        query, key = _rotate(query, *rotary), _rotate(key, *rotary)
+    present = [
+        np.concatenate([old[: total - seq], new.swapaxes(0, 1), old[total:]])
+        for old, new in zip(past, (key, value), strict=True)
+    ]
+    keys, values = (np.repeat(rows[:total], heads // kv_heads, axis=2) for rows in present)
+    scores = np.where(mask, np.einsum("bshd,tbhd->bhst", query, keys) * scale, -np.inf)
+    peak = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isinf(peak), 0, peak))
+    sums = weights.sum(-1, keepdims=True)
+    output = np.einsum("bhst,tbhd->bshd", weights / np.where(sums == 0, 1, sums), values)
+    return output.reshape(batch, seq, -1), present[0], present[1]
+
+
+def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Rotate-half embedding of x [batch, seq, heads, dim]."""
+    low, high = np.split(x, 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], -1)
+
+
 def distance_bucket(distance: int, buckets: int) -> int:
     """Bucket of key place minus query place: exact when near, logarithmic when far (Raffel et al., 2020).
 

@@ -10,13 +10,22 @@ import numpy as np
 
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import Spec
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.spec import INT8_CACHE, ModelSpec
 from jpq_export.parity import tolerance
 from jpq_export.parity.bisect import find_divergence, layer_errors, value_errors
 from jpq_export.parity.cases import CHUNK, Cases, make_cases
 from jpq_export.parity.compare import LogitsError, LogitsTally, margin, worst
+from jpq_export.parity.int8_cache import CacheTally, wrong_write
 from jpq_export.parity.points import points
-from jpq_export.parity.result import CaseResult, Divergence, GreedyResult, LayerResult, ParityReport, RuntimeResult
+from jpq_export.parity.result import (
+    CacheResult,
+    CaseResult,
+    Divergence,
+    GreedyResult,
+    LayerResult,
+    ParityReport,
+    RuntimeResult,
+)
 from jpq_export.parity.runners import OrtRunner, Outcome, TorchRunner, load_proto, read_metadata
 from jpq_export.runtime import native
 
@@ -111,8 +120,10 @@ def _ticker(progress: Progress | None, total: int) -> Callable[[], None]:
 
 def _check_runtime(job: _Job, way: _Way) -> RuntimeResult:
     """All cases, then all points; two sessions one after the other, for side by side they would hold two copies."""
-    version, cases, greedy = _run_cases(job, way)
+    version, cases, greedy, cache = _run_cases(job, way)
     layers, divergence = _run_points(job, way)
+    if cache and not divergence:
+        divergence = wrong_write(cache, load_proto(job.onnx_path).graph)
     passed = all(case.passed for case in cases) and all(layer.passed for layer in layers) and divergence is None
     return RuntimeResult(
         name=way.name,
@@ -125,11 +136,12 @@ def _check_runtime(job: _Job, way: _Way) -> RuntimeResult:
         layers=layers,
         first_diverging=divergence,
         passed=passed and (not way.bounded or greedy.equal == greedy.steps or greedy.tie),
+        cache=cache,
     )
 
 
-def _run_cases(job: _Job, way: _Way) -> tuple[str, tuple[CaseResult, ...], GreedyResult]:
-    both = _Both(job.reference, OrtRunner(job.onnx_path, exact=way.exact, kernels=way.kernels))
+def _run_cases(job: _Job, way: _Way) -> tuple[str, tuple[CaseResult, ...], GreedyResult, CacheResult | None]:
+    both = _Both(job, OrtRunner(job.onnx_path, exact=way.exact, kernels=way.kernels), way)
     runs = {"prefill": _prefill(both, job.cases), "padded batch": _padded(both, job.cases)}
     if job.cases.long is not None and way.exact:
         runs["sliding window"] = _long(both, job.cases.long)
@@ -142,7 +154,8 @@ def _run_cases(job: _Job, way: _Way) -> tuple[str, tuple[CaseResult, ...], Greed
         job.tick()
     tally = LogitsTally()
     greedy = _greedy(both, job.cases.prefill, steps=job.steps, tally=tally, tick=job.tick)
-    return both.runner.version, (*results, _case("decode", tally, spec, judge=way.judge)), greedy
+    cache = both.written.result() if both.written else None
+    return both.runner.version, (*results, _case("decode", tally, spec, judge=way.judge)), greedy, cache
 
 
 def _case(name: str, tally: LogitsTally, spec: Spec, *, judge: str) -> CaseResult:
@@ -160,10 +173,16 @@ def within(error: LogitsError, spec: Spec, *, judge: str) -> bool:
 
 
 class _Both:
-    """The reference and a runtime fed the same tokens, each with its own cache."""
+    """The reference and a runtime fed the same tokens, each with its own cache.
 
-    def __init__(self, reference: TorchRunner, runner: OrtRunner) -> None:
-        self.reference, self.runner = reference, runner
+    What a bounded runtime writes into an int8 cache is judged by `written`, and then the reference reads that.
+    """
+
+    def __init__(self, job: _Job, runner: OrtRunner, way: _Way) -> None:
+        self.reference, self.runner = job.reference, runner
+        spec = job.model.spec
+        judged = isinstance(spec, ModelSpec) and spec.kv_cache == INT8_CACHE and way.bounded
+        self.written = CacheTally(spec) if judged and isinstance(spec, ModelSpec) else None
         self._caches = (None, None)
 
     def start(self) -> None:
@@ -172,8 +191,11 @@ class _Both:
 
     def feed(self, ids: np.ndarray, *, mask: np.ndarray | None = None) -> Pair:
         """Logits of both for the next tokens."""
-        ours: Outcome = self.reference.forward(ids, mask=mask, cache=self._caches[0])
         theirs = self.runner.forward(ids, mask=mask, cache=self._caches[1])
+        given = theirs.written if self.written else None
+        ours: Outcome = self.reference.forward(ids, mask=mask, cache=self._caches[0], given=given)
+        if self.written:
+            self.written.add(ours.exact, theirs.written)
         self._caches = ours.cache, theirs.cache
         return ours.logits, theirs.logits
 
@@ -228,7 +250,8 @@ def _greedy(
 def _run_points(job: _Job, way: _Way) -> tuple[tuple[LayerResult, ...], Divergence | None]:
     """Errors of every sub-layer, and the first wrong value if there is one."""
     runner = OrtRunner(job.onnx_path, exact=way.exact, kernels=way.kernels, with_points=True)
-    reference = job.reference.forward(job.cases.prefill, values=True).values
-    values = runner.forward(job.cases.prefill, values=True).values
+    theirs = runner.forward(job.cases.prefill, values=True)
+    values, given = theirs.values, theirs.written if way.bounded and theirs.written else None
+    reference = job.reference.forward(job.cases.prefill, values=True, given=given).values
     layers = layer_errors(points(job.model.spec), value_errors(reference, values), judged=way.bounded)
     return layers, find_divergence(job.model, runner, reference, values) if way.bounded else None

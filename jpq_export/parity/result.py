@@ -53,6 +53,24 @@ class GreedyResult:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheResult:
+    """What was written into an int8 cache (see `parity.int8_cache`).
+
+    `codes`: how many; `flipped`: other than the reference's own, of which rounding explains `most_flipped`;
+    `scale_error`: largest relative error of a scale; `worst`: largest share of its bound that a code or scale used;
+    `place`: the first cache tensor beyond its bound ("3.key"), "all" when only the flips are too many.
+    """
+
+    codes: int
+    flipped: int
+    most_flipped: float
+    scale_error: float
+    worst: float
+    place: str | None
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Divergence:
     """The first wrong value: its sub-layer (tap), the point or weight to look at, the ONNX node, the error there."""
 
@@ -81,6 +99,7 @@ class RuntimeResult:
     layers: tuple[LayerResult, ...]
     first_diverging: Divergence | None
     passed: bool
+    cache: CacheResult | None = None
 
     def to_raw(self) -> dict[str, Any]:
         """As in parity.json."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,27 @@ import numpy as np
 from jpq_export.errors import BundleError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import Spec, spec_from_json
+from jpq_export.format.spec import INT8_CACHE, ModelSpec
 from jpq_export.parity.points import points, present_in
 from jpq_export.runtime import native
+from jpq_export.runtime.cache import CacheLayout
 
-PARTS = ("key", "value")
 SPEC_KEY, UNFUSED_KEY = "jpq.spec", "jpq.unfused"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """One pass: logits [batch, seq, vocab], the cache to go on with, values of points [batch, seq, features]."""
+    """One pass: logits [batch, seq, vocab], the cache to go on with, values of points [batch, seq, features].
+
+    With an int8 cache: `written`, the codes and scales of the new tokens by cache name; `exact`, from the reference,
+    the keys and values [batch, kv_heads, seq, head_dim] they were made of.
+    """
 
     logits: np.ndarray
     cache: Any
     values: dict[str, np.ndarray] = field(default_factory=dict)
+    written: dict[str, np.ndarray] = field(default_factory=dict)
+    exact: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def position_ids(mask: np.ndarray, past: int) -> np.ndarray:
@@ -47,6 +55,11 @@ class TorchRunner:
         self.decoder: Any = build_model(model.spec, weights)
         self.version = torch.__version__
         self._values: dict[str, np.ndarray] | None = None
+        self._given: Mapping[str, np.ndarray] | None = None
+        self._written: dict[str, np.ndarray] = {}
+        self._exact: dict[str, np.ndarray] = {}
+        if isinstance(model.spec, ModelSpec) and model.spec.kv_cache == INT8_CACHE:
+            self.decoder.stored = self._stored
         self._watch()
 
     def _watch(self) -> None:
@@ -67,6 +80,24 @@ class TorchRunner:
             value = value.transpose(1, 2).flatten(2)
         self._values[name] = value.numpy()  # "embed": the tap comes after the module and includes embed_scale
 
+    def _stored(self, layer: int, key: Any, value: Any) -> tuple[Any, Any]:
+        """Keys and values as attention reads them: what was given for this pass, or through its own codes."""
+        import torch
+
+        from jpq_export.compress.int8_cache import from_codes, to_codes
+
+        out = []
+        for part, x in (("key", key), ("value", value)):
+            name = f"{layer}.{part}"
+            pair = to_codes(x)
+            self._exact[name] = x.numpy()
+            self._written |= {name: pair[0].numpy(), f"{name}_scale": pair[1].numpy()}
+            if self._given is not None:
+                codes, scale = self._given[name], self._given[f"{name}_scale"]
+                pair = torch.from_numpy(codes.copy()), torch.from_numpy(scale.copy())
+            out.append(from_codes(*pair))
+        return out[0], out[1]
+
     def embed(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
         """An encoder's pass over ids, mask int64 [batch, seq]: the values of all points, `embedding` among them."""
         import torch
@@ -78,11 +109,18 @@ class TorchRunner:
         return {**kept, "embedding": out}
 
     def forward(
-        self, ids: np.ndarray, *, mask: np.ndarray | None = None, cache: Any = None, values: bool = False
+        self,
+        ids: np.ndarray,
+        *,
+        mask: np.ndarray | None = None,
+        cache: Any = None,
+        values: bool = False,
+        given: Mapping[str, np.ndarray] | None = None,
     ) -> Outcome:
         """One pass: `ids` int64 [batch, seq]; `mask` int64 [batch, past + seq]; `cache` is changed in place.
 
-        `values` asks for the values of all points.
+        `values` asks for the values of all points. `given`: codes and scales of an int8 cache to read for the new
+        tokens instead of its own, as in `Outcome.written`.
         """
         import torch
 
@@ -90,6 +128,7 @@ class TorchRunner:
 
         cache = KVCache() if cache is None else cache
         self._values = {} if values else None
+        self._given, self._written, self._exact = given, {}, {}
         with torch.no_grad():
             logits = self.decoder(
                 torch.from_numpy(ids),
@@ -98,7 +137,8 @@ class TorchRunner:
                 tap=self._keep,
             ).numpy()
         kept, self._values = self._values, None
-        return Outcome(logits, cache, {} if kept is None else {**kept, "logits": logits})
+        found = {} if kept is None else {**kept, "logits": logits}
+        return Outcome(logits, cache, found, self._written, self._exact)
 
 
 class OrtRunner:
@@ -106,10 +146,20 @@ class OrtRunner:
 
     `kernels` puts our CPU kernels in the place of the function bodies.
     `exact` keeps activations in fp32 where onnxruntime would round them to 8 bits inside MatMulNBits.
-    `with_points` adds graph outputs to a copy in memory; the file and its weights stay as they are.
+    `with_points` adds graph outputs to a copy in memory; the file and its weights stay as they are. `open_cache` does
+    the same with an int8 cache, if there is one: `opened` names its tensors, and `forward` can be `given` what its new
+    tokens are to be stored as.
     """
 
-    def __init__(self, path: Path, *, exact: bool = True, kernels: bool = False, with_points: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        exact: bool = True,
+        kernels: bool = False,
+        with_points: bool = False,
+        open_cache: bool = False,
+    ) -> None:
         import onnxruntime
 
         self.proto = load_proto(path)
@@ -119,11 +169,11 @@ class OrtRunner:
         for name in self.points:
             if name not in existing:
                 self.proto.graph.output.add(name=name)
+        self.opened = open_writes(self.proto.graph) if open_cache else {}
         self.session = self._session(path, exact, kernels)
         self.version = onnxruntime.__version__
         self._inputs = {value.name: value.type for value in self.session.get_inputs()}
-        half = any(name.startswith("past.") and kind == "tensor(float16)" for name, kind in self._inputs.items())
-        self._cache_type = np.float16 if half else np.float32
+        self._layout = CacheLayout.of(self.session)
 
     def _session(self, path: Path, exact: bool, kernels: bool) -> Any:
         import onnxruntime
@@ -143,28 +193,52 @@ class OrtRunner:
             first_line = str(error).strip().splitlines()[0]
             raise BundleError(f"{path}: onnxruntime cannot load it ({first_line}); export the bundle again") from error
 
-    def _empty_cache(self, batch: int) -> dict[str, np.ndarray]:
-        spec = self.spec
-        shapes = {i: (batch, layer.kv_heads, 0, spec.head_dim) for i, layer in enumerate(spec.layers) if layer.kv_heads}
-        return {f"{i}.{part}": np.zeros(shape, self._cache_type) for i, shape in shapes.items() for part in PARTS}
-
     def forward(
-        self, ids: np.ndarray, *, mask: np.ndarray | None = None, cache: Any = None, values: bool = False
+        self,
+        ids: np.ndarray,
+        *,
+        mask: np.ndarray | None = None,
+        cache: Any = None,
+        values: bool = False,
+        given: Mapping[str, np.ndarray] | None = None,
     ) -> Outcome:
-        """As `TorchRunner.forward`; the cache is {"0.key": [batch, kv_heads, past, head_dim], ...}."""
-        cache = self._empty_cache(len(ids)) if cache is None else cache
-        past = next(iter(cache.values())).shape[2] if cache else (0 if mask is None else mask.shape[1] - ids.shape[1])
+        """As `TorchRunner.forward`; the cache is {"0.key": array, ...} in the order the graph wants."""
+        cache = self._layout.none(len(ids)) if cache is None else cache
+        past = self._layout.length(cache) if cache else (0 if mask is None else mask.shape[1] - ids.shape[1])
         if mask is None:
             mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask, past)}
         feeds |= {f"past.{name}": value for name, value in cache.items()}
+        feeds |= {f"written.{name}": value for name, value in (given or {}).items()}
         names = ["logits", *(f"present.{name}" for name in cache), *(self.points if values else ())]
+        names += self.opened.values()
         fetch = list(dict.fromkeys(names))
         got = self.session.run(fetch, {name: value for name, value in feeds.items() if name in self._inputs})
         outputs = dict(zip(fetch, got, strict=True))
         present = {name: outputs[f"present.{name}"] for name in cache}
         found = {name: outputs[name].reshape(*ids.shape, -1) for name in self.points} if values else {}
-        return Outcome(outputs["logits"], present, found)
+        written = {name: outputs[value] for name, value in self.opened.items()}
+        if isinstance(self.spec, ModelSpec) and self.spec.kv_cache == INT8_CACHE and not written:
+            written = {name: value[:, :, past:] for name, value in present.items()}
+        return Outcome(outputs["logits"], present, found, written)
+
+
+def open_writes(graph: Any) -> dict[str, str]:
+    """Let the caller say what is stored: cache name -> the value that was stored until now, an output from now on.
+
+    "written.{name}" becomes an input of the same type as "past.{name}", with as many positions as there are new tokens.
+    """
+    past, computed = {value.name: value for value in graph.input}, {}
+    codes = {name[5:-6] for name in past if name.startswith("past.") and name.endswith("_scale")}  # with an int8 cache
+    for node in graph.node:
+        if node.op_type == "Concat" and node.output[0].removeprefix("present.").removesuffix("_scale") in codes:
+            name = node.output[0].removeprefix("present.")
+            computed[name], node.input[1] = node.input[1], f"written.{name}"
+            graph.output.add(name=computed[name])
+            opened = graph.input.add()
+            opened.CopyFrom(past[f"past.{name}"])
+            opened.name, opened.type.tensor_type.shape.dim[2].dim_param = f"written.{name}", "seq"
+    return computed
 
 
 def load_proto(path: Path) -> Any:

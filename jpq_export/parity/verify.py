@@ -11,18 +11,21 @@ import numpy as np
 from jpq_export.errors import BundleError
 from jpq_export.format.bundle import Problem, check_hashes, read_manifest
 from jpq_export.format.encoder_spec import KIND
+from jpq_export.format.spec import ModelSpec
 from jpq_export.parity import tolerance
 from jpq_export.parity.cases import Cases
 from jpq_export.parity.compare import peak_error, relative_rms
+from jpq_export.parity.int8_cache import WHOLE_STEP, CacheTally, read_back, wrong_write
 from jpq_export.parity.points import Point, node_of, points
 from jpq_export.parity.result import Divergence, GreedyResult
 from jpq_export.parity.runners import OrtRunner
-from jpq_export.parity.vectors import Vectors, compute
+from jpq_export.parity.vectors import WRITTEN, Vectors, compute
 from jpq_export.runtime import native
 
 Progress = Callable[[int, int], None]
 PHASES = 3
 NEEDED = {"ids.prefill", "ids.padded", "mask.padded", "greedy", "margin", "rounding"}
+CASES = ("prefill", "padded", "decode")
 ONNX, VECTORS = "model.onnx", "vectors.safetensors"
 
 
@@ -62,7 +65,7 @@ def verify_bundle(folder: Path, *, progress: Progress | None = None) -> VerifyRe
     try:
         vectors = Vectors.load(folder / VECTORS)
         place = ONNX
-        runner = OrtRunner(folder / ONNX, kernels=native.available(), with_points=True)
+        runner = OrtRunner(folder / ONNX, kernels=native.available(), with_points=True, open_cache=True)
         place = VECTORS
         _check_vectors(vectors, runner)
         tick(2, PHASES)
@@ -96,14 +99,17 @@ def _check_vectors(vectors: Vectors, runner: OrtRunner) -> None:
     for name in ("ids.prefill", "ids.padded", "greedy"):
         if recorded[name].size and not 0 <= recorded[name].min() <= recorded[name].max() < vocab:
             raise BundleError(f"{VECTORS}: {name} has tokens outside the model's vocabulary of {vocab}; wrong file")
+    stored = {name for case in CASES for name in (f"{WRITTEN}{case}.{part}" for part in runner.opened)}
+    if wrong := sorted(stored ^ {name for name in recorded if name.startswith(WRITTEN)}):
+        raise BundleError(f"{VECTORS}: {wrong[0]} fits no int8 cache of {ONNX}; export the bundle again")
 
 
 def _check_numbers(vectors: Vectors, runner: OrtRunner, problems: list[Problem], *, files: int) -> VerifyReport:
     recorded = vectors.tensors
     cases = Cases(recorded["ids.prefill"], recorded["ids.padded"], recorded["mask.padded"], None)
     steps = len(recorded["greedy"])
-    computed = compute(runner, cases, steps=steps, forced=recorded["greedy"])
-    divergence = _first_divergence(vectors, runner, computed)
+    computed = compute(runner, cases, steps=steps, forced=recorded["greedy"], recorded=recorded)
+    divergence = _first_divergence(vectors, runner, computed) or _wrong_write(vectors, runner, computed)
     greedy = _compare_greedy(recorded, computed["greedy"])
     found = list(problems)
     if divergence:
@@ -135,6 +141,22 @@ def _first_divergence(vectors: Vectors, runner: OrtRunner, computed: dict[str, n
                 if found:
                     return _divergence(runner, point, *found)
     return None
+
+
+def _wrong_write(vectors: Vectors, runner: OrtRunner, computed: dict[str, np.ndarray]) -> Divergence | None:
+    """The first tensor of an int8 cache that holds other codes or scales than rounding explains."""
+    if not runner.opened:
+        return None
+    assert isinstance(runner.spec, ModelSpec)
+    tally = CacheTally(runner.spec, slack=WHOLE_STEP)
+    for case in CASES:
+        stem = f"{WRITTEN}{case}."
+        theirs, ours = (
+            {name.removeprefix(stem): value for name, value in side.items() if name.startswith(stem)}
+            for side in (vectors.tensors, computed)
+        )
+        tally.add(read_back(theirs), ours)
+    return wrong_write(tally.result(), runner.proto.graph)
 
 
 def _beyond(point: Point, recorded: np.ndarray, computed: np.ndarray | None) -> tuple[float, float] | None:

@@ -67,6 +67,11 @@ class Batcher:
         return len(self.active) + (self._reading is not None)
 
     @property
+    def most_cache_bytes(self) -> int:
+        """Memory of all caches when every slot is full: less with an int8 cache."""
+        return self.slots * self.capacity * self._model.cache_bytes_per_token
+
+    @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
         return bool(self.running or self.waiting)

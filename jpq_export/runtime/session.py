@@ -17,6 +17,7 @@ import numpy as np
 from jpq_export.errors import BundleError, CapacityError, UsageError
 from jpq_export.format.spec import ModelSpec
 from jpq_export.runtime import native, native_cuda
+from jpq_export.runtime.cache import Cache, CacheLayout, GrowingCache, PassedCache
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ Kernels: TypeAlias = native.Library | native_cuda.CudaLibrary | None
 class Output:
     """One pass: `logits` float32 [batch, seq, vocab]; `past`, the cache to go on with; `values`, other outputs by name.
 
-    The cache is {"0.key": float32 [batch, kv_heads, past, head_dim], "0.value": ..., ...}.
+    The cache is {"0.key": [past, batch, kv_heads, head_dim], "0.value": ..., ...} in float32, or int8 codes
+    [batch, kv_heads, past, head_dim] beside float32 scales {"0.key_scale": [batch, kv_heads, past, 1], ...}.
     """
 
     logits: np.ndarray
@@ -74,7 +76,7 @@ class OrtModel:
         self.path = _describe(unfused, exact, kernels)
         self._inputs = {value.name for value in self.session.get_inputs()}
         self.outputs = tuple(value.name for value in self.session.get_outputs())
-        self._cached = [name.removeprefix("present.") for name in self.outputs if name.startswith("present.")]
+        self.cache = CacheLayout.of(self.session)
         _return_freed_memory()
 
     def forward(
@@ -90,11 +92,11 @@ class OrtModel:
         `attention_mask`: int64 [batch, past + seq], 0 = padding on the left. `past`: an earlier output's. `outputs`:
         names of further graph outputs to return. CapacityError when positions run past the model's last one.
         """
-        before = next(iter(past.values())).shape[2] if past else 0
+        before = self.cache.length(past) if past else 0
         if attention_mask is not None:
             before = attention_mask.shape[1] - ids.shape[1]
         feeds = self._token_feeds(np.asarray(ids, np.int64), attention_mask, position_ids, before)
-        past = past or self._empty(len(ids))
+        past = past or self.cache.none(len(ids))
         feeds |= {f"past.{name}": value for name, value in past.items()}
         names = ["logits", *(f"present.{name}" for name in past), *outputs]
         got = self.session.run(names, {name: value for name, value in feeds.items() if name in self._inputs})
@@ -116,75 +118,47 @@ class OrtModel:
             )
         return {"input_ids": ids, "attention_mask": mask.astype(np.int64), "position_ids": positions.astype(np.int64)}
 
-    def _empty(self, batch: int) -> dict[str, np.ndarray]:
-        """The cache before the first token."""
-        cache = {}
-        for name in self._cached:
-            layer = int(name.split(".")[0])
-            cache[name] = np.zeros((batch, self.spec.layers[layer].kv_heads, 0, self.spec.head_dim), np.float32)
-        return cache
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes the keys and values of one token take, in all layers."""
+        return self.cache.bytes_per_token
 
     def start(self) -> Decoding:
         """A new sequence of one row."""
         return Decoding(self)
 
-    def step(
-        self, ids: np.ndarray, past: Mapping[str, Any], *, mask: np.ndarray | None = None, before: int = 0
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """As `forward`, with a cache of OrtValues that is never copied: logits [batch, seq, vocab], the grown cache.
+    def new_cache(self, rows: Mapping[str, np.ndarray] | None = None) -> Cache:
+        """For one empty sequence, or for `rows` {"0.key": [batch, past, heads, width], ...}."""
+        tensors = self.cache.none(1) if rows is None else {name: self.cache.rows(value) for name, value in rows.items()}
+        if self.cache.time_first and self.device == "cpu":
+            return GrowingCache(self.session, self.cache, tensors)
+        return PassedCache(self.session, self.cache, tensors, device=self.device)
 
-        `before`: tokens in the cache, when no `mask` int64 [batch, before + seq] says it.
-        """
-        from onnxruntime import OrtValue
-
-        if mask is not None:
-            before = mask.shape[1] - ids.shape[1]
-        feeds = self._token_feeds(ids, mask, None, before)
-        values = {name: OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items() if name in self._inputs}
-        values |= {f"past.{name}": value for name, value in past.items()}
-        names = ["logits", *(f"present.{name}" for name in past)]
-        run = _run_bound if self.device == "cuda" else _run_values
-        logits, *present = run(self.session, names, values, self.device)
-        return logits.numpy(), dict(zip(past, present, strict=True))
+    def step(self, ids: np.ndarray, cache: Cache, *, mask: np.ndarray | None = None) -> np.ndarray:
+        """As `forward`, with a cache that is never copied and grows: logits [batch, seq, vocab]."""
+        feeds = self._token_feeds(ids, mask, None, cache.length)
+        total = feeds["attention_mask"].shape[1]
+        return cache.run({name: value for name, value in feeds.items() if name in self._inputs}, total)
 
 
 class Decoding:
-    """One growing sequence; its cache, `past`, stays inside onnxruntime."""
+    """One growing sequence and its cache."""
 
     def __init__(self, model: OrtModel) -> None:
         """Start empty."""
-        from onnxruntime import OrtValue
+        self._model, self.cache = model, model.new_cache()
 
-        self.length = 0
-        self._model = model
-        self.past: dict[str, Any] = {name: OrtValue.ortvalue_from_numpy(v) for name, v in model._empty(1).items()}
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return self.cache.length
 
     def step(self, ids: Iterable[int]) -> np.ndarray:
         """Append tokens; logits of the last one: float32 [vocab]. CapacityError beyond the model's positions."""
         row = np.asarray(list(ids), np.int64)[None]
         if not row.size:
             raise UsageError("the prompt has no tokens; give some text")
-        # With two buffers bound in turn (io_binding) the median step took as long: onnxruntime's arena gives the same
-        # memory back anyway.
-        logits, self.past = self._model.step(row, self.past, before=self.length)
-        self.length += row.shape[1]
-        return logits[0, -1]
-
-
-def _run_values(session: Any, names: list[str], values: dict[str, Any], _device: str) -> list[Any]:
-    """One pass on the CPU, outputs as onnxruntime's values."""
-    return session.run_with_ort_values(names, values)
-
-
-def _run_bound(session: Any, names: list[str], values: dict[str, Any], device: str) -> list[Any]:
-    """One pass whose outputs stay on `device`, but for the first; `run_with_ort_values` would bring the cache back."""
-    binding = session.io_binding()
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
-    for i, name in enumerate(names):
-        binding.bind_output(name, device if i else "cpu")
-    session.run_with_iobinding(binding)
-    return binding.get_outputs()
+        return self._model.step(row, self.cache)[0, -1]
 
 
 def open_session(
@@ -216,8 +190,9 @@ def _options(threads: int | None, exact: bool, profile: Path | None) -> Any:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if threads is not None:
         options.intra_op_num_threads = threads
-    # Waiting threads would otherwise burn whole cores between the tokens of a stream.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Waiting threads spin, or waking them costs more than they give (two threads: 7.8 ms a token, now 5.8). They stop
+    # with the pass, or they would burn whole cores between the tokens of a stream.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
     return options
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
 
+from jpq_export.runtime.cache import Cache
 from jpq_export.runtime.session import Decoding, OrtModel
 
 
@@ -17,24 +17,26 @@ class Slots:
         """Start without rows."""
         self.lengths = np.zeros(0, np.int64)
         self._model = model
-        self._past: dict[str, Any] = {}
+        self._cache: Cache | None = None
 
     def join(self, decoding: Decoding) -> None:
         """Add a sequence as the last row."""
         lengths = np.append(self.lengths, decoding.length)
-        if len(lengths) == 1:
-            self._past = decoding.past
+        if self._cache is None:
+            self._cache = decoding.cache
         else:
-            total = int(lengths.max())
-            self._past = {name: _stack(value, decoding.past[name], total) for name, value in self._past.items()}
+            old, new, total = self._cache, decoding.cache, int(lengths.max())
+            names = self._model.cache.parts
+            self._cache = self._model.new_cache({name: _stack(old.rows(name), new.rows(name), total) for name in names})
         self.lengths = lengths
 
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Append one token to every row; logits float32 [rows, vocab]."""
+        assert self._cache is not None
         lengths = self.lengths + 1
         total = int(lengths.max())
         mask = (np.arange(total) >= total - lengths[:, None]).astype(np.int64)
-        logits, self._past = self._model.step(np.asarray(tokens, np.int64)[:, None], self._past, mask=mask)
+        logits = self._model.step(np.asarray(tokens, np.int64)[:, None], self._cache, mask=mask)
         self.lengths = lengths
         return logits[:, -1]
 
@@ -43,24 +45,16 @@ class Slots:
         keep = [row for row in range(len(self.lengths)) if row not in rows]
         lengths = self.lengths[keep]
         total = int(lengths.max(initial=0))
-        self._past = {name: _select(value, keep, total) for name, value in self._past.items()} if keep else {}
+        if self._cache is not None:
+            old, names = self._cache, self._model.cache.parts if keep else ()
+            kept = {name: old.rows(name)[keep, old.length - total :] for name in names}
+            self._cache = self._model.new_cache(kept) if keep else None
         self.lengths = lengths
 
 
-def _stack(rows: Any, row: Any, total: int) -> Any:
-    """OrtValues [n, heads, a, dim] and [1, heads, b, dim] as one [n + 1, heads, total, dim], aligned at the end."""
-    from onnxruntime import OrtValue
-
-    old, new = rows.numpy(), row.numpy()
-    both = np.zeros((len(old) + 1, old.shape[1], total, old.shape[3]), old.dtype)
-    both[:-1, :, total - old.shape[2] :] = old
-    both[-1:, :, total - new.shape[2] :] = new
-    return OrtValue.ortvalue_from_numpy(both)
-
-
-def _select(rows: Any, keep: list[int], total: int) -> Any:
-    """The last `total` positions of some rows."""
-    from onnxruntime import OrtValue
-
-    old = rows.numpy()
-    return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(old[keep, :, old.shape[2] - total :]))
+def _stack(old: np.ndarray, new: np.ndarray, total: int) -> np.ndarray:
+    """[n, a, heads, width] and [1, b, heads, width] as one [n + 1, total, heads, width], aligned at the end."""
+    both = np.zeros((len(old) + 1, total, *old.shape[2:]), old.dtype)
+    both[:-1, total - old.shape[1] :] = old
+    both[-1:, total - new.shape[1] :] = new
+    return both

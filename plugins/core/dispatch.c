@@ -17,7 +17,8 @@ __attribute__((constructor)) static void ask(void) {
   const unsigned wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* F, DQ, BW, VL in ebx of leaf 7 */
   jpq_cpu_features.avx2 = (low & 0x06) == 0x06 && (b & 1u << 5);
   jpq_cpu_features.avx512 = jpq_cpu_features.avx2 && (low & 0xe6) == 0xe6 && (b & wide) == wide;
-  jpq_cpu_features.avx512_vnni = jpq_cpu_features.avx512 && (c & 1u << 1) && (c & 1u << 11);
+  const unsigned bytes = 1u << 1 | 1u << 8 | 1u << 11; /* VBMI, GFNI, VNNI in ecx */
+  jpq_cpu_features.avx512_vnni = jpq_cpu_features.avx512 && (c & bytes) == bytes;
 }
 #endif
 
@@ -56,15 +57,33 @@ static const jpq_implementation *choose(const jpq_weight *w, const char *name, j
   return NULL;
 }
 
+const jpq_implementation *jpq_choose_attention(int64_t dim, const char *name) {
+  for (int j = 0; j < COUNT; j++)
+    if ((!name || !strcmp(name, all[j]->name)) && all[j]->available() && all[j]->attend && dim % all[j]->lanes == 0) return all[j];
+  return NULL;
+}
+
 jpq_status jpq_prepare(jpq_product *p) {
   p->chosen = NULL;
   p->prepared = NULL;
-  p->parts = 0;
+  p->parts = p->borrowed = 0;
   jpq_status status = jpq_check(p->weight);
   if (status) return status;
   p->chosen = choose(p->weight, p->implementation, &status);
   if (status || p->m < 1) return status;
   return p->chosen->prepare(p);
+}
+
+jpq_status jpq_prepare_like(jpq_product *p, const jpq_product *other) {
+  const jpq_weight *w = p->weight, *o = other->weight;
+  jpq_status status = jpq_check(w);
+  const jpq_implementation *mine = status ? NULL : choose(w, p->implementation, &status);
+  const int alike = !status && other->prepared && w->k == o->k && w->group_size == o->group_size && p->x == other->x &&
+                    p->m == other->m && p->activations == other->activations && mine == choose(o, other->implementation, &status) &&
+                    (!mine->form || mine->form(w) == mine->form(o));
+  if (!alike) return jpq_prepare(p);
+  p->chosen = other->chosen, p->parts = other->parts, p->prepared = other->prepared, p->borrowed = 1;
+  return JPQ_OK;
 }
 
 jpq_status jpq_matmul_rows(const jpq_product *p, int64_t first, int64_t last) {
@@ -74,7 +93,7 @@ jpq_status jpq_matmul_rows(const jpq_product *p, int64_t first, int64_t last) {
 }
 
 void jpq_release(jpq_product *p) {
-  free(p->prepared);
+  if (!p->borrowed) free(p->prepared);
   p->prepared = NULL;
 }
 

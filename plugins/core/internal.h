@@ -33,23 +33,34 @@
 #define JPQ_FOR_BITS(DO) JPQ_FOR_BINARY(DO) DO(16)
 enum { JPQ_WIDTHS = 9 };
 
+struct jpq_attention;
+struct attention_task;
+
 typedef struct jpq_implementation {
   const char *name;
   int (*available)(void);
   int (*takes)(const jpq_weight *weight); /* group sizes and row lengths it can do */
   /* Bring X into shape; may leave product->prepared NULL. */
   jpq_status (*prepare)(jpq_product *product);
+  /* Weights of one K and group size whose forms are equal want X alike; NULL says that all do. */
+  int (*form)(const jpq_weight *weight);
   jpq_status (*matmul_rows)(const jpq_product *product, int64_t first, int64_t last);
   /* Codes [begin, end) of a row as scale * (code - zero); multiples of 8 unless `takes` allows any. */
   void (*dequantize)(const jpq_weight *weight, int64_t row, int64_t begin, int64_t end, float *out);
+  /* A task of an attention (attention_task.h) whose heads are a multiple of `lanes` wide; NULL leaves it to others. */
+  jpq_status (*attend)(const struct jpq_attention *attention, const struct attention_task *task);
+  int lanes;
 } jpq_implementation;
+
+/* The best implementation of attention with heads of width `dim`, or the one called `name`; NULL when there is none. */
+const jpq_implementation *jpq_choose_attention(int64_t dim, const char *name);
 
 #ifdef JPQ_X86
 /* What processor and operating system both allow; asked of them, as compilers differ in the names they know. */
 typedef struct jpq_cpu {
   int avx2;        /* with FMA and F16C */
   int avx512;      /* F, DQ, BW, VL */
-  int avx512_vnni; /* with VBMI */
+  int avx512_vnni; /* with VBMI and GFNI */
 } jpq_cpu;
 extern jpq_cpu jpq_cpu_features; /* set when the library is loaded: asking takes 30 us in a virtual machine */
 #endif

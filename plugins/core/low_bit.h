@@ -58,6 +58,7 @@ typedef struct jpq_product {
   const struct jpq_implementation *chosen; /* set by jpq_prepare, as is what follows */
   int parts;
   void *prepared;
+  int borrowed; /* `prepared` is another product's */
 } jpq_product;
 
 /* JPQ_OK, or what is wrong with the shape of a weight. */
@@ -65,6 +66,8 @@ JPQ_EXPORT jpq_status jpq_check(const jpq_weight *weight);
 
 /* Choose an implementation and bring X into its form. Release with jpq_release whatever the status. */
 JPQ_EXPORT jpq_status jpq_prepare(jpq_product *product);
+/* The same, but what `other` made of the same X serves where both weights want it in one form. Release `other` last. */
+JPQ_EXPORT jpq_status jpq_prepare_like(jpq_product *product, const jpq_product *other);
 JPQ_EXPORT jpq_status jpq_matmul_rows(const jpq_product *product, int64_t first, int64_t last);
 JPQ_EXPORT void jpq_release(jpq_product *product);
 

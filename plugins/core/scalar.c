@@ -1,7 +1,7 @@
 /* The plain implementation: every width, every group size, every processor. */
 #include <stdlib.h>
 
-#include "internal.h"
+#include "attention_task.h"
 
 static int available(void) { return 1; }
 
@@ -86,4 +86,37 @@ static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last)
   return JPQ_OK;
 }
 
-const jpq_implementation jpq_scalar = {"scalar", available, takes, prepare, matmul_rows, dequantize};
+/* The definition of attention, a row of Q at a time. */
+static jpq_status attend(const jpq_attention *a, const attention_task *task) {
+  const int64_t stride = a->batch * a->kv_heads * a->dim, at = (task->batch * a->kv_heads + task->head) * a->dim;
+  const int64_t count = task->last - task->first;
+  float *scores = malloc(sizeof(float) * (size_t)(count + a->dim)), *sums = scores + count;
+  if (!scores) return JPQ_NO_MEMORY;
+  for (int64_t r = 0; r < task->rows; r++) {
+    const int64_t row = task->tile * JPQ_TILE + r;
+    const float *q = jpq_attention_row(a, a->turned ? a->turned : a->q, task->batch, task->head, row);
+    const uint8_t *mask = jpq_attention_mask(a, task, r) + task->first;
+    float most = -INFINITY, weight = 0;
+    for (int64_t t = 0; t < count; t++) {
+      const float *key = a->keys + (task->first + t) * stride + at;
+      scores[t] = mask[t] ? 0 : -INFINITY;
+      for (int64_t j = 0; mask[t] && j < a->dim; j++) scores[t] += q[j] * a->scale * key[j];
+      most = scores[t] > most ? scores[t] : most;
+    }
+    for (int64_t j = 0; j < a->dim; j++) sums[j] = 0;
+    for (int64_t t = 0; t < count; t++) {
+      const float *value = a->values + (task->first + t) * stride + at;
+      float p = mask[t] ? jpq_exp(scores[t] - most) : 0;
+      weight += p;
+      for (int64_t j = 0; mask[t] && j < a->dim; j++) sums[j] += p * value[j];
+    }
+    float *part = a->partial ? a->partial + (task->index * JPQ_TILE + r) * (a->dim + 2) : NULL;
+    float *y = part ? part : jpq_attention_row(a, a->y, task->batch, task->head, row), factor = part ? 1 : 1 / weight;
+    for (int64_t j = 0; j < a->dim; j++) y[j] = weight == 0 ? 0 : sums[j] * factor;
+    if (part) part[a->dim] = most, part[a->dim + 1] = weight;
+  }
+  free(scores);
+  return JPQ_OK;
+}
+
+const jpq_implementation jpq_scalar = {"scalar", available, takes, prepare, NULL, matmul_rows, dequantize, attend, 1};

@@ -1,4 +1,5 @@
-/* `jpq::LowBitMatMul` and `jpq::LowBitGather` for onnxruntime on the CPU, over plugins/core.
+/* `jpq::LowBitMatMul`, `jpq::LowBitMatMuls` (several of one X) and `jpq::LowBitGather` for onnxruntime on the CPU, over
+ * plugins/core; `jpq::Attention` is in attention_op.c.
  *
  * The session option "jpq.activations" ("fp32" when absent, "int16", "int8"), set before the library is registered,
  * says what may happen to X. Work is split over the session's own threads.
@@ -9,39 +10,49 @@
 #include "../core/low_bit.h"
 #define JPQ_SPEAKER "jpq"
 #include "ort_inputs.h"
+#include "ort_operator.h"
 
 #define CONFIG_KEY "jpq.activations"
-enum { TASK_ROWS = 64, MOST_TASKS = 64 }; /* TASK_ROWS: the widest panel of the core */
+enum {
+  TASK_ROWS = 64, /* the widest panel of the core */
+  MOST_TASKS = 64,
+  SMALL = 1 << 17, /* products that one thread has done before others have woken */
+};
+
+typedef enum kind { MATMUL, MATMULS, GATHER } kind;
 
 /* An operator: what onnxruntime calls, and what we need to know when it does. */
 typedef struct operator_ {
   OrtCustomOp base; /* first: onnxruntime hands back a pointer to it */
   const char *name;
-  int gather;
+  kind kind;
   jpq_activations activations;
 } operator_;
 
 typedef struct kernel {
   const OrtApi *api;
-  jpq_weight shape; /* pointers are filled in at each run */
-  int symmetric, gather;
-  jpq_activations activations;
+  const operator_ *op;
+  int count;
+  part parts[MOST_PARTS];
 } kernel;
+
+extern const OrtCustomOp jpq_attention_operator; /* attention_op.c */
 
 /* ---- description ---- */
 
 static const char *ORT_CALL name(const OrtCustomOp *op) { return ((const operator_ *)op)->name; }
-static const char *ORT_CALL provider(const OrtCustomOp *op) {
-  (void)op;
-  return NULL; /* the CPU */
-}
+static kind kind_of(const OrtCustomOp *op) { return ((const operator_ *)op)->kind; }
 
-/* X or indices, packed, scales, then zeros unless symmetric, then an optional bias. */
+/* X or indices, packed, scales, then zeros unless symmetric, then an optional bias; of several, all that for each. */
 static int ORT_CALL input_type(const OrtCustomOp *op, size_t i) {
   static const int types[] = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT16, ORT_ANY, ORT_FLOAT};
-  return i == 0 && ((const operator_ *)op)->gather ? ORT_INT64 : types[i];
+  if (i == 0) return kind_of(op) == GATHER ? ORT_INT64 : ORT_FLOAT;
+  return kind_of(op) == MATMULS ? ORT_ANY : types[i];
 }
-static size_t ORT_CALL input_count(const OrtCustomOp *op) { return ((const operator_ *)op)->gather ? 4 : 5; }
+static size_t ORT_CALL input_count(const OrtCustomOp *op) {
+  static const size_t counts[] = {[MATMUL] = 5, [MATMULS] = 2, [GATHER] = 4};
+  return counts[kind_of(op)];
+}
 static int ORT_CALL output_type(const OrtCustomOp *op, size_t i) {
   (void)op, (void)i;
   return ORT_FLOAT;
@@ -51,45 +62,42 @@ static size_t ORT_CALL output_count(const OrtCustomOp *op) {
   return 1;
 }
 static int ORT_CALL input_kind(const OrtCustomOp *op, size_t i) {
-  (void)op;
+  if (kind_of(op) == MATMULS) return i ? ORT_VARIADIC : ORT_REQUIRED;
   return i < 3 ? ORT_REQUIRED : ORT_OPTIONAL;
 }
 static int ORT_CALL output_kind(const OrtCustomOp *op, size_t i) {
-  (void)op, (void)i;
-  return ORT_REQUIRED;
+  (void)i;
+  return kind_of(op) == MATMULS ? ORT_VARIADIC : ORT_REQUIRED;
 }
-static int ORT_CALL memory_type(const OrtCustomOp *op, size_t i) {
-  (void)op, (void)i;
+static int ORT_CALL none(const OrtCustomOp *op) {
+  (void)op;
   return 0;
-}
-static int ORT_CALL one(const OrtCustomOp *op) {
-  (void)op;
-  return 1;
-}
-static int ORT_CALL last_version(const OrtCustomOp *op) {
-  (void)op;
-  return 0x7fffffff;
 }
 
 /* ---- creation ---- */
 
-static OrtStatus *ORT_CALL create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
-  static const char *const names[] = {"bits", "K", "N", "group_size", "symmetric"};
-  int64_t values[5];
-  for (int i = 0; i < 5; i++) TRY(ORT(api, KernelInfoGetAttribute_int64)(info, names[i], values + i));
-  const operator_ *self = (const operator_ *)op;
-  if ((values[0] < 1 || values[0] > 8) && values[0] != JPQ_TERNARY)
-    return fail(api, "bits must be 1 to 8, or 16 for ternary codes", self->name);
-  if (values[1] < 1 || values[2] < 0 || values[3] < 1 || values[3] > values[1] || values[1] % values[3])
-    return fail(api, "K must be a multiple of group_size, N not negative", self->name);
-  kernel *k = calloc(1, sizeof *k);
-  if (!k) return fail(api, "out of memory", self->name);
-  k->api = api;
-  k->shape.bits = (int32_t)values[0], k->shape.k = values[1], k->shape.n = values[2];
-  k->shape.group_size = (int32_t)values[3], k->symmetric = values[4] != 0;
-  k->gather = self->gather, k->activations = self->activations;
-  *out = k;
+static OrtStatus *check(const OrtApi *api, const operator_ *op, const jpq_weight *w) {
+  if ((w->bits < 1 || w->bits > 8) && w->bits != JPQ_TERNARY)
+    return fail(api, "bits must be 1 to 8, or 16 for ternary codes", op->name);
+  if (w->k < 1 || w->n < 0 || w->group_size < 1 || w->group_size > w->k || w->k % w->group_size)
+    return fail(api, "K must be a multiple of group_size, N not negative", op->name);
   return NULL;
+}
+
+static OrtStatus *ORT_CALL create(const OrtCustomOp *base, const OrtApi *api, const OrtKernelInfo *info, void **out) {
+  const operator_ *op = (const operator_ *)base;
+  const int single = op->kind != MATMULS;
+  kernel made = {.api = api, .op = op};
+  int64_t count;
+  TRY(read_count(api, info, single, &count));
+  for (; made.count < count; made.count++) {
+    TRY(read_part(api, info, single, made.count, made.parts + made.count));
+    TRY(check(api, op, &made.parts[made.count].shape));
+  }
+  kernel *k = malloc(sizeof *k);
+  if (!k) return fail(api, "out of memory", op->name);
+  *k = made;
+  return *out = k, NULL;
 }
 
 static void ORT_CALL destroy(void *k) { free(k); }
@@ -97,64 +105,91 @@ static void ORT_CALL destroy(void *k) { free(k); }
 /* ---- a run ---- */
 
 typedef struct work {
-  jpq_product product;
-  int64_t rows; /* of a task */
-  jpq_status status[MOST_TASKS];
+  int count;
+  jpq_product products[MOST_PARTS];
+  int64_t rows[MOST_PARTS]; /* of a task */
+  int64_t tasks[MOST_PARTS];
+  jpq_status status[MOST_PARTS * MOST_TASKS];
 } work;
 
 static void task(void *data, size_t i) {
   work *all = data;
-  int64_t first = (int64_t)i * all->rows, last = first + all->rows;
-  if (last > all->product.weight->n) last = all->product.weight->n;
-  all->status[i] = jpq_matmul_rows(&all->product, first, last);
+  int64_t at = (int64_t)i;
+  int p = 0;
+  while (at >= all->tasks[p]) at -= all->tasks[p++];
+  int64_t first = at * all->rows[p], last = first + all->rows[p], n = all->products[p].weight->n;
+  all->status[i] = jpq_matmul_rows(all->products + p, first, last < n ? last : n);
 }
 
-static OrtStatus *multiply(const kernel *k, const OrtKernelContext *context, const jpq_weight *w, const tensor *x,
-                           const float *bias, float *y) {
-  work all = {.product = {.weight = w, .x = x->data, .bias = bias, .y = y, .m = x->count / w->k, .activations = k->activations}};
-  jpq_status status = jpq_prepare(&all.product);
-  int64_t tasks = (w->n + TASK_ROWS - 1) / TASK_ROWS;
-  if (tasks > MOST_TASKS) tasks = MOST_TASKS;
+/* X in the form each product wants, which may be that of the first. */
+static jpq_status prepare(work *all) {
+  jpq_status status = JPQ_OK;
+  for (int i = 0; i < all->count && !status; i++)
+    status = i ? jpq_prepare_like(all->products + i, all->products) : jpq_prepare(all->products);
+  return status;
+}
+
+static OrtStatus *multiply(const kernel *k, const OrtKernelContext *context, work *all) {
+  jpq_status status = prepare(all);
+  int64_t tasks = 0, work_units = 0;
   OrtStatus *failed = NULL;
-  if (!status && all.product.m > 0 && tasks > 0) {
-    all.rows = (w->n + tasks * TASK_ROWS - 1) / (tasks * TASK_ROWS) * TASK_ROWS;
-    tasks = (w->n + all.rows - 1) / all.rows;
-    failed = ORT(k->api, KernelContext_ParallelFor)(context, task, (size_t)tasks, 0, &all);
-    for (int64_t i = 0; i < tasks; i++) status = all.status[i] ? all.status[i] : status;
+  for (int i = 0; i < all->count; i++) {
+    const jpq_weight *w = all->products[i].weight;
+    int64_t here = all->products[i].m > 0 ? (w->n + TASK_ROWS - 1) / TASK_ROWS : 0;
+    if (here > MOST_TASKS) here = MOST_TASKS;
+    all->rows[i] = here ? (w->n + here * TASK_ROWS - 1) / (here * TASK_ROWS) * TASK_ROWS : 1;
+    tasks += all->tasks[i] = here ? (w->n + all->rows[i] - 1) / all->rows[i] : 0;
+    work_units += w->n * w->k * all->products[i].m;
   }
-  jpq_release(&all.product);
+  if (!status && work_units <= SMALL)
+    for (int64_t i = 0; i < tasks; i++) task(all, (size_t)i);
+  else if (!status && tasks)
+    failed = ORT(k->api, KernelContext_ParallelFor)(context, task, (size_t)tasks, 0, all);
+  for (int64_t i = 0; i < tasks && !failed; i++) status = status ? status : all->status[i];
+  for (int i = all->count - 1; i >= 0; i--) jpq_release(all->products + i);
   if (failed) return failed;
-  return status ? fail(k->api, status == JPQ_NO_MEMORY ? "out of memory" : "cannot compute this weight", "LowBitMatMul") : NULL;
+  return status ? fail(k->api, status == JPQ_NO_MEMORY ? "out of memory" : "cannot compute this weight", k->op->name) : NULL;
 }
 
 static OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
   const kernel *k = data;
   const OrtApi *api = k->api;
+  const int gather = k->op->kind == GATHER;
+  jpq_weight weights[MOST_PARTS];
+  work all = {.count = k->count};
   tensor x;
-  jpq_weight w = k->shape;
-  const void *bias;
   void *y;
+  size_t at = 1;
   TRY(input(api, context, 0, &x));
-  TRY(read_weight(api, context, k->symmetric, !k->gather, &w, &bias));
-  TRY(make_output(api, context, &w, k->gather, &x, &y));
-  if (!k->gather) return multiply(k, context, &w, &x, bias, y);
-  jpq_status status = jpq_gather(&w, x.data, x.count, y, NULL);
+  for (int i = 0; i < k->count; i++) {
+    const part *each = k->parts + i;
+    const void *bias = NULL;
+    weights[i] = each->shape;
+    TRY(read_weight(api, context, &at, each->symmetric, weights + i));
+    if (!gather && each->biased) TRY(read_bias(api, context, at++, weights + i, &bias));
+    TRY(make_output(api, context, (size_t)i, weights + i, gather, &x, &y));
+    all.products[i] = (jpq_product){.weight = weights + i, .x = x.data, .bias = bias, .y = y, .m = x.count / weights[i].k,
+                                    .activations = k->op->activations};
+  }
+  if (!gather) return multiply(k, context, &all);
+  jpq_status status = jpq_gather(weights, x.data, x.count, y, NULL);
   if (status) return fail(api, status == JPQ_BAD_INDEX ? "an index is out of range" : "cannot read this weight", "LowBitGather");
   return NULL;
 }
 
-/* onnxruntime calls the second versions where they are given; these satisfy its check that a kernel can be made. */
-#define OPERATOR(NAME, GATHER, MODE)                                                                              \
-  {{JPQ_ORT_API, NULL, name, provider, input_type, input_count, output_type, output_count, NULL, destroy,          \
-    input_kind, output_kind, memory_type, one, one, one, one, create, compute, NULL, one, last_version, NULL, NULL, \
-    NULL, NULL},                                                                                                   \
-   NAME, GATHER, MODE}
+/* onnxruntime calls the second versions where they are given; these satisfy its check that a kernel can be made. The
+ * inputs of several products are of several types, their outputs are not. */
+#define OPERATOR(NAME, KIND, MODE)                                                                                  \
+  {{JPQ_ORT_API, NULL, name, on_the_cpu, input_type, input_count, output_type, output_count, NULL, destroy,          \
+    input_kind, output_kind, default_memory, one, none, one, one, create, compute, NULL, one, last_version, NULL,    \
+    NULL, NULL, NULL},                                                                                               \
+   NAME, KIND, MODE}
 
-static const operator_ gather = OPERATOR("LowBitGather", 1, JPQ_FP32);
-static const operator_ matmuls[] = {
-    OPERATOR("LowBitMatMul", 0, JPQ_FP32),
-    OPERATOR("LowBitMatMul", 0, JPQ_INT8),
-    OPERATOR("LowBitMatMul", 0, JPQ_INT16),
+static const operator_ gather = OPERATOR("LowBitGather", GATHER, JPQ_FP32);
+static const operator_ matmuls[][2] = {
+    {OPERATOR("LowBitMatMul", MATMUL, JPQ_FP32), OPERATOR("LowBitMatMuls", MATMULS, JPQ_FP32)},
+    {OPERATOR("LowBitMatMul", MATMUL, JPQ_INT8), OPERATOR("LowBitMatMuls", MATMULS, JPQ_INT8)},
+    {OPERATOR("LowBitMatMul", MATMUL, JPQ_INT16), OPERATOR("LowBitMatMuls", MATMULS, JPQ_INT16)},
 };
 
 /* ---- registration ---- */
@@ -173,7 +208,7 @@ static OrtStatus *read_mode(const OrtApi *api, const OrtSessionOptions *options,
 
 /* Operator i of activations mode `mode`, NULL past the last: cuda_ops.cu registers them in its domain beside its own. */
 JPQ_EXPORT const OrtCustomOp *jpq_cpu_operator(int mode, int i) {
-  return i == 0 ? &matmuls[mode].base : i == 1 ? &gather.base : NULL;
+  return i < 2 ? &matmuls[mode][i].base : i == 2 ? &gather.base : NULL;
 }
 
 JPQ_EXPORT OrtStatus *ORT_CALL RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
@@ -186,7 +221,7 @@ JPQ_EXPORT OrtStatus *ORT_CALL RegisterCustomOps(OrtSessionOptions *options, con
   int mode;
   TRY(read_mode(api, options, &mode));
   TRY(ORT(api, CreateCustomOpDomain)("jpq", &domain)); /* lives as long as the library, as onnxruntime asks */
-  TRY(ORT(api, CustomOpDomain_Add)(domain, &matmuls[mode].base));
-  TRY(ORT(api, CustomOpDomain_Add)(domain, &gather.base));
+  for (int i = 0; i < 3; i++) TRY(ORT(api, CustomOpDomain_Add)(domain, jpq_cpu_operator(mode, i)));
+  TRY(ORT(api, CustomOpDomain_Add)(domain, &jpq_attention_operator));
   return ORT(api, AddCustomOpDomain)(options, domain);
 }

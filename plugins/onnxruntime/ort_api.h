@@ -30,8 +30,8 @@ typedef struct OrtCustomOp OrtCustomOp;
 typedef void(ORT_CALL *OrtFunction)(void);
 
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };                                              /* OrtErrorCode */
-enum { ORT_ANY = 0, ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT64 = 7, ORT_FLOAT16 = 10 };          /* element types */
-enum { ORT_REQUIRED = 0, ORT_OPTIONAL = 1 };                                                  /* inputs, outputs */
+enum { ORT_ANY = 0, ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_INT64 = 7, ORT_BOOL = 9, ORT_FLOAT16 = 10 }; /* element types */
+enum { ORT_REQUIRED = 0, ORT_OPTIONAL = 1, ORT_VARIADIC = 2 };                                /* inputs, outputs */
 
 /* Slots of the table. */
 enum {
@@ -45,6 +45,7 @@ enum {
   SLOT_GetDimensions = 62,
   SLOT_GetTensorShapeElementCount = 64,
   SLOT_GetTensorTypeAndShape = 65,
+  SLOT_KernelInfoGetAttribute_float = 85,
   SLOT_KernelInfoGetAttribute_int64 = 86,
   SLOT_KernelContext_GetInputCount = 88,
   SLOT_KernelContext_GetInput = 90,
@@ -78,6 +79,7 @@ typedef OrtStatus *(ORT_CALL *GetDimensionsCount_t)(const OrtTensorInfo *info, s
 typedef OrtStatus *(ORT_CALL *GetDimensions_t)(const OrtTensorInfo *info, int64_t *dims, size_t count);
 typedef OrtStatus *(ORT_CALL *GetTensorShapeElementCount_t)(const OrtTensorInfo *info, size_t *out);
 typedef OrtStatus *(ORT_CALL *GetTensorTypeAndShape_t)(const OrtValue *value, OrtTensorInfo **out);
+typedef OrtStatus *(ORT_CALL *KernelInfoGetAttribute_float_t)(const OrtKernelInfo *info, const char *name, float *out);
 typedef OrtStatus *(ORT_CALL *KernelInfoGetAttribute_int64_t)(const OrtKernelInfo *info, const char *name, int64_t *out);
 typedef OrtStatus *(ORT_CALL *KernelContext_GetInputCount_t)(const OrtKernelContext *context, size_t *out);
 typedef OrtStatus *(ORT_CALL *KernelContext_GetInput_t)(const OrtKernelContext *context, size_t i, const OrtValue **out);

@@ -59,50 +59,89 @@ static inline OrtStatus *input(const OrtApi *api, const OrtKernelContext *contex
   return NULL;
 }
 
+/* One weight of an operator, as its attributes describe it. */
+typedef struct part {
+  jpq_weight shape; /* pointers are filled in at each run */
+  int symmetric, biased;
+} part;
+
+enum { MOST_PARTS = 4 };
+
+/* Part `i`: "bits_i" and so on, or "bits" where `single`, whose bias is an input that is there or not. */
+static inline OrtStatus *read_part(const OrtApi *api, const OrtKernelInfo *info, int single, int i, part *out) {
+  static const char *const names[] = {"bits", "N", "group_size", "symmetric", "bias", "K"};
+  int64_t values[6] = {0, 0, 0, 0, 1, 0};
+  for (int j = 0; j < 6; j++) {
+    char text[32];
+    if (single && j == 4) continue;
+    snprintf(text, sizeof text, single || j == 5 ? "%s" : "%s_%d", names[j], i);
+    TRY(ORT(api, KernelInfoGetAttribute_int64)(info, text, values + j));
+  }
+  memset(out, 0, sizeof *out);
+  out->shape.bits = (int32_t)values[0], out->shape.n = values[1], out->shape.group_size = (int32_t)values[2];
+  out->shape.k = values[5], out->symmetric = values[3] != 0, out->biased = values[4] != 0;
+  return NULL;
+}
+
+/* How many parts there are: the attribute "count", 1 where `single`. */
+static inline OrtStatus *read_count(const OrtApi *api, const OrtKernelInfo *info, int single, int64_t *count) {
+  *count = 1;
+  if (!single) TRY(ORT(api, KernelInfoGetAttribute_int64)(info, "count", count));
+  return *count < 1 || *count > MOST_PARTS ? fail(api, "count must be 1 to 4", "LowBitMatMuls") : NULL;
+}
+
 static inline int is_matrix(const tensor *t, int type, int64_t rows, int64_t columns) {
   return t->data && t->type == type && t->rank == 2 && t->dims[0] == rows && t->dims[1] == columns;
 }
 
-/* The weight of this run, in w that holds the attributes already, and the bias; NULL when there is none. */
-static inline OrtStatus *read_weight(const OrtApi *api, const OrtKernelContext *context, int symmetric, int takes_bias,
-                                     jpq_weight *w, const void **bias) {
+/* Of inputs from `*at` on, which then counts them: the weight of this run, in w that holds the attributes already. */
+static inline OrtStatus *read_weight(const OrtApi *api, const OrtKernelContext *context, size_t *at, int symmetric,
+                                     jpq_weight *w) {
   tensor t;
-  size_t inputs, at = 3;
   const int64_t groups = w->k / w->group_size;
   w->zeros = NULL;
+  TRY(input(api, context, (*at)++, &t));
+  if (!is_matrix(&t, ORT_UINT8, w->n, jpq_bytes(w->k, w->bits)))
+    return fail(api, "must be uint8 [N, bytes of K codes]", "packed");
+  w->packed = (const uint8_t *)t.data;
+  TRY(input(api, context, (*at)++, &t));
+  if (!is_matrix(&t, ORT_FLOAT16, w->n, groups)) return fail(api, "must be float16 [N, K/group_size]", "scales");
+  w->scales = (const uint16_t *)t.data;
+  if (symmetric) return NULL;
+  TRY(input(api, context, (*at)++, &t));
+  if (!is_matrix(&t, ORT_UINT8, w->n, jpq_bytes(groups, w->bits)))
+    return fail(api, "must be uint8 [N, bytes of K/group_size codes]", "zeros");
+  w->zeros = (const uint8_t *)t.data;
+  return NULL;
+}
+
+/* The bias, input `at` of those there are; NULL when it was not given. */
+static inline OrtStatus *read_bias(const OrtApi *api, const OrtKernelContext *context, size_t at, const jpq_weight *w,
+                                   const void **bias) {
+  tensor t;
+  size_t inputs;
   *bias = NULL;
   TRY(ORT(api, KernelContext_GetInputCount)(context, &inputs));
-  TRY(input(api, context, 1, &t));
-  if (!is_matrix(&t, ORT_UINT8, w->n, jpq_bytes(w->k, w->bits)))
-    return fail(api, "packed must be uint8 [N, bytes of K codes]", "input 1");
-  w->packed = (const uint8_t *)t.data;
-  TRY(input(api, context, 2, &t));
-  if (!is_matrix(&t, ORT_FLOAT16, w->n, groups)) return fail(api, "scales must be float16 [N, K/group_size]", "input 2");
-  w->scales = (const uint16_t *)t.data;
-  if (!symmetric) {
-    TRY(input(api, context, at++, &t));
-    if (!is_matrix(&t, ORT_UINT8, w->n, jpq_bytes(groups, w->bits)))
-      return fail(api, "zeros must be uint8 [N, bytes of K/group_size codes]", "input 3");
-    w->zeros = (const uint8_t *)t.data;
-  }
-  if (at >= inputs || !takes_bias) return NULL;
+  if (at >= inputs) return NULL;
   TRY(input(api, context, at, &t));
-  if (t.data && (t.type != ORT_FLOAT || t.count != w->n)) return fail(api, "bias must be float [N]", "last input");
+  if (t.data && (t.type != ORT_FLOAT || t.count != w->n)) return fail(api, "must be float [N]", "bias");
   *bias = t.data;
   return NULL;
 }
 
-/* Where Y goes: the shape of X (at least 1-d, its last dimension K, unless it holds indices) with what a row gives. */
-static inline OrtStatus *make_output(const OrtApi *api, OrtKernelContext *context, const jpq_weight *w, int gather,
-                                     tensor *x, void **y) {
+/* Where output `i` goes: the shape of X (at least 1-d, its last dimension K, unless it holds indices) with what a row
+ * gives. */
+static inline OrtStatus *make_output(const OrtApi *api, OrtKernelContext *context, size_t i, const jpq_weight *w,
+                                     int gather, const tensor *x, void **y) {
   OrtValue *output;
+  tensor made = *x;
   if (gather ? x->rank >= MOST_RANK : !x->rank || x->dims[x->rank - 1] != w->k)
     return fail(api, "the last dimension of X must be K", "input 0");
   if (gather)
-    x->dims[x->rank++] = w->k;
+    made.dims[made.rank++] = w->k;
   else
-    x->dims[x->rank - 1] = w->n;
-  TRY(ORT(api, KernelContext_GetOutput)(context, 0, x->dims, x->rank, &output));
+    made.dims[made.rank - 1] = w->n;
+  TRY(ORT(api, KernelContext_GetOutput)(context, i, made.dims, made.rank, &output));
   return ORT(api, GetTensorMutableData)(output, y);
 }
 

@@ -73,6 +73,15 @@ def planned(
     return make_plan(problem, problem.solve(knobs), knobs, sha256="00", method="jpq", measured={})
 
 
+def test_an_int8_cache_is_read_sooner() -> None:
+    cpu = load_target("cpu-x86")
+    size, time = CostModel(SMOLLM, cpu, 2048).attention_rest(0, 3)
+    saved = 2 * 3 * 2048 * (2 * SMOLLM.head_dim - SMOLLM.head_dim - 4)  # fp16 against codes and a scale
+    expected = size, pytest.approx(time - saved / (cpu.bandwidth_gb_s * 1e3))
+    assert CostModel(replace(SMOLLM, kv_cache="int8"), cpu, 2048).attention_rest(0, 3) == expected
+    assert CostModel(SMOLLM, cpu, 1024).attention_rest(0, 3) != expected
+
+
 @pytest.mark.parametrize(("kind", "bits"), [("bits", 2.5), ("size", 3.0), ("ratio", 4.0), ("bits", 6.0)])
 def test_budgets_are_kept_and_used(prices: PriceList, kind: str, bits: float) -> None:
     value = {"bits": bits, "size": bits * SMOLLM.parameters() / 8, "ratio": bits / 16}[kind]

@@ -39,6 +39,19 @@ class Product(ctypes.Structure):
         ("chosen", ctypes.c_void_p),
         ("parts", ctypes.c_int),
         ("prepared", ctypes.c_void_p),
+        ("borrowed", ctypes.c_int),
+    )
+
+
+class Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cos", "sin", "mask", "keys", "values", "y")),
+        *((name, ctypes.c_int64) for name in ("batch", "seq", "total", "heads", "kv_heads", "dim")),
+        ("scale", ctypes.c_float),
+        ("implementation", ctypes.c_char_p),
+        ("chosen", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "tiles", "chunks", "tasks")),
+        *((name, ctypes.c_void_p) for name in ("turned", "partial")),
     )
 
 
@@ -72,6 +85,7 @@ class Core:
         self.path, self.names = library.path, library.implementations
         self.c = ctypes.CDLL(str(library.path))
         self.c.jpq_matmul_rows.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        self.c.jpq_attention_task.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         self.c.jpq_gather.argtypes = [
             ctypes.c_void_p,
             ctypes.c_void_p,
@@ -110,6 +124,20 @@ class Core:
         assert np.isnan(out[-GUARD:]).all(), "written past the end"
         return status, out[:-GUARD].reshape(len(indices), -1)
 
+    def attend(self, arrays, sizes, name):
+        """Status, y, keys, values. `arrays`: q, k, v, cos, sin, mask, keys, values; `sizes`: batch ... dim, scale."""
+        y = np.full(arrays[0].size + GUARD, np.nan, np.float32)
+        keys, values = arrays[6].copy(), arrays[7].copy()
+        request = Attention(*(address(a) for a in (*arrays[:6], keys, values, y)), *sizes, name.encode())
+        status = self.c.jpq_attention_begin(ctypes.byref(request))
+        for i in range(request.tasks if status == OK else 0):
+            status = status or self.c.jpq_attention_task(ctypes.byref(request), i)
+        if status == OK:
+            self.c.jpq_attention_finish(ctypes.byref(request))
+        self.c.jpq_attention_end(ctypes.byref(request))
+        assert np.isnan(y[-GUARD:]).all(), "written past the end"
+        return status, y[:-GUARD].reshape(arrays[0].shape), keys, values
+
 
 class Emulated:
     """The same functions as compiled for aarch64, run by an emulator: `emulated.c` answers over a pipe."""
@@ -140,6 +168,19 @@ class Emulated:
         weight = make_weight(stored)
         y = self._ask(weight, name, indices, (1, FP32), None, (), len(indices) * weight.k)
         return y[0], y[1].reshape(len(indices), weight.k)
+
+    def attend(self, arrays, sizes, name):
+        batch, seq, total, heads, kv_heads, dim, scale = sizes
+        rotary, room = arrays[3] is not None, len(arrays[6])
+        head = struct.pack("10q16s", 2, seq, dim, heads, kv_heads, batch, total, rotary, room, 0, name.encode())
+        body = struct.pack("f", scale) + b"".join(a.tobytes() for a in arrays if a is not None)
+        self.process.stdin.write(head + body)
+        self.process.stdin.flush()
+        status = struct.unpack("q", self.process.stdout.read(8))[0]
+        counts = [arrays[0].size + GUARD, arrays[6].size, arrays[7].size]
+        y, *cache = (np.frombuffer(self.process.stdout.read(4 * count), np.float32) for count in counts)
+        assert np.isnan(y[-GUARD:]).all(), "written past the end"
+        return status, y[:-GUARD].reshape(arrays[0].shape), *(c.reshape(arrays[6].shape) for c in cache)
 
     def _ask(self, weight, name, x, kind, bias, ranges, count):
         gather, activations = kind

@@ -1,12 +1,13 @@
-/* Answers products and look-ups over a pipe, for a processor that only an emulator has here: requests on stdin, as
+/* Answers products, look-ups and attentions over a pipe, for a processor that only an emulator has here: requests on stdin, as
  * conftest.py writes them, a status and the output on stdout, until stdin ends.
  *
- * A request: 10 int64 (see `request`), a name of 16 bytes, then packed, scales, zeros, X or indices, bias, ranges. */
+ * A request: 10 int64 (see `request`), a name of 16 bytes, then packed, scales, zeros, X or indices, bias, ranges; of an attention
+ * (gather is 2) in the same fields seq, dim, heads, kv_heads, batch, total, rotary, room, then what `attend` takes. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "low_bit.h"
+#include "attention.h"
 
 enum { GUARD = 64 };
 
@@ -29,9 +30,37 @@ static int64_t multiply(const request *r, jpq_product *p, const int64_t *ranges)
   return status;
 }
 
+static void attend(const request *r) {
+  jpq_attention a = {.seq = r->n, .dim = r->k, .heads = r->bits, .kv_heads = r->group_size, .batch = r->rows,
+                     .total = r->activations, .implementation = r->name};
+  size_t q = (size_t)(a.batch * a.seq * a.heads * a.dim), k = (size_t)(a.batch * a.seq * a.kv_heads * a.dim);
+  size_t table = (size_t)(a.batch * a.seq * a.dim / 2), cache = (size_t)(r->bias * a.batch * a.kv_heads * a.dim);
+  float *scale = take(sizeof *scale), *y = malloc(sizeof *y * (q + GUARD));
+  a.scale = *scale, a.y = y;
+  a.q = take(4 * q), a.k = take(4 * k), a.v = take(4 * k);
+  a.cos = r->zeros ? take(4 * table) : NULL, a.sin = r->zeros ? take(4 * table) : NULL;
+  a.mask = take((size_t)(a.batch * a.seq * a.total));
+  a.keys = take(4 * cache), a.values = take(4 * cache);
+  for (size_t i = 0; i < q + GUARD; i++) y[i] = NAN;
+  int64_t status = jpq_attention_begin(&a);
+  for (int64_t i = 0; i < a.tasks && !status; i++) status = jpq_attention_task(&a, i);
+  if (!status) jpq_attention_finish(&a);
+  jpq_attention_end(&a);
+  fwrite(&status, sizeof status, 1, stdout);
+  fwrite(y, sizeof *y, q + GUARD, stdout);
+  fwrite(a.keys, 4, cache, stdout), fwrite(a.values, 4, cache, stdout);
+  fflush(stdout);
+  free(scale), free(y), free((void *)a.q), free((void *)a.k), free((void *)a.v), free((void *)a.cos), free((void *)a.sin);
+  free((void *)a.mask), free(a.keys), free(a.values);
+}
+
 int main(void) {
   request r;
   while (fread(&r, sizeof r, 1, stdin) == 1) {
+    if (r.gather == 2) {
+      attend(&r);
+      continue;
+    }
     int64_t groups = r.k / r.group_size, count = r.rows * (r.gather ? r.k : r.n) + GUARD;
     jpq_weight w = {.n = r.n, .k = r.k, .bits = (int32_t)r.bits, .group_size = (int32_t)r.group_size};
     w.packed = take((size_t)(r.n * jpq_bytes(r.k, w.bits)));

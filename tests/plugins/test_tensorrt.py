@@ -17,7 +17,9 @@ import pytest
 
 from jpq_export.engine.contents import add_device_files
 from jpq_export.engine.plugin import PluginError, choose, compile_plugin
+from jpq_export.engine.prebuilt import add_prebuilt
 from jpq_export.engine.settings import Settings
+from jpq_export.format.bundle import hash_file
 from jpq_export.numerics.reference import low_bit_gather, low_bit_matmul
 from jpq_export.numerics.scheme import TERNARY, kernel_bits
 from jpq_export.runtime import native
@@ -350,28 +352,44 @@ int main(int, char **names) {
 """
 
 
-def test_the_whole_plugin_cross_compiles_for_thor_and_loads_in_an_emulator(tmp_path):
-    """JPQ_AARCH64_CUDA: folder of libcudart_static.a for aarch64, as the package nvidia-cuda-runtime for it has."""
-    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    runtime = Path(os.environ.get("JPQ_AARCH64_CUDA", "/usr/local/cuda/targets/sbsa-linux/lib"), "libcudart_static.a")
-    needed = {compiler: shutil.which(compiler), emulator: shutil.which(emulator), "nvcc": nvcc}
-    if missing := [name for name, found in {**needed, str(runtime): runtime.is_file()}.items() if not found]:
-        pytest.skip(f"no {', '.join(missing)}: the plugin is NOT cross-compiled in this run")
-    source, library = native.sources_folder(), tmp_path / "libjpq_tensorrt.so"
-    include, cuda = tensorrt_headers(), cuda_headers()
-    kernels = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-arch=sm_110", f"-I{cuda}"]
-    command = [nvcc, "-ccbin", compiler, *kernels, "-c", source / "core" / "low_bit_cuda.cu", "-o", tmp_path / "k.o"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[:4000]
-    host = [source / "tensorrt" / f"{name}.cpp" for name in ("low_bit_plugin", "creators")]
-    link = ("-shared", "-Wl,--no-undefined", tmp_path / "k.o", runtime, "-ldl", "-lpthread", "-lrt")
-    compile_with(compiler, library, "-O2", *host_flags(), *host, *link)
+@pytest.fixture(scope="module")
+def thor(tmp_path_factory):
+    """The plugin as an export for Thor puts it into two bundles; skips where a tool is missing.
+
+    JPQ_AARCH64_CUDA: folder of libcudart_static.a for aarch64, as the package nvidia-cuda-runtime for it has.
+    """
+    binaries, said = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JPQ_TENSORRT_INCLUDE", tensorrt_headers())
+        for _ in range(2):
+            folder = tmp_path_factory.mktemp("bundle")
+            add_device_files(folder, native.sources_folder(), tensorrt="10.13", bounds={}, prompt=1, tokens=2)
+            records = add_prebuilt(folder, sm=110, tensorrt="10.13", cuda="13.0", say=said.append)
+            if "not found" in said[-1]:
+                pytest.skip(f"{said[-1]}: the plugin is NOT cross-compiled in this run")
+            assert records, said
+            binaries.append((folder / records[0]["file"], records[0]))
+    return binaries
+
+
+def test_the_plugin_cross_compiled_for_thor_is_the_same_twice(thor):
+    (path, record), (other, second) = thor
+    assert path.read_bytes() == other.read_bytes()
+    assert record == second
+    assert (record["sms"], record["tensorrt"], record["cuda"], record["machine"]) == ([110], 10, 13, "aarch64")
+    assert hash_file(path).sha256 == record["sha256"]
+
+
+def test_the_plugin_cross_compiled_for_thor_loads_in_an_emulator(thor, tmp_path):
+    compiler, emulator = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64")
+    if emulator is None:
+        pytest.skip("no qemu-aarch64: the cross-compiled plugin is NOT loaded in this run")
+    library = thor[0][0]
     (tmp_path / "loader.cpp").write_text(LOADER)
-    flags = ("-isystem", include, "-isystem", cuda, tmp_path / "loader.cpp", "-ldl", "-static-libgcc")
+    flags = ("-isystem", tensorrt_headers(), "-isystem", cuda_headers(), tmp_path / "loader.cpp", "-ldl")
     loader = compile_with(compiler, tmp_path / "loader", *flags)
     root = subprocess.run([compiler, "-print-file-name=libc.so.6"], capture_output=True, text=True, check=True).stdout
     folders = ["-L", str(Path(root.strip()).resolve().parents[1])]  # where the emulator finds ld.so and the C library
     run = [emulator, *folders, str(loader)]
     assert subprocess.run([*run, str(library)], timeout=60, check=False).returncode == 0
-    assert subprocess.run([*run, str(tmp_path / "k.o")], timeout=60, check=False).returncode == 1, "loads anything"
+    assert subprocess.run([*run, str(loader)], timeout=60, check=False).returncode == 1, "loads anything"

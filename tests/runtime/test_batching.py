@@ -137,11 +137,11 @@ def test_padding_that_nobody_needs_is_cut_off(model):
         slots.join(decoding)
     assert slots.lengths.tolist() == [9, 2, 1]
     slots.leave({0})
-    assert {value.shape()[2] for value in slots._past.values()} == {2}
+    assert slots._cache.length == 2
     slots.step([7, 8])
     slots.leave({0, 1})
     assert slots.lengths.size == 0
-    assert slots._past == {}
+    assert slots._cache is None
 
 
 def test_a_row_may_be_joined_by_a_longer_one(model):

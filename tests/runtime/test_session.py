@@ -25,7 +25,7 @@ def test_one_pass_equals_two_with_a_cache(exact):
     first = exact.forward(IDS[:, :4])
     second = exact.forward(IDS[:, 4:], past=first.past)
     assert same(np.concatenate([first.logits, second.logits], 1), whole)
-    assert second.past["0.key"].shape == (1, 1, 6, 16)
+    assert second.past["0.key"].shape == (6, 1, 1, 16)
     forgotten = exact.forward(IDS[:, 4:]).logits
     assert not same(forgotten, whole[:, 4:])
 

@@ -1,7 +1,8 @@
 /* Stream text from a bundle: generate BUNDLE "prompt" [new tokens [temperature [seed [top_p]]]]
  *
  * JPQ_ONNXRUNTIME: libonnxruntime.so or its folder, when it is neither beside libjpq_runtime nor installed. JPQ_THREADS:
- * how many. With JPQ_IDS set, token ids are printed instead of text.
+ * how many. With JPQ_IDS set, token ids are printed instead of text. A bundle with an engine for this GPU runs in TensorRT,
+ * unless JPQ_BACKEND is onnxruntime (see jpq_runtime.h).
  */
 #include <inttypes.h>
 #include <jpq_runtime.h>

@@ -8,8 +8,9 @@
  *
  * Ownership: whoever got an object from jpq_*_load or jpq_*_new frees it with jpq_*_free, which takes NULL too.
  *
- * Trust: a bundle may bring a native library (plugins/libjpq_cpu.so). Its sha256 is compared with the manifest before it
- * is loaded, which finds damage, not malice: for a bundle of unknown origin set `kernels` to "none".
+ * Trust: a bundle may bring native code: plugins/libjpq_cpu.so, and in device/ what `jpq-export build` made (an engine and
+ * its plugin library). Their sha256 is compared with the record before they are loaded, which finds damage, not malice:
+ * for a bundle of unknown origin set `kernels` to "none".
  */
 #ifndef JPQ_RUNTIME_H
 #define JPQ_RUNTIME_H
@@ -48,16 +49,19 @@ typedef struct jpq_model jpq_model;
 typedef struct jpq_sequence jpq_sequence;
 typedef struct jpq_sampler jpq_sampler;
 
-/* JPQ_TENSORRT is not supported yet: jpq_model_load answers JPQ_UNSUPPORTED. */
-typedef enum jpq_backend_kind { JPQ_ONNXRUNTIME = 0, JPQ_TENSORRT = 1 } jpq_backend_kind;
+/* JPQ_AUTO: the environment's JPQ_BACKEND (onnxruntime or tensorrt) if set, else TensorRT when the bundle has an engine for
+ * this machine's GPU, else onnxruntime; jpq_model_info.path says which. JPQ_TENSORRT needs a library built with TensorRT's
+ * headers (JPQ_UNSUPPORTED otherwise) and decoders; it was compiled and its calls were tested, it was not run on a GPU. */
+typedef enum jpq_backend_kind { JPQ_ONNXRUNTIME = 0, JPQ_TENSORRT = 1, JPQ_AUTO = 2 } jpq_backend_kind;
 
 /* Fill with jpq_load_defaults, then change what you want. */
 typedef struct jpq_load_options {
   size_t size; /* of this structure, so that it may grow */
   jpq_backend_kind backend;
-  const char *library; /* libonnxruntime.so (libnvinfer.so), or its folder; NULL: beside this library, then as dlopen does */
+  const char *library; /* libonnxruntime.so, or its folder; NULL: beside this library, then as dlopen does */
   const char *kernels; /* libjpq_cpu.so; NULL: the bundle's, then the one beside this library; "none": onnxruntime's own */
-  const char *engine;  /* TensorRT: the engine file `jpq-export build` wrote */
+  /* With JPQ_TENSORRT they are libnvinfer.so and libjpq_tensorrt.so; when JPQ_AUTO comes to TensorRT they are not used. */
+  const char *engine;  /* TensorRT: the engine `jpq-export build` wrote, its device.json beside it; NULL: the bundle's */
   int threads;         /* 0: the backend's choice */
   int fast;            /* round activations to 16 bits for few rows (see the report); 0: fp32 throughout */
   int check;           /* first compare every file with the manifest's sha256 */

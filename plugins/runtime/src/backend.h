@@ -22,12 +22,18 @@ struct backend {
   model_spec spec;
   int64_t embedding; /* 0: a decoder */
   int64_t most_new;  /* tokens one step may take */
-  char path[256];    /* what computes, for people */
+  int64_t most_past; /* after how many; behind them a step takes one */
+  const char *limit; /* whose spec.max_positions is: "model" or "engine" */
+  char path[512];    /* what computes, for people */
 };
 
 jpq_result ort_backend_open(const char *folder, const manifest *m, const jpq_load_options *options, backend **out,
                             jpq_error *error);
 jpq_result trt_backend_open(const char *folder, const manifest *m, const jpq_load_options *options, backend **out,
                             jpq_error *error);
+/* Whether the bundle's engine (`engine`: another) is one for this machine's GPU; otherwise why not, for people. */
+jpq_result trt_backend_fits(const char *folder, const char *engine, jpq_error *why);
+/* The one that the options, JPQ_BACKEND or the bundle choose. */
+jpq_result backend_open(const char *folder, const manifest *m, const jpq_load_options *options, backend **out, jpq_error *error);
 
 #endif

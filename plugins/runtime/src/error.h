@@ -4,6 +4,10 @@
 
 #include "../include/jpq_runtime.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define JPQ_TRY(call)                       \
   do {                                      \
     jpq_result result_ = (call);            \
@@ -19,5 +23,9 @@ jpq_result jpq_fail(jpq_error *error, jpq_result code, const char *format, ...)
 jpq_result jpq_no_memory(jpq_error *error);
 /* Success, with an empty line. */
 jpq_result jpq_done(jpq_error *error);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -68,8 +68,8 @@ static jpq_result check(const jpq_model *model, const int64_t *prompt, size_t co
   const int64_t most = model->backend->spec.max_positions;
   if (count > (size_t)most || options->max_new_tokens > most - (int64_t)count)
     return jpq_fail(error, JPQ_BAD_ARGUMENT,
-                    "a prompt of %zu tokens and %lld new ones need more than the model's %lld positions; shorten the prompt or ask for fewer new tokens",
-                    count, (long long)options->max_new_tokens, (long long)most);
+                    "a prompt of %zu tokens and %lld new ones need more than the %s's %lld positions; shorten the prompt or ask for fewer new tokens",
+                    count, (long long)options->max_new_tokens, model->backend->limit, (long long)most);
   return sampling_check(&options->sampling, error);
 }
 

@@ -51,6 +51,8 @@ jpq_result library_open(const char *asked, const char *prefix, const char *other
                   why ? why : "no reason given", otherwise);
 }
 
+int library_find(const char *name, void **out) { return (*out = dlopen(name, RTLD_NOW | RTLD_LOCAL)) != NULL; }
+
 void library_close(void *library) {
   if (library) dlclose(library);
 }

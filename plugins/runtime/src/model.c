@@ -13,16 +13,13 @@ struct jpq_sequence {
 
 void jpq_load_defaults(jpq_load_options *options) {
   memset(options, 0, sizeof *options);
-  options->size = sizeof *options;
+  options->size = sizeof *options, options->backend = JPQ_AUTO;
 }
 
 static jpq_result load(const char *folder, const jpq_load_options *options, const manifest *m, jpq_model *model,
                        jpq_error *error) {
   if (options->check) JPQ_TRY(manifest_check_all(folder, m, error));
-  if (options->backend == JPQ_ONNXRUNTIME)
-    JPQ_TRY(ort_backend_open(folder, m, options, &model->backend, error));
-  else
-    JPQ_TRY(trt_backend_open(folder, m, options, &model->backend, error));
+  JPQ_TRY(backend_open(folder, m, options, &model->backend, error));
   const jpq_result result = tokenizer_load(folder, &model->backend->spec, &model->tokenizer, &model->no_tokenizer);
   if (result == JPQ_SUCCESS || result == JPQ_UNSUPPORTED) return JPQ_SUCCESS;
   if (error) *error = model->no_tokenizer;
@@ -70,8 +67,8 @@ jpq_result jpq_sequence_new(const jpq_model *model, int64_t capacity, jpq_sequen
   const model_spec *spec = &model->backend->spec;
   if (model->backend->embedding) return jpq_fail(error, JPQ_BAD_ARGUMENT, "the bundle is an encoder; use jpq_embed");
   if (capacity < 0 || capacity > spec->max_positions)
-    return jpq_fail(error, JPQ_BAD_ARGUMENT, "capacity: got %lld, expected 0 to the model's %lld positions",
-                    (long long)capacity, (long long)spec->max_positions);
+    return jpq_fail(error, JPQ_BAD_ARGUMENT, "capacity: got %lld, expected 0 to the %s's %lld positions",
+                    (long long)capacity, model->backend->limit, (long long)spec->max_positions);
   jpq_sequence *made = calloc(1, sizeof *made);
   if (!made) return jpq_no_memory(error);
   made->model = model, made->capacity = capacity ? capacity : spec->max_positions;
@@ -112,7 +109,8 @@ jpq_result jpq_prefill(jpq_sequence *s, const int64_t *ids, size_t count, const 
   JPQ_TRY(check_tokens(s, ids, count, error));
   const backend *b = s->model->backend;
   for (size_t at = 0; at < count;) { /* in parts: the graph gives logits for every position, and those are large */
-    const int64_t left = (int64_t)(count - at), part = left < b->most_new ? left : b->most_new;
+    const int64_t left = (int64_t)(count - at), most = s->length > b->most_past ? 1 : b->most_new;
+    const int64_t part = left < most ? left : most;
     JPQ_TRY(b->step(b, s->cache, s->length, ids + at, part, s->logits, error));
     s->length += part, at += (size_t)part;
   }

@@ -7,10 +7,14 @@
 
 enum { FIXED_INPUTS = 3, FIXED_OUTPUTS = 1, NAME_MOST = 64 };
 
-/* One cache tensor, [1, kv_heads, past, head_dim]. */
+/* One cache tensor: floats or int8 codes, head_dim wide, or the codes' scales, one wide. `grows`: it is
+ * [room, 1, kv_heads, width] and new rows are written behind the old ones; otherwise [1, kv_heads, past, width]. */
 typedef struct ort_cached {
   char past[NAME_MOST], present[NAME_MOST];
-  int64_t kv_heads;
+  int64_t kv_heads, width;
+  int grows;
+  int type;
+  size_t item; /* bytes */
 } ort_cached;
 
 typedef struct ort_backend {

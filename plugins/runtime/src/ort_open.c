@@ -54,8 +54,8 @@ static jpq_result set_options(ort_backend *self, const char *folder, const manif
   char kernels[PATH_MOST];
   int found;
   if (asked->threads > 0) ORT_TRY(self, ORT(api, SetIntraOpNumThreads)(options, asked->threads), "threads");
-  /* Waiting threads would otherwise burn whole cores between the tokens of a stream. */
-  ORT_TRY(self, ORT(api, AddSessionConfigEntry)(options, "session.intra_op.allow_spinning", "0"), "options");
+  /* Threads spin during a pass, or waking them costs more than they give, but not between the tokens of a stream. */
+  ORT_TRY(self, ORT(api, AddSessionConfigEntry)(options, "session.force_spinning_stop", "1"), "options");
   ORT_TRY(self, ORT(api, AddSessionConfigEntry)(options, "session.qdq_matmulnbits_accuracy_level", asked->fast ? "4" : "1"), "options");
   ORT_TRY(self, ORT(api, AddSessionConfigEntry)(options, "jpq.activations", asked->fast ? "int16" : "fp32"), "options");
   JPQ_TRY(find_kernels(folder, m, asked->kernels, kernels, &found, error));
@@ -102,53 +102,60 @@ static jpq_result read_spec(ort_backend *self, const char *folder, jpq_error *er
   return result;
 }
 
-/* Element type and last dimension of an output; a graph from anywhere might declare others than ours. */
-static jpq_result output_shape(ort_backend *self, size_t i, int *type, int64_t *last, jpq_error *error) {
+enum { MOST_RANK = 8 };
+
+/* Element type and dimensions of an output, -1 for those of any size; a graph from anywhere might declare others than
+ * ours. */
+static jpq_result output_shape(ort_backend *self, size_t i, int *type, int64_t dims[MOST_RANK], size_t *rank, jpq_error *error) {
   const OrtApi *api = self->api;
   OrtTypeInfo *info;
   const OrtTensorInfo *tensor = NULL;
-  size_t rank = 0;
-  int64_t dims[8] = {0};
   ORT_TRY(self, ORT(api, SessionGetOutputTypeInfo)(self->session, i, &info), "outputs");
   OrtStatus *status = ORT(api, CastTypeInfoToTensorInfo)(info, &tensor);
   if (!status && tensor) status = ORT(api, GetTensorElementType)(tensor, type);
-  if (!status && tensor) status = ORT(api, GetDimensionsCount)(tensor, &rank);
-  if (!status && tensor && rank <= 8) status = ORT(api, GetDimensions)(tensor, dims, rank);
+  if (!status && tensor) status = ORT(api, GetDimensionsCount)(tensor, rank);
+  if (!status && tensor && *rank <= MOST_RANK) status = ORT(api, GetDimensions)(tensor, dims, *rank);
   ORT(api, ReleaseTypeInfo)(info);
-  *last = rank && rank <= 8 ? dims[rank - 1] : 0;
+  if (*rank > MOST_RANK) *rank = 0;
   return ort_check(api, status, "outputs", error);
 }
 
-/* `present.{i}.key` or `.value`: the cache tensor of layer i. */
-static jpq_result add_cached(ort_backend *self, const char *name, jpq_error *error) {
+/* `present.{i}.key` or `.value`, with int8 codes `.key_scale` or `.value_scale` too: a cache tensor of layer i. */
+static jpq_result add_cached(ort_backend *self, const char *name, int type, const int64_t *dims, size_t rank, jpq_error *error) {
   const model_spec *spec = &self->base.spec;
   char *end;
   const unsigned long layer = strtoul(name + 8, &end, 10);
-  if (strlen(name) >= NAME_MOST || layer >= spec->layers || !spec->kv_heads[layer] || !spec->head_dim)
+  if (strlen(name) >= NAME_MOST || layer >= spec->layers || !spec->kv_heads[layer] || !spec->head_dim || rank != 4)
     return jpq_fail(error, JPQ_BAD_BUNDLE, GRAPH ": output %.60s: no such layer in " SPEC_KEY "; export the bundle again", name);
   ort_cached *made = self->cached + self->cached_count++;
   snprintf(made->present, NAME_MOST, "%s", name);
   snprintf(made->past, NAME_MOST, "past.%s", name + 8);
+  const size_t length = strlen(name);
   made->kv_heads = spec->kv_heads[layer];
+  made->grows = dims[1] < 1; /* the batch, of any size, comes second; otherwise the heads do */
+  made->width = length > 6 && !strcmp(name + length - 6, "_scale") ? 1 : spec->head_dim;
+  made->type = type, made->item = type == ORT_INT8 ? 1 : sizeof(float);
   return JPQ_SUCCESS;
 }
 
 static jpq_result read_output(ort_backend *self, size_t i, const char *name, int *logits, jpq_error *error) {
   int type = 0;
-  int64_t last = 0;
+  size_t rank = 0;
+  int64_t dims[MOST_RANK] = {0};
   const int embedding = !strcmp(name, "embedding"), ours = embedding || !strcmp(name, "logits") || !strncmp(name, "present.", 8);
   if (!ours) return JPQ_SUCCESS;
-  JPQ_TRY(output_shape(self, i, &type, &last, error));
-  if (type != ORT_FLOAT)
+  JPQ_TRY(output_shape(self, i, &type, dims, &rank, error));
+  if (type != ORT_FLOAT && !(type == ORT_INT8 && !strncmp(name, "present.", 8)))
     return jpq_fail(error, JPQ_UNSUPPORTED, GRAPH ": output %.60s is not float32; export the bundle for a CPU target", name);
   if (embedding) {
+    const int64_t last = rank ? dims[rank - 1] : 0;
     if (last < 1 || last > 1 << 20)
       return jpq_fail(error, JPQ_BAD_BUNDLE, GRAPH ": embedding of %lld values; export the bundle again", (long long)last);
     self->base.embedding = last;
     return JPQ_SUCCESS;
   }
   if (!strcmp(name, "logits")) return *logits = 1, JPQ_SUCCESS;
-  return add_cached(self, name, error);
+  return add_cached(self, name, type, dims, rank, error);
 }
 
 static jpq_result read_names(ort_backend *self, jpq_error *error) {
@@ -201,7 +208,7 @@ jpq_result ort_backend_open(const char *folder, const manifest *m, const jpq_loa
   self->base.free = close_all;
   self->base.cache_new = ort_cache_new, self->base.cache_free = ort_cache_free;
   self->base.step = ort_step, self->base.embed = ort_embed;
-  self->base.most_new = STEP_TOKENS;
+  self->base.most_new = STEP_TOKENS, self->base.most_past = INT64_MAX, self->base.limit = "model";
   jpq_result result = open_library(options->library, self, error);
   if (!result) result = open_session(self, folder, m, options, error);
   if (!result) result = read_spec(self, folder, error);

@@ -1,5 +1,6 @@
-/* Running the graph. The cache lies in two blocks of the sequence's own: onnxruntime reads one and writes the other, so
- * that nothing is copied or allocated from token to token. */
+/* Running the graph. The cache lies in a block of the sequence's own. Tensors that grow are bound to an input and an
+ * output at once; of others there are two, onnxruntime reads one and writes the other. Nothing is allocated from token
+ * to token. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -10,8 +11,8 @@ enum { ALIGNMENT = 64 };
 struct backend_cache {
   const ort_backend *owner;
   int64_t capacity;
-  size_t *offsets; /* [cached_count], in floats */
-  float *sides[2];
+  size_t *offsets; /* [cached_count], in bytes */
+  unsigned char *sides[2];
   int current; /* the side that holds what is valid */
   int64_t *positions, *mask; /* [capacity] each */
   const char **input_names, **output_names;
@@ -40,9 +41,9 @@ void ort_cache_free(backend_cache *cache) {
   free(cache);
 }
 
-static float *block(size_t floats) {
+static unsigned char *block(size_t bytes) {
   void *made = NULL; /* not cleared: pages are touched only as far as they are used */
-  return posix_memalign(&made, ALIGNMENT, (floats + ALIGNMENT) * sizeof(float)) ? NULL : made;
+  return posix_memalign(&made, ALIGNMENT, bytes + ALIGNMENT) ? NULL : made;
 }
 
 jpq_result ort_cache_new(const backend *base, int64_t capacity, backend_cache **out, jpq_error *error) {
@@ -52,14 +53,15 @@ jpq_result ort_cache_new(const backend *base, int64_t capacity, backend_cache **
   if (!cache) return jpq_no_memory(error);
   cache->owner = self, cache->capacity = capacity;
   cache->offsets = calloc(count + 1, sizeof *cache->offsets);
-  size_t floats = 0;
+  size_t bytes = 0;
   for (size_t i = 0; cache->offsets && i < count; i++) {
-    cache->offsets[i] = floats;
-    /* Below 2^48 each, see the limits in spec.c; a multiple of the alignment. */
-    const uint64_t one = (uint64_t)capacity * (uint64_t)self->cached[i].kv_heads * (uint64_t)base->spec.head_dim;
-    floats += (size_t)((one + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    const ort_cached *each = self->cached + i;
+    cache->offsets[i] = bytes;
+    /* Below 2^50 each, see the limits in spec.c; a multiple of the alignment. */
+    const uint64_t one = (uint64_t)capacity * (uint64_t)each->kv_heads * (uint64_t)each->width * each->item;
+    bytes += (size_t)((one + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
   }
-  cache->sides[0] = block(floats), cache->sides[1] = block(floats);
+  cache->sides[0] = block(bytes), cache->sides[1] = block(count && self->cached[0].grows ? 0 : bytes);
   cache->positions = malloc((size_t)capacity * sizeof(int64_t));
   cache->mask = malloc((size_t)capacity * sizeof(int64_t));
   cache->input_names = calloc(count + FIXED_INPUTS, sizeof(char *));
@@ -96,14 +98,25 @@ static jpq_result bind_tokens(backend_cache *c, int64_t past, const int64_t *ids
 static jpq_result bind_cache(backend_cache *c, int64_t past, int64_t count, size_t first, jpq_error *error) {
   const ort_backend *self = c->owner;
   for (size_t i = 0; i < self->cached_count; i++) {
-    const int64_t heads = self->cached[i].kv_heads, dim = self->base.spec.head_dim;
-    const int64_t before[4] = {1, heads, past, dim}, after[4] = {1, heads, past + count, dim};
-    float *from = c->sides[c->current] + c->offsets[i], *to = c->sides[!c->current] + c->offsets[i];
-    const size_t row = (size_t)(heads * dim) * sizeof(float);
-    c->input_names[first + i] = self->cached[i].past;
-    c->output_names[FIXED_OUTPUTS + i] = self->cached[i].present;
-    JPQ_TRY(tensor(self, from, row * (size_t)past, before, 4, ORT_FLOAT, c->inputs + first + i, error));
-    JPQ_TRY(tensor(self, to, row * (size_t)(past + count), after, 4, ORT_FLOAT, c->outputs + FIXED_OUTPUTS + i, error));
+    const ort_cached *each = self->cached + i;
+    const int64_t heads = each->kv_heads, width = each->width;
+    if (each->grows) {
+      const int64_t dims[4] = {c->capacity, 1, heads, width};
+      unsigned char *data = c->sides[0] + c->offsets[i];
+      const size_t all = (size_t)(c->capacity * heads * width) * each->item;
+      c->input_names[first + i] = each->past;
+      c->output_names[FIXED_OUTPUTS + i] = each->present;
+      JPQ_TRY(tensor(self, data, all, dims, 4, each->type, c->inputs + first + i, error));
+      JPQ_TRY(tensor(self, data, all, dims, 4, each->type, c->outputs + FIXED_OUTPUTS + i, error));
+      continue;
+    }
+    const int64_t before[4] = {1, heads, past, width}, after[4] = {1, heads, past + count, width};
+    unsigned char *from = c->sides[c->current] + c->offsets[i], *to = c->sides[!c->current] + c->offsets[i];
+    const size_t row = (size_t)(heads * width) * each->item;
+    c->input_names[first + i] = each->past;
+    c->output_names[FIXED_OUTPUTS + i] = each->present;
+    JPQ_TRY(tensor(self, from, row * (size_t)past, before, 4, each->type, c->inputs + first + i, error));
+    JPQ_TRY(tensor(self, to, row * (size_t)(past + count), after, 4, each->type, c->outputs + FIXED_OUTPUTS + i, error));
   }
   return JPQ_SUCCESS;
 }

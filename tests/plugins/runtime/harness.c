@@ -2,9 +2,14 @@
  *
  *     harness ids LIBRARY KERNELS FOLDER COUNT ID...     COUNT greedy tokens by prefill and decode
  *     harness text LIBRARY KERNELS FOLDER                ids of every text on standard input and the text of those ids
+ *     harness sample LIBRARY KERNELS FOLDER COUNT SEED ID...    COUNT drawn tokens by jpq_generate_ids
+ *     harness pair LIBRARY KERNELS FOLDER COUNT ID ID... two threads: COUNT greedy tokens after the first ID, after the others
  *     harness load LIBRARY KERNELS FOLDER TIMES          load, run and free; prints the resident kB after each
+ *
+ * LIBRARY and KERNELS may be empty. In the environment: BACKEND, the number of a jpq_backend_kind; ENGINE, options.engine.
  */
 #include <inttypes.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,7 +27,9 @@ static int refuse(const jpq_error *error) {
 static jpq_result open_model(char **arguments, jpq_model **model, jpq_error *error) {
   jpq_load_options options;
   jpq_load_defaults(&options);
-  options.library = arguments[0], options.kernels = *arguments[1] ? arguments[1] : NULL, options.threads = 1;
+  if (getenv("BACKEND")) options.backend = (jpq_backend_kind)atoi(getenv("BACKEND"));
+  options.engine = getenv("ENGINE");
+  options.library = *arguments[0] ? arguments[0] : NULL, options.kernels = *arguments[1] ? arguments[1] : NULL, options.threads = 1;
   options.check = getenv("CHECK") != NULL;
   return jpq_model_load(arguments[2], &options, model, error);
 }
@@ -56,6 +63,73 @@ static int run_ids(char **arguments, int count) {
   jpq_sequence_free(sequence);
   jpq_model_free(model);
   return result ? refuse(&error) : 0;
+}
+
+static int print(void *user, int64_t token, const char *text, size_t bytes) {
+  (void)user, (void)text, (void)bytes;
+  return token >= 0 && printf("%" PRId64 "\n", token) < 0;
+}
+
+static int run_sample(char **arguments, int count) {
+  jpq_error error;
+  jpq_model *model;
+  jpq_generate_options options;
+  int64_t ids[MOST];
+  const int prompt = count - 5 < MOST ? count - 5 : MOST;
+  for (int i = 0; i < prompt; i++) ids[i] = atoll(arguments[5 + i]);
+  jpq_generate_defaults(&options);
+  options.max_new_tokens = atoll(arguments[3]), options.sampling.seed = strtoull(arguments[4], NULL, 10);
+  options.sampling.temperature = 1.5, options.sampling.top_p = 0.9;
+  if (open_model(arguments, &model, &error)) return refuse(&error);
+  const jpq_result result = jpq_generate_ids(model, ids, (size_t)prompt, &options, print, NULL, &error);
+  jpq_model_free(model);
+  return result ? refuse(&error) : 0;
+}
+
+typedef struct strand {
+  const jpq_model *model;
+  int64_t ids[MOST], out[MOST];
+  size_t prompt;
+  int count;
+  jpq_result result;
+  jpq_error error;
+} strand;
+
+static void *greedy(void *given) {
+  strand *s = given;
+  jpq_sequence *sequence;
+  jpq_model_info info = {.size = sizeof info};
+  const float *logits;
+  jpq_model_describe(s->model, &info, NULL);
+  s->result = jpq_sequence_new(s->model, 0, &sequence, &s->error);
+  if (!s->result) s->result = jpq_prefill(sequence, s->ids, s->prompt, &logits, &s->error);
+  for (int i = 0; i < s->count && !s->result; i++) {
+    s->out[i] = best(logits, info.vocab);
+    s->result = jpq_decode(sequence, s->out[i], &logits, &s->error);
+  }
+  jpq_sequence_free(sequence);
+  return NULL;
+}
+
+static int run_pair(char **arguments, int count) {
+  static strand both[2];
+  jpq_error error;
+  jpq_model *model;
+  pthread_t thread;
+  const int prompt = count - 5 < MOST ? count - 5 : MOST;
+  both[0].ids[0] = atoll(arguments[4]), both[0].prompt = 1, both[1].prompt = (size_t)prompt;
+  for (int i = 0; i < prompt; i++) both[1].ids[i] = atoll(arguments[5 + i]);
+  if (open_model(arguments, &model, &error)) return refuse(&error);
+  for (int i = 0; i < 2; i++) both[i].model = model, both[i].count = atoi(arguments[3]);
+  if (both->count > MOST || pthread_create(&thread, NULL, greedy, both)) return 4;
+  greedy(both + 1);
+  pthread_join(thread, NULL);
+  jpq_model_free(model);
+  for (int i = 0; i < 2; i++) {
+    if (both[i].result) return refuse(&both[i].error);
+    for (int t = 0; t < both[i].count; t++) printf("%" PRId64 "\n", both[i].out[t]);
+  }
+  return 0;
 }
 
 static long resident_kb(void) {
@@ -112,6 +186,8 @@ static int run_text(char **arguments) {
 int main(int count, char **arguments) {
   const char *what = count > 1 ? arguments[1] : "";
   if (!strcmp(what, "ids") && count > 6) return run_ids(arguments + 2, count - 2);
+  if (!strcmp(what, "sample") && count > 7) return run_sample(arguments + 2, count - 2);
+  if (!strcmp(what, "pair") && count > 7) return run_pair(arguments + 2, count - 2);
   if (!strcmp(what, "text") && count == 5) return run_text(arguments + 2);
   if (!strcmp(what, "load") && count == 6) return run_load(arguments + 2);
   return 2;

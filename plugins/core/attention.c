@@ -1,0 +1,102 @@
+/* Attention: the cache, the division into tasks, and the sum of their parts. The arithmetic is in attention.inc. */
+#include "attention.h"
+
+#include <stdlib.h>
+
+#include "attention_task.h"
+
+/* Rotary embedding of one head (RoFormer, Su et al. 2021; halves as in GPT-NeoX). */
+static void turn(float *out, const float *x, const float *cos, const float *sin, int64_t dim) {
+  const int64_t half = dim / 2;
+  for (int64_t j = 0; j < half; j++) {
+    float low = x[j], high = x[j + half];
+    out[j] = low * cos[j] - high * sin[j];
+    out[j + half] = high * cos[j] + low * sin[j];
+  }
+}
+
+/* `heads` heads of position `at` of [batch, seq], turned where there is something to turn them with. */
+static void place(const jpq_attention *a, float *out, const float *x, int64_t at, int64_t heads, int turned) {
+  if (!turned || !a->cos) {
+    memcpy(out, x, sizeof(float) * (size_t)(heads * a->dim));
+    return;
+  }
+  for (int64_t h = 0; h < heads; h++)
+    turn(out + h * a->dim, x + h * a->dim, a->cos + at * (a->dim / 2), a->sin + at * (a->dim / 2), a->dim);
+}
+
+static void append(jpq_attention *a) {
+  const int64_t row = a->kv_heads * a->dim, past = a->total - a->seq, wide = a->heads * a->dim;
+  for (int64_t b = 0; b < a->batch; b++)
+    for (int64_t s = 0; s < a->seq; s++) {
+      const int64_t from = b * a->seq + s, to = ((past + s) * a->batch + b) * row;
+      place(a, a->keys + to, a->k + from * row, from, a->kv_heads, 1);
+      place(a, a->values + to, a->v + from * row, from, a->kv_heads, 0);
+      if (a->turned) place(a, a->turned + from * wide, a->q + from * wide, from, a->heads, 1);
+    }
+}
+
+jpq_status jpq_attention_begin(jpq_attention *a) {
+  a->partial = a->turned = NULL;
+  a->tasks = 0;
+  a->chosen = NULL;
+  if (a->kv_heads < 1 || a->heads % a->kv_heads || a->dim < 1 || a->seq < 0 || a->total < a->seq) return JPQ_BAD_WEIGHT;
+  a->chosen = jpq_choose_attention(a->dim, a->implementation);
+  if (!a->chosen) return JPQ_NOT_HERE;
+  if (a->batch < 1 || a->seq < 1) return JPQ_OK;
+  if (a->cos) {
+    if (a->dim % 2) return JPQ_BAD_WEIGHT;
+    a->turned = malloc(sizeof(float) * (size_t)(a->batch * a->seq * a->heads * a->dim));
+    if (!a->turned) return JPQ_NO_MEMORY;
+  }
+  append(a);
+  a->rows = a->seq * (a->heads / a->kv_heads);
+  a->tiles = (a->rows + JPQ_TILE - 1) / JPQ_TILE;
+  /* Few tiles would leave threads without work: then keys are divided too. */
+  a->chunks = a->tiles > 1 ? 1 : (a->total + JPQ_CHUNK - 1) / JPQ_CHUNK;
+  a->tasks = a->batch * a->kv_heads * a->tiles * a->chunks;
+  if (a->chunks == 1) return JPQ_OK;
+  a->partial = malloc(sizeof(float) * (size_t)(a->tasks * JPQ_TILE * (a->dim + 2)));
+  return a->partial ? JPQ_OK : JPQ_NO_MEMORY;
+}
+
+jpq_status jpq_attention_task(const jpq_attention *a, int64_t i) {
+  attention_task task = {.tile = i / a->chunks % a->tiles, .chunk = i % a->chunks, .index = i};
+  int64_t head = i / a->chunks / a->tiles;
+  task.head = head % a->kv_heads, task.batch = head / a->kv_heads;
+  int64_t left = a->rows - task.tile * JPQ_TILE;
+  task.rows = left < JPQ_TILE ? left : JPQ_TILE;
+  task.first = task.chunk * JPQ_CHUNK;
+  task.last = a->chunks == 1 || task.first + JPQ_CHUNK > a->total ? a->total : task.first + JPQ_CHUNK;
+  return a->chosen->attend(a, &task);
+}
+
+/* The chunks of one tile, weighted by how far their maxima lie below the largest. */
+static void join(const jpq_attention *a, int64_t head, int64_t row) {
+  const int64_t width = a->dim + 2;
+  const float *part = a->partial + (head * a->chunks * JPQ_TILE + row) * width;
+  float *y = jpq_attention_row(a, a->y, head / a->kv_heads, head % a->kv_heads, row);
+  float most = -INFINITY, weight = 0;
+  for (int64_t c = 0; c < a->chunks; c++) {
+    float here = part[c * JPQ_TILE * width + a->dim];
+    most = here > most ? here : most;
+  }
+  for (int64_t j = 0; j < a->dim; j++) y[j] = 0;
+  for (int64_t c = 0; c < a->chunks; c++) {
+    const float *sums = part + c * JPQ_TILE * width;
+    float factor = sums[a->dim + 1] == 0 ? 0 : jpq_exp(sums[a->dim] - most); /* nothing was to be looked at there */
+    weight += factor * sums[a->dim + 1];
+    for (int64_t j = 0; j < a->dim; j++) y[j] += factor * sums[j];
+  }
+  for (int64_t j = 0; j < a->dim; j++) y[j] = weight == 0 ? 0 : y[j] / weight;
+}
+
+void jpq_attention_finish(jpq_attention *a) {
+  for (int64_t head = 0; a->partial && head < a->batch * a->kv_heads; head++)
+    for (int64_t row = 0; row < a->rows; row++) join(a, head, row);
+}
+
+void jpq_attention_end(jpq_attention *a) {
+  free(a->partial), free(a->turned);
+  a->partial = a->turned = NULL;
+}

@@ -1,0 +1,45 @@
+/* Attention over a cache that grows in place, on the CPU: the C interface, free of dependencies.
+ *
+ *     Y[b, s, h] = softmax_t(scale * Q[b, s, h] · K[t, b, h / G] where mask[b, s, t]) · V[t, b, h / G],  G = heads / kv_heads
+ *
+ * Time comes first in the cache, so that new rows lie behind the old ones whatever the batch. Any number of threads may
+ * share a pass: `jpq_attention_begin`, `jpq_attention_task` for 0 <= i < tasks, `jpq_attention_finish` and `jpq_attention_end`.
+ */
+#ifndef JPQ_ATTENTION_H
+#define JPQ_ATTENTION_H
+
+#include "low_bit.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct jpq_attention {
+  const float *q;             /* [batch, seq, heads, dim] */
+  const float *k, *v;         /* [batch, seq, kv_heads, dim] */
+  const float *cos, *sin;     /* [batch, seq, dim / 2], to turn halves of q and k with first, or NULL */
+  const uint8_t *mask;        /* [batch, seq, total], 0 = not to be looked at */
+  float *keys, *values;       /* [total or more, batch, kv_heads, dim]: the first total - seq rows hold what came before */
+  float *y;                   /* [batch, seq, heads, dim] */
+  int64_t batch, seq, total, heads, kv_heads, dim;
+  float scale;
+  const char *implementation; /* name, or NULL for the best one here */
+  /* Set by jpq_attention_begin. */
+  const struct jpq_implementation *chosen;
+  int64_t rows;               /* seq * heads / kv_heads: queries that share a key head, [seq, G] */
+  int64_t tiles, chunks, tasks; /* tasks: batch * kv_heads * tiles of rows * chunks of keys */
+  float *turned;              /* q after that, NULL where it is as it was */
+  float *partial;             /* [tasks, JPQ_TILE, dim + 2] sums, their maximum and weight; NULL for one chunk */
+} jpq_attention;
+
+/* Write the new keys and values behind the old ones and cut the work into tasks. After all of them, finish joins their
+ * parts; end releases what is held, whatever the status. */
+JPQ_EXPORT jpq_status jpq_attention_begin(jpq_attention *a);
+JPQ_EXPORT jpq_status jpq_attention_task(const jpq_attention *a, int64_t i);
+JPQ_EXPORT void jpq_attention_finish(jpq_attention *a);
+JPQ_EXPORT void jpq_attention_end(jpq_attention *a);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,54 @@
+/* One part of an attention: what implementations are given to compute. */
+#ifndef JPQ_ATTENTION_TASK_H
+#define JPQ_ATTENTION_TASK_H
+
+#include <math.h>
+
+#include "attention.h"
+#include "internal.h"
+
+enum {
+  JPQ_TILE = 24,   /* rows of Q a task has at most: a multiple of what a product keeps in registers */
+  JPQ_CHUNK = 256, /* keys a task looks at where there is one tile only */
+};
+
+typedef struct attention_task {
+  int64_t batch, head; /* of the keys */
+  int64_t tile, chunk, index;
+  int64_t rows;        /* of the tile */
+  int64_t first, last; /* keys */
+} attention_task;
+
+/* Row `row` of the queries that share key head `head`, in Q or Y. */
+JPQ_INLINE float *jpq_attention_row(const jpq_attention *a, const float *base, int64_t batch, int64_t head, int64_t row) {
+  int64_t group = a->heads / a->kv_heads;
+  int64_t at = ((batch * a->seq + row / group) * a->heads + head * group + row % group) * a->dim;
+  return (float *)(uintptr_t)(base + at);
+}
+
+JPQ_INLINE const uint8_t *jpq_attention_mask(const jpq_attention *a, const attention_task *task, int64_t row) {
+  int64_t s = (task->tile * JPQ_TILE + row) / (a->heads / a->kv_heads);
+  return a->mask + (task->batch * a->seq + s) * a->total;
+}
+
+/* e^x for x <= 0, within 2 units of the last place (Cephes' polynomial); no call, so that loops over it become vectors. */
+JPQ_INLINE float jpq_exp(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  float shifted = x * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f; /* the nearest integer, in the low bits too */
+  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  int32_t bits;
+  memcpy(&bits, &shifted, 4);
+  bits = (bits - 0x4b400000 + 127) << 23;
+  float power;
+  memcpy(&power, &bits, 4);
+  return y * power;
+}
+
+#endif
