@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -48,6 +49,22 @@ def test_a_whole_export_is_proved(shelf: Path, family: str, target: str, method:
         assert len(kept) == 2
     names = {choice["name"] for choice in plan["choices"]}
     assert ("positions" in names) == ("layers.0.mlp.gate" not in names) == (family == "gpt2")
+    run(f"verify {out}")
+    codes = out / "model.onnx.data"
+    codes.write_bytes(codes.read_bytes()[::-1])  # the twin
+    run(f"verify {out}", expected=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_export_with_an_int8_cache_is_proved(shelf: Path, family: str) -> None:
+    out = shelf / f"{family}-int8"
+    run(f"export {family} --effort quick --context 64 --target cpu --method rtn --bits 6 --kv-cache int8 --out {out}")
+    parity = json.loads((out / "parity.json").read_text())
+    assert parity["passed"]
+    assert all(runtime["cache"]["passed"] for runtime in parity["runtimes"])
+    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+    kinds = {value.type.tensor_type.elem_type for value in graph.input if value.name.endswith((".key", ".value"))}
+    assert kinds == {onnx.TensorProto.INT8}
     run(f"verify {out}")
     codes = out / "model.onnx.data"
     codes.write_bytes(codes.read_bytes()[::-1])  # the twin

@@ -93,7 +93,7 @@ def test_a_tied_embedding_is_stored_once_and_read_twice(write, form):
 
 
 def test_operators_are_stamped(write):
-    model, proto, _ = write("biases")
+    model, proto, _ = write("biases", tensorrt="10.15")  # elsewhere products of one X are one operator
     nodes = [node for node in proto.graph.node if node.op_type == "LowBitMatMul"]
     assert len(nodes) == len(model.quantized) - 1  # but the embedding
     nodes += [node for node in proto.graph.node if node.op_type == "LowBitGather"]
