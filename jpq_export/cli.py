@@ -23,6 +23,7 @@ from jpq_export.cli_options import (
     size_bytes,
     task_options,
 )
+from jpq_export.cli_study import study
 from jpq_export.errors import JpqError, UsageError
 from jpq_export.numerics.scheme import BIT_WIDTHS
 
@@ -32,7 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some microseconds: a recovery step takes 2.4 s, without 2.8
 
 COMPARED = ("gptq-uniform", "prune-then-quantize", "bits-only", "joint")
-COMPARABLE = (*COMPARED, "rtn-uniform", "hqq", "auto-round-rtn", "auto-round", "gptqmodel", "llama.cpp")
+COMPARABLE = (*COMPARED, "rtn-uniform", "toga", "hqq", "auto-round-rtn", "auto-round", "gptqmodel", "llama.cpp")
 STOPS = ("plan", "compress", "onnx")
 EXAMPLES = """
 \b
@@ -60,6 +61,9 @@ def main(*, verbose: bool) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ✓ shows ? instead of a traceback
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+main.add_command(study)
 
 
 @main.command(epilog=EXAMPLES)

@@ -185,7 +185,7 @@ def request_for(comparison: Comparison, method: str, bits: float) -> Request:
     request = replace(
         request, out=folder, budget=replace(request.budget, kind="bits", value=bits), until="compress", force=True
     )
-    if method in ("gptq-uniform", "rtn-uniform"):
+    if method in ("gptq-uniform", "rtn-uniform", "toga"):
         return replace(request, method=method.removesuffix("-uniform"))
     if method == "bits-only":
         return replace(request, prune=False)

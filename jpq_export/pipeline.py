@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jpq_export.errors import BudgetError, JpqError, PlanError, TargetError, UsageError
+from jpq_export.errors import BudgetError, JpqError, TargetError, UsageError
 from jpq_export.format.encoder_spec import EncoderSpec
 from jpq_export.format.plan import Plan, load_plan
 from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
+from jpq_export.given_plan import check_given
 from jpq_export.progress import Stages
 from jpq_export.request import QUALITY_SEQUENCES, Request, Texts, prepared_for
 from jpq_export.workspace import Workspace, check_disk, check_output, write_atomic
@@ -129,14 +130,7 @@ class Export:
         from jpq_export.numerics.scheme import BIT_WIDTHS
 
         if given is not None:
-            if given.model_sha256 != loaded.sha256:
-                raise PlanError(
-                    f"{self.request.plan}: made for a model with sha256 {given.model_sha256[:12]}…, this one has "
-                    f"{loaded.sha256[:12]}…; make the plan again with `jpq-export plan`"
-                )
-            given.check(loaded.spec)
-            self.check_options(given)
-            self.check_schemes(given)
+            check_given(given, self.request, loaded)
             self.check_board(given, loaded.spec)
             write_atomic(self.work.path("plan.json"), given.to_json())
             return given
@@ -149,6 +143,8 @@ class Export:
             plan, *rivals = self.search(loaded, texts, cost)
             for i, each in enumerate([plan, *rivals] if rivals else []):
                 write_atomic(self.work.path(f"finalist-{i}.json"), each.to_json())
+        elif self.request.method == "toga":
+            plan = self.toga(loaded, texts, cost)
         else:
             kind = {"method": self.request.method, "widths": self.request.widths or BIT_WIDTHS}
             plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, **kind)
@@ -165,32 +161,6 @@ class Export:
             raise BudgetError(
                 f"{target.name}: weights of {plan.predicted.bytes / 1e6:.2f} MB and a KV cache of {cache / 1e6:.2f} MB "
                 f"for {context} tokens do not fit its {target.memory_bytes / 1e6:.2f} MB; lower the budget or --context"
-            )
-
-    def check_schemes(self, given: Plan) -> None:
-        """The target's engine must be able to store every weight; PlanError names the first it cannot."""
-        target = self.request.target
-        for choice in given.choices:
-            if not target.holds(choice.scheme):
-                zero = f"zero {choice.scheme.centre:g}" if choice.symmetric else "stored zero points"
-                raise PlanError(
-                    f"{self.request.plan}: {choice.name}: {choice.bits}-bit codes with {zero} do not fit the signed "
-                    f"{max(target.stored_bits)}-bit ones of {target.name}; make a plan with --target {target.name}"
-                )
-
-    def check_options(self, given: Plan) -> None:
-        """A plan has its own method and structure; UsageError when an option asks for another."""
-        request = self.request
-        if request.method not in ("jpq", given.method):
-            raise UsageError(
-                f"--method {request.method}: {request.plan} was made for {given.method}; leave --method out or make a "
-                "new plan"
-            )
-        if request.widths:
-            raise UsageError(f"--widths: {request.plan} has its widths already; keep one of --plan and --widths")
-        if not request.prune and given.removed:
-            raise UsageError(
-                f"--no-prune: {request.plan} removes {given.removed[0].name}; leave --no-prune out or make a new plan"
             )
 
     def search(self, loaded: LoadedModel, texts: Texts, cost: Any) -> list[Plan]:
@@ -246,6 +216,14 @@ class Export:
                 make_plan(problem, trial.solution, trial.knobs, sha256=loaded.sha256, method="jpq", measured=measured)
             )
         return plans
+
+    def toga(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
+        """The masks of a trained hypernetwork."""
+        from jpq_export.methods.toga.search import toga_plan
+
+        request, budget = self.request, self.request.budget.resolve(loaded.spec)
+        kind = {"effort": request.effort, "prune": request.prune, "widths": request.widths, "seed": request.seed}
+        return toga_plan(loaded, texts.calibration, cost, budget, **kind, stages=self.stages)
 
     def round(self, loaded: LoadedModel, texts: Texts, plan: Plan) -> tuple[Plan, CompressedModel]:
         """Round every finalist; the plan that is best then, and its model."""

@@ -100,7 +100,7 @@ def _show_plan(console: Console, plan: Plan, out: Path) -> None:
     table.add_row(
         "decode latency", f"{plan.predicted.latency_ms:.3f} ms a token, estimated from the target's data sheet"
     )
-    widths = Counter(f"{choice.bits:g}" for choice in plan.choices)
+    widths = Counter(" and ".join(f"{bits:g}" for bits in sorted({s.bits for s in c.schemes})) for c in plan.choices)
     if plan.method == "jpq":
         gap = f"within {plan.predicted.gap:.2%} of the best possible"
         table.add_row("predicted KL", f"{plan.predicted.kl:.4f} nats a token, {gap}")

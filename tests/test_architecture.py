@@ -17,13 +17,17 @@ PACKAGE = Path(jpq_export.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli",),
+    ("cli_study",),
     ("cli_options", "cli_group"),
+    ("study_export",),
+    ("study",),
     ("comparison",),
     ("comparison_report",),
     ("peers",),
     ("pipeline", "prove", "evaluation", "encoder_evaluation", "summary"),
+    ("given_plan",),
     ("request", "bench", "serve"),
-    ("compress", "lower", "runtime", "engine", "parity", "evaluate", "workspace"),
+    ("methods", "compress", "lower", "runtime", "engine", "parity", "evaluate", "workspace"),
     ("format",),
     ("numerics",),
     ("cache", "errors", "progress", "revision", "__init__"),
@@ -31,7 +35,8 @@ ROWS = (
 ROW = {part: i for i, row in enumerate(ROWS) for part in row}
 # The last stages of a run are a file of their own; parity runs the PyTorch reference and our kernels; the device side
 # uses parity's error measures, pure numpy (test_build.py blocks everything else); tasks go on from the decoder's cache;
-# the runtime asks the driver for a GPU through the device side's few calls.
+# the runtime asks the driver for a GPU through the device side's few calls; methods build on the parts of compression
+# and draw with the report's pieces.
 BESIDE = {
     ("pipeline", "prove"),
     ("prove", "pipeline"),
@@ -40,6 +45,8 @@ BESIDE = {
     ("engine", "parity"),
     ("evaluate", "compress"),
     ("runtime", "engine"),
+    ("methods", "compress"),
+    ("methods", "parity"),
 }
 FREE = ("__init__", "cache", "errors", "progress", "revision")
 LIGHT = ("serve", "runtime", "engine", "format", "numerics", "cache", "errors", "progress", "revision")

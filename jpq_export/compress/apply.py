@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from jpq_export.compress.decoder import canonical_name, named_weights
 from jpq_export.compress.model import AnyContext, AnyLayer, Model, build_model
 from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
-from jpq_export.compress.rounding import Rounded, quantize
+from jpq_export.compress.rounding import Rounded, max_codes, quantize
 from jpq_export.compress.statistics import FISHER_POWER, Progress, Statistics
 from jpq_export.compress.two_sided import kept_blocks, two_sided
 from jpq_export.format.encoder_spec import EncoderSpec, Spec, is_table
+from jpq_export.numerics.row_blocks import RowLayout
 from jpq_export.numerics.scheme import Scheme
 
 Stream = list[Tensor]  # activations of all calibration tokens, in parts of [batch, seq, features]
@@ -37,7 +38,7 @@ REFIT_RIDGE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """What is kept of one layer, sorted: key/value heads and MLP channels."""
+    """What is kept of one layer: key/value heads, sorted, and MLP channels in the order they are stored in."""
 
     kv_heads: tuple[int, ...]
     channels: tuple[int, ...]
@@ -45,10 +46,10 @@ class LayerChoice:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to build a compressed model: structure, one scheme per matrix, rounding method ("jpq", "gptq", "rtn")."""
+    """How to build a compressed model: structure, how each matrix is stored, rounding method ("jpq", "gptq", "rtn")."""
 
     layers: tuple[LayerChoice, ...]
-    schemes: dict[str, Scheme]
+    schemes: dict[str, Scheme | RowLayout]
     method: str = "jpq"
     passes: int = 2
 
@@ -92,7 +93,7 @@ def pruned_weights(model: Model, index: int, choice: LayerChoice) -> dict[str, T
 
 
 def kept_rows(model: Model, index: int, choice: LayerChoice) -> dict[str, Tensor | None]:
-    """Kept query rows, key/value rows and channels of a layer; None when all are kept."""
+    """Kept query rows, key/value rows and channels of a layer; None when all are kept, in their order."""
     spec, layer = model.spec, model.spec.layers[index]
     kv = torch.tensor(choice.kv_heads, dtype=torch.long)
     per_group = spec.heads_per_group * spec.head_dim
@@ -102,7 +103,7 @@ def kept_rows(model: Model, index: int, choice: LayerChoice) -> dict[str, Tensor
         "heads": None if whole_heads else (kv[:, None] * buckets + torch.arange(buckets)).flatten(),
         "q": None if whole_heads else (kv[:, None] * per_group + torch.arange(per_group)).flatten(),
         "kv": None if whole_heads else (kv[:, None] * spec.head_dim + torch.arange(spec.head_dim)).flatten(),
-        "ffn": None if len(choice.channels) == layer.ffn else torch.tensor(choice.channels, dtype=torch.long),
+        "ffn": None if choice.channels == tuple(range(layer.ffn)) else torch.tensor(choice.channels, dtype=torch.long),
     }
 
 
@@ -152,11 +153,12 @@ class Compressor:
             )
             setattr(self.student, name, (QuantLinear if name == "head" else QuantEmbedding)(rounded, None))
 
-    def _round(self, W: Tensor, H: Tensor, scheme: Scheme) -> Rounded:
+    def _round(self, W: Tensor, H: Tensor, scheme: Scheme | RowLayout) -> Rounded:
         """Row chunks bound the memory of a large vocabulary."""
-        parts = [
-            quantize(chunk, H, scheme, method=self.recipe.method, passes=self.recipe.passes) for chunk in W.split(16384)
-        ]
+        kind = {"method": self.recipe.method, "passes": self.recipe.passes}
+        if isinstance(scheme, RowLayout):  # a linear, which is never that tall
+            return quantize(W, H, scheme, **kind)
+        parts = [quantize(chunk, H, scheme, **kind) for chunk in W.split(16384)]
         return Rounded(
             torch.cat([p.codes for p in parts]),
             torch.cat([p.scales for p in parts]),
@@ -217,7 +219,7 @@ class Compressor:
         module_bias = module.bias
         rounded = self._round(W, H, self.recipe.schemes[name])
         if name in self.stats.outputs:
-            top = torch.full((len(W),), float(self.recipe.schemes[name].max_code), device=W.device)
+            top = max_codes(self.recipe.schemes[name], len(W), W.device)
             rounded = two_sided(W, H, kept_blocks(self.stats.outputs[name], rows, len(full)), rounded, top)
         setattr(getattr(self.student.layers[i], sublayer), short, QuantLinear(rounded, module_bias))
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jpq_export.numerics.affine import QuantizedWeight, store
+from jpq_export.numerics.affine import store
+from jpq_export.numerics.row_blocks import RowLayout, StoredWeight
 from jpq_export.numerics.scheme import Scheme
 
 BLOCK = 64  # columns updated lazily together; 64 measured fastest of 32/64/128 at K = 576 and 1536
@@ -224,11 +225,19 @@ def row_loss(W: Tensor, H: Tensor, rounded: Rounded) -> Tensor:
     return ((E @ H) * E).sum(-1)
 
 
-def quantize(W: Tensor, H: Tensor, scheme: Scheme, *, method: str = "jpq", passes: int = 2) -> Rounded:
+def quantize(W: Tensor, H: Tensor, scheme: Scheme | RowLayout, *, method: str = "jpq", passes: int = 2) -> Rounded:
     """Quantize W [N, K] under H [K, K]: "rtn" (nearest), "gptq" (plain), "jpq" (GPTQ, then descent and refits)."""
-    top = torch.full((W.shape[0],), float(scheme.max_code), device=W.device)
-    kind = {"symmetric": scheme.symmetric, "integer_zero": scheme.integer_zero}
-    return quantize_rows(W, H, top, scheme.group_size, **kind, method=method, passes=passes)
+    top = max_codes(scheme, len(W), W.device)
+    one = scheme.kind if isinstance(scheme, RowLayout) else scheme
+    kind = {"symmetric": one.symmetric, "integer_zero": one.integer_zero}
+    return quantize_rows(W, H, top, one.group_size, **kind, method=method, passes=passes)
+
+
+def max_codes(scheme: Scheme | RowLayout, rows: int, device: torch.device) -> Tensor:
+    """The largest code of every row: float32 [rows]."""
+    if isinstance(scheme, RowLayout):
+        return torch.from_numpy(scheme.max_codes()).to(device)
+    return torch.full((rows,), float(scheme.max_code), device=device)
 
 
 def quantize_rows(
@@ -256,7 +265,9 @@ def quantize_rows(
     return rounded
 
 
-def stored(rounded: Rounded, scheme: Scheme) -> QuantizedWeight:
+def stored(rounded: Rounded, scheme: Scheme | RowLayout) -> StoredWeight:
     """As the file holds it."""
-    zeros = None if scheme.symmetric else rounded.zeros.to(torch.uint8).cpu().numpy()
-    return store(rounded.codes.cpu().numpy(), rounded.scales.cpu().numpy(), zeros, scheme)
+    kind = scheme.kind if isinstance(scheme, RowLayout) else scheme
+    zeros = None if kind.symmetric else rounded.zeros.to(torch.uint8).cpu().numpy()
+    codes, scales = rounded.codes.cpu().numpy(), rounded.scales.cpu().numpy()
+    return scheme.store(codes, scales, zeros) if isinstance(scheme, RowLayout) else store(codes, scales, zeros, scheme)

@@ -16,6 +16,9 @@ from jpq_export.compress.teaching import teaching_of
 from jpq_export.compress.tune import TuneSettings
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.plan import Plan
+from jpq_export.numerics.row_blocks import layout_of
+
+ROUNDING = {"toga": "gptq"}  # methods whose plan is rounded by another's rounding
 
 
 def round_model(
@@ -32,9 +35,9 @@ def round_model(
 ) -> tuple[CompressedModel, float]:
     """Prune and quantize by the plan, two-sidedly if `outputs`; with the held-out KL (nats per token)."""
     stats = _statistics(teacher, plan, calibration, seed, prepared, outputs=outputs)
-    schemes = {choice.name: choice.scheme for choice in plan.choices}
+    schemes = {choice.name: choice.layout or choice.scheme for choice in plan.choices}
     layers = tuple(LayerChoice(layer.kv_heads, layer.kept_channels) for layer in plan.layers)
-    recipe = Recipe(layers, schemes, plan.method, passes)
+    recipe = Recipe(layers, schemes, ROUNDING.get(plan.method, plan.method), passes)
     student = Compressor(teacher, recipe, stats, calibration).run(progress)
     compressed = to_compressed(student, schemes)
     device = str(teacher.embed.weight.device)
@@ -73,6 +76,6 @@ def recover(
     student = to_student(compressed, device=device)
     torch.manual_seed(seed)
     teaching_of(teacher).tune(teacher, student, sequences, TuneSettings(steps=steps), seed=seed, progress=progress)
-    schemes = {name: weight.scheme for name, weight in compressed.quantized.items()}
+    schemes = {name: layout_of(weight) for name, weight in compressed.quantized.items()}
     tuned = to_compressed(student, schemes)
     return tuned, _heldout_error(teacher, to_student(tuned, device=device), heldout)

@@ -14,7 +14,7 @@ from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
 from jpq_export.compress.rounding import Rounded, stored
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec, is_table
-from jpq_export.numerics.affine import QuantizedWeight
+from jpq_export.numerics.row_blocks import RowLayout, StoredWeight
 from jpq_export.numerics.scheme import Scheme
 
 
@@ -23,7 +23,7 @@ def quantized_modules(model: Model) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
-def to_compressed(model: Model, schemes: dict[str, Scheme]) -> CompressedModel:
+def to_compressed(model: Model, schemes: dict[str, Scheme | RowLayout]) -> CompressedModel:
     """The record of a student whose every matrix is quantized."""
     quantized = {name: stored(module.rounded(), schemes[name]) for name, module in quantized_modules(model).items()}
     vectors = {}
@@ -33,7 +33,7 @@ def to_compressed(model: Model, schemes: dict[str, Scheme]) -> CompressedModel:
     return CompressedModel(model.spec, quantized, vectors)
 
 
-def to_rounded(weight: QuantizedWeight, device: str) -> Rounded:
+def to_rounded(weight: StoredWeight, device: str) -> Rounded:
     """A stored weight as tensors."""
     return Rounded(
         torch.from_numpy(weight.codes()).to(device),

@@ -158,7 +158,10 @@ def as_source(model: Any) -> LogitSource:
         with torch.no_grad():
             batch = torch.from_numpy(ids)[None].to(device)
             hidden = model.hidden(batch, model.context(batch))[0]
-            for part in hidden.split(size):
-                yield model.logits(part).float().cpu().numpy()
+        for part in hidden.split(size):
+            # Left before each yield: two such generators side by side would leave gradients off for the whole process.
+            with torch.no_grad():
+                values = model.logits(part).float().cpu().numpy()
+            yield values
 
     return logits

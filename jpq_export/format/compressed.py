@@ -13,6 +13,7 @@ from jpq_export.errors import BundleError
 from jpq_export.format.encoder_spec import Spec, spec_from_json
 from jpq_export.format.tensor_file import save_tensors
 from jpq_export.numerics.affine import QuantizedWeight
+from jpq_export.numerics.row_blocks import RowBlocks, StoredWeight
 from jpq_export.numerics.scheme import Scheme
 
 FORMAT = "jpq-compressed/1"
@@ -23,7 +24,7 @@ class CompressedModel:
     """`quantized`: every matrix of `spec.matrices()`; `vectors`: every vector of `spec.vectors()`, float32."""
 
     spec: Spec
-    quantized: dict[str, QuantizedWeight]
+    quantized: dict[str, StoredWeight]
     vectors: dict[str, np.ndarray]
 
     def __post_init__(self) -> None:
@@ -47,10 +48,13 @@ class CompressedModel:
         tensors = dict(self.vectors)
         schemes = {}
         for name, weight in self.quantized.items():
-            tensors[f"{name}.packed"], tensors[f"{name}.scales"] = weight.packed, weight.scales
-            if weight.zeros is not None:
-                tensors[f"{name}.zeros"] = weight.zeros
-            schemes[name] = {**asdict(weight.scheme), "shape": weight.shape}
+            for part, block in stored_blocks(name, weight):
+                tensors[f"{part}.packed"], tensors[f"{part}.scales"] = block.packed, block.scales
+                if block.zeros is not None:
+                    tensors[f"{part}.zeros"] = block.zeros
+                schemes[part] = {**asdict(block.scheme), "shape": block.shape}
+            if isinstance(weight, RowBlocks) and weight.positions is not None:
+                tensors[f"{name}.positions"] = weight.positions
         save_tensors(path, tensors, meta={"format": FORMAT, "spec": self.spec.to_json(), "schemes": schemes})
 
     @staticmethod
@@ -61,12 +65,33 @@ class CompressedModel:
                 meta = json.loads((file.metadata() or {})["jpq"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
             spec = spec_from_json(meta["spec"])
-            quantized = {}
+            blocks = {}
             for name, raw in meta["schemes"].items():
                 scheme = Scheme(raw["bits"], raw["group_size"], raw["symmetric"], raw.get("integer_zero", False))
                 packed, scales = tensors.pop(f"{name}.packed"), tensors.pop(f"{name}.scales")
                 zeros = tensors.pop(f"{name}.zeros", None)
-                quantized[name] = QuantizedWeight(scheme, tuple(raw["shape"]), packed, scales, zeros)
-            return CompressedModel(spec, quantized, tensors)
+                blocks[name] = QuantizedWeight(scheme, tuple(raw["shape"]), packed, scales, zeros)
+            return CompressedModel(spec, _joined(blocks, tensors), tensors)
         except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             raise BundleError(f"{path}: not a readable compressed model ({error}); export it again") from error
+
+
+def stored_blocks(name: str, weight: StoredWeight) -> list[tuple[str, QuantizedWeight]]:
+    """What is stored of a weight by name: itself, or "<name>.block0", "<name>.block1", ..."""
+    if isinstance(weight, QuantizedWeight):
+        return [(name, weight)]
+    return [(f"{name}.block{i}", block) for i, block in enumerate(weight.blocks)]
+
+
+def _joined(blocks: dict[str, QuantizedWeight], tensors: dict[str, np.ndarray]) -> dict[str, StoredWeight]:
+    """Undo `stored_blocks` for all weights; takes their positions out of `tensors`."""
+    out: dict[str, StoredWeight] = {}
+    parts: dict[str, list[QuantizedWeight]] = {}
+    for name, block in blocks.items():  # as they were saved: block0, block1, ...
+        owner, _, last = name.rpartition(".")
+        if last.startswith("block"):
+            parts.setdefault(owner, []).append(block)
+        else:
+            out[name] = block
+    rows = {name: RowBlocks(tuple(part), tensors.pop(f"{name}.positions", None)) for name, part in parts.items()}
+    return out | rows

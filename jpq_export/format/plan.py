@@ -9,10 +9,11 @@ from typing import Any
 
 from jpq_export.errors import PlanError
 from jpq_export.format.encoder_spec import Spec
+from jpq_export.numerics.row_blocks import RowLayout
 from jpq_export.numerics.scheme import TERNARY, Scheme
 
 FORMAT = "jpq-plan/1"
-METHODS = ("jpq", "gptq", "rtn")
+METHODS = ("jpq", "gptq", "rtn", "toga", "srcr")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,25 @@ class LayerPlan:
 
     @property
     def kept_channels(self) -> tuple[int, ...]:
-        """Sorted channel numbers that stay."""
+        """Channel numbers that stay, in the order they are stored in."""
         return tuple(range(self.ffn)) if self.channels is None else self.channels
 
 
 @dataclass(frozen=True, slots=True)
+class RowBlock:
+    """Consecutive stored rows of one width."""
+
+    bits: float
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
-    """One matrix [rows, columns] after pruning: scheme, stored bytes, predicted KL (nats a token), and why."""
+    """One matrix [rows, columns] after pruning: scheme, stored bytes, predicted KL (nats a token), and why.
+
+    With `blocks`, its rows have widths of their own and `bits` is their mean; `order` is then the row at each stored
+    place, None when they are stored in order.
+    """
 
     name: str
     bits: float
@@ -56,6 +69,20 @@ class Choice:
     predicted_kl: float
     reason: str = ""
     integer_zero: bool = False
+    blocks: tuple[RowBlock, ...] = ()
+    order: tuple[int, ...] | None = None
+
+    @property
+    def layout(self) -> RowLayout | None:
+        """Its rows' widths; None when all have the same."""
+        rows = [block.rows for block in self.blocks]
+        return RowLayout(tuple(zip(self.schemes, rows, strict=True)), self.order) if rows else None
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Of every block of rows."""
+        widths = [block.bits for block in self.blocks] or [self.bits]
+        return tuple(Scheme(bits, self.group_size, self.symmetric, self.integer_zero) for bits in widths)
 
     @property
     def scheme(self) -> Scheme:
@@ -151,8 +178,8 @@ class Plan:
                 )
         for layer in self.layers:
             kept, of = layer.kept_channels, layer.ffn_of
-            if list(kept) != sorted(set(kept)) or len(kept) != layer.ffn or any(not 0 <= c < of for c in kept):
-                raise PlanError(f"plan: layers.{layer.index} channels are not {layer.ffn} rising numbers below {of}")
+            if not len(kept) == len(set(kept)) == layer.ffn or any(not 0 <= c < of for c in kept):
+                raise PlanError(f"plan: layers.{layer.index} channels are not {layer.ffn} different numbers below {of}")
             heads = layer.kv_heads
             if list(heads) != sorted(set(heads)) or any(not 0 <= h < layer.kv_heads_of for h in heads):
                 raise PlanError(
@@ -206,10 +233,24 @@ def _layer(raw: dict[str, Any], position: int) -> LayerPlan:
 
 
 def _choice(raw: dict[str, Any]) -> Choice:
+    raw = dict(raw)
+    raw["blocks"] = tuple(RowBlock(**block) for block in raw.get("blocks", ()))
+    raw["order"] = None if raw.get("order") is None else tuple(raw["order"])
     choice = Choice(**raw)
-    numbers = [choice.group_size, choice.rows, choice.columns, *([] if choice.bits == TERNARY else [choice.bits])]
+    widths = [b.bits for b in choice.blocks] or [choice.bits]
+    numbers = [choice.group_size, choice.rows, choice.columns, *(bits for bits in widths if bits != TERNARY)]
+    numbers += [*(b.rows for b in choice.blocks), *(choice.order or ())]
     if not all(type(number) is int for number in numbers):
         raise ValueError(f"{choice.name}: expected whole numbers, and {TERNARY} bits where ternary")
-    if choice.scheme.weight_bytes(choice.rows, choice.columns) != choice.bytes:  # also validates bits and group_size
-        raise ValueError(f"{choice.name}: bytes {choice.bytes} do not match its scheme")
+    layout = choice.layout
+    if layout is None:
+        if choice.scheme.weight_bytes(choice.rows, choice.columns) != choice.bytes:  # also validates the scheme
+            raise ValueError(f"{choice.name}: bytes {choice.bytes} do not match its scheme")
+        return choice
+    if sum(b.rows for b in choice.blocks) != choice.rows or min(b.rows for b in choice.blocks) < 1:
+        raise ValueError(f"{choice.name}: its blocks do not have {choice.rows} rows")
+    if choice.order is not None and sorted(choice.order) != list(range(choice.rows)):
+        raise ValueError(f"{choice.name}: order is not each of {choice.rows} rows once")
+    if layout.weight_bytes(choice.columns) != choice.bytes:
+        raise ValueError(f"{choice.name}: bytes {choice.bytes} do not match its blocks")
     return choice

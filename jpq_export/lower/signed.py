@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from jpq_export.errors import PlanError
+from jpq_export.errors import PlanError, TargetError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.target import SIGNED_BITS
 from jpq_export.lower.nodes import Nodes
@@ -121,14 +121,23 @@ class SignedWeights:
     def _matrix(self, name: str, *, by_row: bool) -> ir.Value:
         """The matrix in fp16, [N, K] when `by_row`, else [K, N]."""
         if name not in self._tables:
-            parts = signed(name, self._model.quantized[name])
+            parts = signed(name, self._whole(name))
             codes, scales = (parts.codes, parts.scales) if by_row else (parts.codes.T, parts.scales.T)
             self._tables[name] = (
                 self._store(f"{name}.codes", _codes_tensor(np.ascontiguousarray(codes), parts.bits)),
                 self._store(f"{name}.scales", ir.tensor(np.ascontiguousarray(scales))),
             )
-        size = self._model.quantized[name].scheme.group_size
+        size = self._whole(name).scheme.group_size
         return self._nodes("DequantizeLinear", *self._tables[name], axis=1 if by_row else 0, block_size=size)
+
+    def _whole(self, name: str) -> QuantizedWeight:
+        weight = self._model.quantized[name]
+        if not isinstance(weight, QuantizedWeight):
+            raise TargetError(
+                f"{name}: rows of several widths cannot be written for TensorRT-RTX; export for another target or with "
+                "another --method"
+            )
+        return weight
 
     def _store(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         return self._nodes.initializers.get(name) or self._nodes.initializer(name, tensor)

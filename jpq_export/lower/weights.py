@@ -8,11 +8,12 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from jpq_export.format.compressed import CompressedModel
+from jpq_export.format.compressed import CompressedModel, stored_blocks
 from jpq_export.lower import functions
 from jpq_export.lower.functions import Several, Variant
 from jpq_export.lower.nodes import Nodes
 from jpq_export.numerics.affine import QuantizedWeight, with_stored_zeros
+from jpq_export.numerics.row_blocks import RowBlocks
 
 Form = Literal["custom_op", "qdq", "fp32", "signed"]  # the last is written by `signed.SignedWeights`
 # 2 bits have a standard type too, but only from opset 25, and its kernel is no faster than the 4-bit one the function
@@ -50,23 +51,48 @@ class Weights:
         """X [batch, seq, K] times matrix `weight` (by default the one called `name`), plus its bias: value `name`."""
         weight = weight or name
         bias = self._bias(f"{weight}.bias")
-        stored = self._stored(weight)
+        stored = self._model.quantized[weight]
         if self._form == "fp32":
             matrix = self._store(f"{weight}.transposed", ir.tensor(np.ascontiguousarray(stored.dequantize().T)))
             y = self._nodes("MatMul", x, matrix, name=None if bias else name)
             return self._nodes("Add", y, bias, name=name) if bias else y
+        if isinstance(stored, RowBlocks):
+            return self._row_blocks(x, name, weight, bias)
+        return self._product(x, name, weight, with_stored_zeros(stored), bias)
+
+    def _product(
+        self, x: ir.Value, name: str | None, weight: str, stored: QuantizedWeight, bias: ir.Value | None
+    ) -> ir.Value:
+        """X times one stored block whose initializers are called `weight`."""
         shared = weight == "embed" and self._model.spec.tied  # rows are looked up too: keep rows together
         if self._form == "qdq" and not shared and _has_standard_form(stored):
-            return self._standard(x, name, weight, bias)
-        inputs = [x, *self._packed(weight), *([bias] if bias else [])]
+            return self._standard(x, name, weight, stored, bias)
+        inputs = [x, *self._packed(weight, stored), *([bias] if bias else [])]
         variant = Variant.of("LowBitMatMul", stored.scheme, stored.shape[1], bias=bias is not None)
         if not variant.fused:
             self.unfused.add(weight)
         return self._custom(variant, inputs, name, stored)
 
+    def _row_blocks(self, x: ir.Value, name: str, weight: str, bias: ir.Value | None) -> ir.Value:
+        """A product for every block of rows, one after the other, then each output at its place."""
+        nodes, whole = self._nodes, self._model.quantized[weight]
+        assert isinstance(whole, RowBlocks)
+        blocks = stored_blocks(weight, whole)
+        parts = [self._product(x, None, part, with_stored_zeros(block), None) for part, block in blocks]
+        if self.unfused.issuperset(part for part, _ in blocks):
+            self.unfused.add(weight)
+        self.unfused.difference_update(part for part, _ in blocks)
+        ordered = whole.positions is None
+        y = nodes("Concat", *parts, axis=-1, name=name if ordered and bias is None else None)
+        if whole.positions is not None:
+            places = self._store(f"{weight}.positions", ir.tensor(whole.positions))
+            y = nodes("Gather", y, places, axis=-1, name=None if bias else name)
+        return nodes("Add", y, bias, name=name) if bias else y
+
     def linears(self, x: ir.Value, names: Sequence[str]) -> tuple[ir.Value, ...]:
         """`linear` of every name, as one operator where all of them may be."""
-        if not self._together or self._form != "custom_op" or len(names) == 1:
+        mixed = any(isinstance(self._model.quantized[name], RowBlocks) for name in names)
+        if not self._together or self._form != "custom_op" or mixed or len(names) == 1:
             return tuple(self.linear(x, name) for name in names)
         inputs, parts, columns = [x], [], 0
         for name in names:
@@ -75,7 +101,7 @@ class Weights:
             variant = Variant.of("LowBitMatMul", stored.scheme, columns, bias=bias is not None)
             if not variant.fused:
                 self.unfused.add(name)
-            inputs += [*self._packed(name), *([bias] if bias else [])]
+            inputs += [*self._packed(name, stored), *([bias] if bias else [])]
             parts.append((variant, n))
         several = Several(columns, tuple(parts))
         self._several[several.overload] = several
@@ -93,7 +119,7 @@ class Weights:
                 "Gather", self._store(f"{weight}.rows", ir.tensor(stored.dequantize())), indices, name=name
             )
         variant = Variant.of("LowBitGather", stored.scheme, stored.shape[1])
-        return self._custom(variant, [indices, *self._packed(weight)], name, stored)
+        return self._custom(variant, [indices, *self._packed(weight, stored)], name, stored)
 
     def functions(self, opset: int) -> list[ir.Function]:
         """Bodies of all operators used so far, sorted."""
@@ -111,14 +137,15 @@ class Weights:
             **functions.stamp(stored.scheme, *stored.shape),
         )[0]
 
-    def _packed(self, name: str) -> list[ir.Value]:
-        stored = self._stored(name)
+    def _packed(self, name: str, stored: QuantizedWeight) -> list[ir.Value]:
         parts = {"packed": stored.packed, "scales": stored.scales, "zeros": stored.zeros}
         return [self._store(f"{name}.{part}", ir.tensor(a)) for part, a in parts.items() if a is not None]
 
     def _stored(self, name: str) -> QuantizedWeight:
-        """As these operators read it."""
-        return with_stored_zeros(self._model.quantized[name])
+        """As these operators read it; every row has one width."""
+        weight = self._model.quantized[name]
+        assert isinstance(weight, QuantizedWeight), name
+        return with_stored_zeros(weight)
 
     def _bias(self, name: str) -> ir.Value | None:
         return self._store(name, ir.tensor(self._model.vectors[name])) if name in self._model.vectors else None
@@ -126,13 +153,14 @@ class Weights:
     def _store(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         return self._nodes.initializers.get(name) or self._nodes.initializer(name, tensor)
 
-    def _standard(self, x: ir.Value, name: str, weight: str, bias: ir.Value | None) -> ir.Value:
+    def _standard(
+        self, x: ir.Value, name: str | None, weight: str, stored: QuantizedWeight, bias: ir.Value | None
+    ) -> ir.Value:
         """MatMul with a blocked DequantizeLinear over axis 0 of [K, N]: onnxruntime fuses it into MatMulNBits.
 
         A symmetric zero is 2^(b-1) - 1/2: signed codes take the integer part, `half_correction` adds the half.
         """
-        nodes, stored = self._nodes, self._stored(weight)
-        scheme = stored.scheme
+        nodes, scheme = self._nodes, stored.scheme
         scales = self._store(f"{weight}.scales", ir.tensor(np.ascontiguousarray(stored.scales.T)))
         scales = nodes("Cast", scales, to=ir.DataType.FLOAT)  # fp16 in the file, folded at load
         inputs = [self._store(f"{weight}.packed", _codes_tensor(stored)), scales]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from markupsafe import Markup
 
+from jpq_export.numerics.scheme import ALL_WIDTHS
 from jpq_export.parity.pictures import WIDTH, Raw, number, size
 from jpq_export.parity.svg import element, svg, text
 
@@ -92,11 +93,17 @@ def _cell(choice: Raw | None, name: str, x: float, y: float, width: float, heigh
     if choice is None:
         title = element("title", f"{name}: removed")
         return element("rect", title, x=x, y=y, width=width, height=height, rx=2, class_="gone", fill="url(#removed)")
-    bits = choice["bits"]
+    bits, label = shade(choice), f"{choice['bits']:.1f}" if choice.get("blocks") else str(choice["bits"])
     title = element("title", describe(choice))
     box = element("rect", title, x=x, y=y, width=width, height=height, rx=2, class_=f"b{str(bits).replace('.', '_')}")
     look = f"cell t{str(bits).replace('.', '_')}"
-    return box + text(x + width / 2, y + height / 2 + 3.5, str(bits), look, text_anchor="middle")
+    return box + text(x + width / 2, y + height / 2 + 3.5, label, look, text_anchor="middle")
+
+
+def shade(choice: Raw) -> float:
+    """The width whose colour a weight has: its own, or where its rows differ the one nearest to their mean."""
+    bits = choice["bits"]
+    return min(ALL_WIDTHS, key=lambda width: abs(width - bits)) if choice.get("blocks") else bits
 
 
 def describe(choice: Raw) -> str:

@@ -104,4 +104,7 @@ def present_in(graph: GraphProto, spec: Spec) -> tuple[str, ...]:
 def node_of(graph: GraphProto, value: str) -> str:
     """How to name the node that makes `value`: "LowBitMatMul 'layers.0.attn.q'"."""
     node = next((node for node in graph.node if value in node.output), None)
-    return f"{node.op_type} {node.name or value!r}" if node else f"graph input {value!r}"
+    if node is None:
+        return f"graph input {value!r}"
+    which = f", output {value!r}" if len(node.output) > 1 and node.name != value else ""  # products of one X
+    return f"{node.op_type} {node.name or value!r}{which}"

@@ -168,6 +168,7 @@ def test_decoders_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert quality.perplexity == pytest.approx(float(nll.exp()), rel=1e-5)
     assert quality.kl_mean == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
     assert quality.kl_mean != pytest.approx(evaluate_text(student, small_decoder(2), sequences()).kl_mean, rel=1e-2)
+    assert torch.is_grad_enabled()  # two sources side by side once left gradients off for the whole process
 
 
 def test_sources_may_give_chunks_of_different_sizes() -> None:
