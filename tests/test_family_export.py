@@ -71,6 +71,13 @@ def test_a_whole_export_with_an_int8_cache_is_proved(shelf: Path, family: str) -
     run(f"verify {out}", expected=1)
 
 
+def test_toga_refuses_a_model_without_gates(shelf: Path) -> None:
+    toga = "--effort quick --context 64 --target jetson --method toga --bits 3"
+    said = " ".join(run(f"export gpt2 {toga} --out {shelf / 'no'}", expected=2).split())
+    assert "gpt2 has an MLP without a gate" in said
+    assert "use --method jpq" in said
+
+
 def test_a_table_of_positions_is_never_left(shelf: Path, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     """Calibration, parity and evaluation keep within 28 positions, where all of them would like more."""
     model, out = save_tiny(tmp_path / "gpt2", "gpt2", max_position_embeddings=28), tmp_path / "out"
