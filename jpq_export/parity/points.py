@@ -102,9 +102,9 @@ def present_in(graph: GraphProto, spec: Spec) -> tuple[str, ...]:
 
 
 def node_of(graph: GraphProto, value: str) -> str:
-    """How to name the node that makes `value`: "LowBitMatMul 'layers.0.attn.q'"."""
+    """How to name the node that makes `value`: "LowBitMatMul 'layers.0.attn.q'", of several outputs also which one."""
     node = next((node for node in graph.node if value in node.output), None)
     if node is None:
         return f"graph input {value!r}"
-    which = f", output {value!r}" if len(node.output) > 1 and node.name != value else ""  # products of one X
+    which = "" if value in (node.name, node.output[0]) else f", output {value!r}"
     return f"{node.op_type} {node.name or value!r}{which}"

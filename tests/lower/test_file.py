@@ -92,22 +92,42 @@ def test_a_tied_embedding_is_stored_once_and_read_twice(write, form):
     assert readers == ["LowBitGather", "LowBitMatMul"]
 
 
+def facts_of(weight):
+    """What a kernel is told of a weight."""
+    (n, _), scheme = weight.shape, weight.scheme
+    zeros = int(scheme.symmetric)
+    return {"bits": kernel_bits(scheme.bits), "N": n, "group_size": scheme.group_size, "symmetric": zeros}
+
+
+def stamped(node):
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
 def test_operators_are_stamped(write):
-    model, proto, _ = write("biases", tensorrt="10.15")  # elsewhere products of one X are one operator
-    nodes = [node for node in proto.graph.node if node.op_type == "LowBitMatMul"]
-    assert len(nodes) == len(model.quantized) - 1  # but the embedding
-    nodes += [node for node in proto.graph.node if node.op_type == "LowBitGather"]
+    model, proto, _ = write("biases")
+    nodes = [node for node in proto.graph.node if node.op_type in ("LowBitMatMul", "LowBitGather")]
     for node in nodes:
-        got = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         weight = model.quantized[node.input[1].removesuffix(".packed")]
-        n, k = weight.shape
-        scheme = weight.scheme
-        assert got == {
-            "bits": kernel_bits(scheme.bits), "K": k, "N": n,
-            "group_size": scheme.group_size, "symmetric": int(scheme.symmetric),
-            "plugin_namespace": b"jpq", "plugin_version": b"1",
-        }  # fmt: skip
-        assert len(node.input) == 3 + (not scheme.symmetric) + (node.input[-1].endswith(".bias"))
+        plugin = {"plugin_namespace": b"jpq", "plugin_version": b"1"}
+        assert stamped(node) == facts_of(weight) | {"K": weight.shape[1]} | plugin
+        assert len(node.input) == 3 + (not weight.scheme.symmetric) + (node.input[-1].endswith(".bias"))
+
+
+def test_operators_of_several_products_are_stamped(write):
+    model, proto, _ = write("biases")
+    several = [node for node in proto.graph.node if node.op_type == "LowBitMatMuls"]
+    single = [node for node in proto.graph.node if node.op_type == "LowBitMatMul"]
+    assert several
+    assert len(single) + sum(len(node.output) for node in several) == len(model.quantized) - 1  # but the embedding
+    for node in several:
+        weights = [model.quantized[name] for name in node.output]
+        biased = [f"{name}.bias" in model.vectors for name in node.output]
+        expected = {"count": len(weights), "K": weights[0].shape[1]}
+        for i, (weight, bias) in enumerate(zip(weights, biased, strict=True)):
+            expected |= {f"{name}_{i}": fact for name, fact in facts_of(weight).items()} | {f"bias_{i}": int(bias)}
+        assert stamped(node) == expected
+        inputs = [2 + (not weight.scheme.symmetric) + bias for weight, bias in zip(weights, biased, strict=True)]
+        assert len(node.input) == 1 + sum(inputs)
 
 
 def test_graph_interface(write):
