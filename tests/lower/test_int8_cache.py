@@ -30,7 +30,7 @@ def rel_rms(expected: np.ndarray, got: np.ndarray) -> float:
     return float(np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)))
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma3", "pruned"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma3", "gpt2", "pruned"])
 def model(request: Any, conftest_of: Any) -> CompressedModel:
     tiny = conftest_of("lower")
     return tiny.random_model(replace(tiny.SPECS[request.param], kv_cache=INT8_CACHE))
