@@ -19,6 +19,7 @@ JPQ_TARGET("avx2,fma,f16c")
 #define v_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define v_mul(a, b) _mm256_mul_ps(a, b)
 #define v_sub(a, b) _mm256_sub_ps(a, b)
+#define v_int8(p) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
 #define v_half(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define HAS_FIXED 1
 #define CODES 16

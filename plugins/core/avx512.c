@@ -20,6 +20,7 @@ JPQ_TARGET("avx512f,avx512bw,avx512vl,avx2,fma")
 #define v_mul(a, b) _mm512_mul_ps(a, b)
 #define v_sub(a, b) _mm512_sub_ps(a, b)
 #define v_sum(a) _mm512_reduce_add_ps(a)
+#define v_int8(p) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p))))
 #define v_half(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #define HAS_FIXED 0
 #define TILE_VECTORS 4

@@ -31,6 +31,10 @@ typedef struct int_pair {
 JPQ_INLINE VF v_set1(float a) { return (VF){vdupq_n_f32(a), vdupq_n_f32(a)}; }
 JPQ_INLINE VF v_zero(void) { return v_set1(0); }
 JPQ_INLINE VF v_load(const float *p) { return (VF){vld1q_f32(p), vld1q_f32(p + 4)}; }
+JPQ_INLINE VF v_int8(const int8_t *p) {
+  int16x8_t words = vmovl_s8(vld1_s8(p));
+  return (VF){vcvtq_f32_s32(vmovl_s16(vget_low_s16(words))), vcvtq_f32_s32(vmovl_high_s16(words))};
+}
 JPQ_INLINE void v_store(float *p, VF a) { vst1q_f32(p, a.low), vst1q_f32(p + 4, a.high); }
 JPQ_INLINE VF v_fma(VF a, VF b, VF c) {
   return (VF){vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
