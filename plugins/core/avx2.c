@@ -40,6 +40,12 @@ JPQ_INLINE float v_sum(VF a) {
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
 
+/* The sum of each of four. */
+JPQ_INLINE void v_sums(float *out, const VF s[4]) {
+  __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
 JPQ_INLINE void v_transpose(VF r[W]) {
   VF t[W];
   for (int i = 0; i < W; i += 2) {

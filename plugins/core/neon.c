@@ -42,6 +42,11 @@ JPQ_INLINE VF v_fma(VF a, VF b, VF c) {
 JPQ_INLINE VF v_mul(VF a, VF b) { return (VF){vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
 JPQ_INLINE VF v_sub(VF a, VF b) { return (VF){vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
 JPQ_INLINE float v_sum(VF a) { return vaddvq_f32(vaddq_f32(a.low, a.high)); }
+JPQ_INLINE void v_sums(float *out, const VF s[4]) { /* the sum of each of four */
+  float32x4_t sum[4];
+  for (int i = 0; i < 4; i++) sum[i] = vaddq_f32(s[i].low, s[i].high);
+  vst1q_f32(out, vpaddq_f32(vpaddq_f32(sum[0], sum[1]), vpaddq_f32(sum[2], sum[3])));
+}
 JPQ_INLINE void v_transpose(VF r[W]) {
   float in[W][W], out[W][W];
   for (int i = 0; i < W; i++) v_store(in[i], r[i]);
