@@ -331,6 +331,7 @@ def compare_command(
 
 @main.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("other", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--threads",
     type=click.IntRange(1),
@@ -349,24 +350,24 @@ def compare_command(
     multiple=True,
     help="Compare with llama.cpp's llama-bench on this file; may be given again.",
 )
-@click.option("--baselines/--no-baselines", default=True, help="Compare with onnxruntime in fp32 and 4 bits.")
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Texts at once, of an encoder.")
+@click.option("--pairs", type=click.Path(path_type=Path), help="Of an encoder: measure Spearman on these, as `eval`.")
+@click.option("--baselines/--no-baselines", default=True, help="Compare with onnxruntime in fp32 and 4 or 8 bits.")
 @click.option("--json", "json_out", type=click.Path(path_type=Path), help="Write the result here.")
 @click.option("--html", "html_out", type=click.Path(path_type=Path), help="Write a page with bars here.")
-def bench_command(
-    bundle: Path, *, threads: tuple[int, ...], json_out: Path | None, html_out: Path | None, **options: Any
-) -> None:
-    """Tokens per second and memory of BUNDLE on this machine, beside the original in other runtimes."""
-    from jpq_export.bench.report import page, show_bench
-    from jpq_export.bench.rounds import Settings, bench, to_json
-    from jpq_export.progress import Stages
+def bench_command(bundle: Path, *, json_out: Path | None, html_out: Path | None, **options: Any) -> None:
+    """Speed and memory of BUNDLE on this machine, beside the original in other runtimes, and bundle OTHER if given.
+
+    A sentence encoder is measured in embeddings per second, against onnxruntime's fp32 and dynamic int8; with --pairs
+    the quality stands beside each.
+    """
+    from jpq_export.bench.command import measure
 
     for option, path in (("--json", json_out), ("--html", html_out)):
         check_result_file(option, path)
-    widths = search_widths(options.pop("widths")) or ()
-    results = [bench(bundle, Settings(threads=count, widths=widths, **options), Stages()) for count in threads]
+    options["widths"] = search_widths(options["widths"]) or ()
+    text, page = measure(bundle, **options)
     if json_out:
-        json_out.write_text(to_json(results), encoding="utf-8")
+        json_out.write_text(text, encoding="utf-8")
     if html_out:
-        html_out.write_text(page(results, bundle.name), encoding="utf-8")
-    for result in results:
-        show_bench(result)
+        html_out.write_text(page, encoding="utf-8")

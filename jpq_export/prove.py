@@ -92,6 +92,7 @@ def _finish_encoder(
     from jpq_export.compress.student import dequantized
     from jpq_export.compress.teaching import teaching_of
     from jpq_export.parity.encoder import check_encoder, record_vectors
+    from jpq_export.parity.report import write_report
 
     work, stages, rows = export.work, export.stages, texts.heldout.tolist()
     with stages.stage("parity", "PyTorch against onnxruntime, every sub-layer"):
@@ -108,6 +109,7 @@ def _finish_encoder(
     keep |= {path.name for path in work.folder.glob("model*.onnx*")}
     manifest = replace(_manifest(export, loaded, plan, compressed, quality), kind=KIND)
     write_manifest(work.folder, manifest.with_contents(work.folder, names=keep))
+    write_report(work.folder)
     manifest = read_manifest(work.folder)
     work.finish(keep={MANIFEST, *manifest.files})
     return {"out": str(work.out), "plan": plan, "manifest": manifest, "parity": parity}

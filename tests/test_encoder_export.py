@@ -51,6 +51,11 @@ def test_a_bundle_of_an_encoder(export: Callable[..., Any], tmp_path: Path) -> N
     assert manifest.quality is not None
     assert 0 < manifest.quality["distance_mean"] < 0.5
     assert json.loads((out / "parity.json").read_text())["passed"]
+    page = (out / "parity.html").read_text()
+    assert "parity passed" in page
+    assert command("report", str(out)).exit_code == 0
+    assert (out / "parity.html").read_text() == page
+    assert check_hashes(out, read_manifest(out)) == []
     session = onnxruntime.InferenceSession(str(out / "model.onnx"))
     assert [(i.name, i.type) for i in session.get_inputs()] == [
         ("input_ids", "tensor(int64)"),

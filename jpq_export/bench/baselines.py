@@ -8,28 +8,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from jpq_export.format.compressed import CompressedModel
+from jpq_export.format.encoder_spec import EncoderSpec, Spec
 from jpq_export.format.plan import Plan
 from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
 from jpq_export.numerics.affine import QuantizedWeight, store
 from jpq_export.numerics.scheme import Scheme, choose_group_size
 
+SomeSpec = TypeVar("SomeSpec", ModelSpec, EncoderSpec)
 BITS = 4
 GROUP_SIZE = 64  # bytes a weight as in our own format; onnxruntime's fast path takes 32, 64 and 128
 
 
-def original_spec(pruned: ModelSpec, plan: Plan) -> ModelSpec:
+def original_spec(pruned: SomeSpec, plan: Plan) -> SomeSpec:
     """The model before pruning, from what the plan says each layer was made of; its cache was never int8."""
     pairs = zip(pruned.layers, plan.layers, strict=True)
     whole = pruned.with_layers(tuple(replace(old, kv_heads=p.kv_heads_of, ffn=p.ffn_of) for old, p in pairs))
-    return replace(whole, kv_cache=FLOAT_CACHE)
+    return replace(whole, kv_cache=FLOAT_CACHE) if isinstance(whole, ModelSpec) else whole
 
 
-def random_model(spec: ModelSpec, *, bits: float = BITS, symmetric: bool = False, seed: int = 0) -> CompressedModel:
+def random_model(spec: Spec, *, bits: float = BITS, symmetric: bool = False, seed: int = 0) -> CompressedModel:
     """Every matrix at one width; by default as onnxruntime's own kernel is fastest: 4 bits with integer zero points."""
     rng = np.random.default_rng(seed)
     quantized = {

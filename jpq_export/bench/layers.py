@@ -67,7 +67,9 @@ def _stored(path: Path) -> dict[str, tuple[float, int]]:
         if node.op_type == "LowBitMatMuls":
             parts = [_size(facts, f"_{i}") for i in range(facts["count"])]
             rows = [facts[f"N_{i}"] for i in range(facts["count"])]
-            out[node.name] = float(np.average([bits for bits, _ in parts], weights=rows)), sum(n for _, n in parts)
+            widths = {bits for bits, _ in parts}
+            mean = widths.pop() if len(widths) == 1 else float(np.average([bits for bits, _ in parts], weights=rows))
+            out[node.name] = mean, sum(size for _, size in parts)
     return out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from statistics import median
 
 from markupsafe import Markup
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jpq_export.bench.rounds import BenchResult, Speed
+from jpq_export.numerics.scheme import ALL_WIDTHS
 from jpq_export.parity.pictures import size
 from jpq_export.parity.svg import element, svg, text
 
@@ -50,39 +51,54 @@ def show_bench(result: BenchResult) -> None:
         cache = size(1000 * speed.cache_bytes_per_token) if speed.cache_bytes_per_token else "-"
         table.add_row(name, size(speed.file_bytes), decode, prefill, size(speed.peak_rss_bytes), cache)
     console.print(table)
+    for name, speed in speeds.items():
+        console.print(_latency(name, speed, result.settings.prefill), highlight=False)
+    if result.energy_reason:
+        console.print(f"energy: {result.energy_reason}", highlight=False)
     for bits, (count, rate) in by_bits(result).items():
         share = f", {rate / result.read_gb_s:.0%} of the read bandwidth" if result.read_gb_s else ""
-        console.print(f"{bits} bits: {count} products at {rate:.1f} GB/s{share}", highlight=False)
+        console.print(f"{bits:g} bits: {count} operators at {rate:.1f} GB/s{share}", highlight=False)
+
+
+def _latency(name: str, speed: Speed, prefill: int) -> str:
+    """One line: first token, then the time between tokens, energy where it is known."""
+    parts = [f"first token after {speed.first_token_ms:.0f} ms ({prefill} tokens)"] if speed.first_token_ms else []
+    if speed.token_p50_ms is not None:
+        parts.append(f"then every {speed.token_p50_ms:.2f} ms, 1 in 100 takes {speed.token_p99_ms:.2f} ms or more")
+    parts += [f"{joules:.3g} J a token ({meter})" for meter, joules in (speed.joules_per_token or {}).items()]
+    return f"{name}: {'; '.join(parts)}"
 
 
 def by_bits(result: BenchResult) -> dict[float, tuple[int, float]]:
-    """Bits -> (number of products, median GB/s)."""
+    """Bits -> (operators, median GB/s); one with weights of several widths counts at that nearest their mean."""
     rates = defaultdict(list)
     for layer in result.layers:
-        rates[layer.bits].append(layer.gb_s)
+        rates[min(ALL_WIDTHS, key=lambda bits: abs(bits - layer.bits))].append(layer.gb_s)
     return {bits: (len(rates[bits]), median(rates[bits])) for bits in sorted(rates)}
 
 
 def page(results: list[BenchResult], title: str) -> str:
     """An HTML page without anything from outside."""
-    return PAGE.format(
-        processor=Markup.escape(results[0].processor),
-        title=Markup.escape(title),
-        body=Markup().join(_section(result) for result in results),
-    )
+    return frame(results[0].processor, title, [_section(result) for result in results])
+
+
+def frame(processor: str, title: str, sections: list[Markup]) -> str:
+    """The page around its sections."""
+    return PAGE.format(processor=Markup.escape(processor), title=Markup.escape(title), body=Markup().join(sections))
 
 
 def _section(result: BenchResult) -> Markup:
-    settings = result.settings
+    settings, others = result.settings, set(result.baselines)
     why = (
         f"{settings.threads} thread(s) on {result.processor}; medians of {settings.rounds} rounds, taken in turns; "
         f"prompts of {settings.prefill} tokens. The graphs compared with have the original model's shapes."
     )
     parts = [
         element("p", why, class_="why"),
-        _bars("Decoded tokens per second", result, lambda s: s.decode_tokens_per_s, lambda v: f"{v:.1f}"),
-        _bars("Tokens of the prompt per second", result, lambda s: s.prefill_tokens_per_s, lambda v: f"{v:.0f}"),
-        _bars("Peak memory of the process", result, lambda s: float(s.peak_rss_bytes), size),
+        bars("Decoded tokens per second", _of(result, "decode_tokens_per_s"), others, "{:.1f}".format),
+        bars("Tokens of the prompt per second", _of(result, "prefill_tokens_per_s"), others, "{:.0f}".format),
+        *_latency_bars(result, others),
+        bars("Peak memory of the process", _of(result, "peak_rss_bytes"), others, size),
     ]
     if result.layers and result.read_gb_s:
         parts.append(_layers(result))
@@ -90,21 +106,46 @@ def _section(result: BenchResult) -> Markup:
 
 
 def _all(result: BenchResult) -> dict[str, Speed]:
-    return result.bundle | result.uniform | result.baselines
+    return result.bundle | result.uniform | result.compared | result.baselines
 
 
-def _bars(title: str, result: BenchResult, value: Callable[[Speed], float], shown: Callable[[float], str]) -> Markup:
-    speeds = _all(result)
-    most, parts = max(value(speed) for speed in speeds.values()), []
-    for i, (name, speed) in enumerate(speeds.items()):
-        y, length = i * ROW + 4, (WIDTH - LEFT - 90) * value(speed) / most
-        kind = "other" if name in result.baselines else "ours"
+def _of(result: BenchResult, field: str) -> dict[str, float]:
+    return {name: float(getattr(speed, field)) for name, speed in _all(result).items()}
+
+
+def _latency_bars(result: BenchResult, others: set[str]) -> list[Markup]:
+    """Of the runtimes that tell it."""
+    titles = {
+        "first_token_ms": f"Milliseconds to the first token, prompt of {result.settings.prefill}",
+        "token_p99_ms": "Milliseconds between tokens, 99th percentile",
+    }
+    out = []
+    for field, title in titles.items():
+        values = {name: getattr(speed, field) for name, speed in _all(result).items()}
+        known = {name: float(value) for name, value in values.items() if value is not None}
+        out += [bars(title, known, others, "{:.1f}".format)] if known else []
+    return out
+
+
+def bars(title: str, values: dict[str, float], others: Container[str], shown: Callable[[float], str]) -> Markup:
+    """A bar for every name; `others` are drawn as not ours."""
+    most, parts = max(max(values.values()), 1e-9), []
+    for i, (name, value) in enumerate(values.items()):
+        y, length = i * ROW + 4, (WIDTH - LEFT - 90) * max(value, 0.0) / most
         parts += [
             text(LEFT - 8, y + 14, name, text_anchor="end"),
-            element("rect", x=LEFT, y=y, width=max(length, 1), height=ROW - 8, rx=3, class_=kind),
-            text(LEFT + length + 6, y + 14, shown(value(speed)), "value"),
+            element(
+                "rect",
+                x=LEFT,
+                y=y,
+                width=max(length, 1),
+                height=ROW - 8,
+                rx=3,
+                class_="other" if name in others else "ours",
+            ),
+            text(LEFT + length + 6, y + 14, shown(value), "value"),
         ]
-    picture = svg(WIDTH, len(speeds) * ROW + 8, *parts, label=title)
+    picture = svg(WIDTH, len(values) * ROW + 8, *parts, label=title)
     return element("h2", title) + picture
 
 

@@ -15,11 +15,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from jpq_export.bench.baselines import original_spec, write_baselines, write_uniform
+from jpq_export.bench.energy import Meters, find_meters
 from jpq_export.bench.layers import LayerRate, layer_rates, read_bandwidth
 from jpq_export.bench.llama_cpp import LlamaBench
-from jpq_export.errors import JpqError
+from jpq_export.errors import JpqError, UsageError
 from jpq_export.format.bundle import read_manifest
+from jpq_export.format.encoder_spec import KIND, Spec
 from jpq_export.format.plan import load_plan
 from jpq_export.format.spec import ModelSpec
 from jpq_export.progress import Stages
@@ -35,7 +39,8 @@ class BenchError(JpqError):
 class Settings:
     """`rounds` turns, each a prompt of `prefill` tokens and `decode` greedy steps.
 
-    `widths`: our operators are measured at each of these for all matrices, beside the bundle's own mixture.
+    `widths`: our operators are measured at each of these for all matrices, beside the bundle's own mixture. `other`: a
+    second bundle.
     """
 
     threads: int = 1
@@ -45,12 +50,15 @@ class Settings:
     gguf: tuple[Path, ...] = ()
     baselines: bool = True
     widths: tuple[float, ...] = ()
+    other: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
     """Medians over all rounds; `file_bytes`: the model on disk; `runs`: what computed the products.
 
+    `first_token_ms`: from a prompt of `prefill` tokens to the first logits. `token_p50_ms`, `token_p99_ms`: between
+    tokens, None where the runtime tells averages only. `joules_per_token`: decoding, by meter; None without one.
     `cache_bytes_per_token`: keys and values; 0 where the runtime does not say.
     """
 
@@ -60,13 +68,18 @@ class Speed:
     file_bytes: int
     runs: str
     cache_bytes_per_token: int = 0
+    first_token_ms: float | None = None
+    token_p50_ms: float | None = None
+    token_p99_ms: float | None = None
+    joules_per_token: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
     """`bundle`: the modes of this bundle by name; `uniform`: our operators at one width; `baselines`: others.
 
-    `layers`: every product of one decoded token, of the bundle and of the uniform graphs.
+    `compared`: the second bundle's modes. `layers`: every product of one decoded token, of the bundle and
+    of the uniform graphs. `energy_reason`: why no energy was measured.
     """
 
     settings: Settings
@@ -75,8 +88,10 @@ class BenchResult:
     read_gb_s: float
     bundle: dict[str, Speed]
     uniform: dict[str, Speed]
+    compared: dict[str, Speed]
     baselines: dict[str, Speed]
     layers: tuple[LayerRate, ...]
+    energy_reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The best mode's numbers stand at the top as well, where scripts look for them."""
@@ -138,9 +153,12 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
 
     Raises:
         BundleError: no bundle.
+        UsageError: the second bundle is an encoder.
         BenchError: a runtime stopped, for want of memory for example.
     """
     manifest, plan = read_manifest(folder), load_plan(folder / "plan.json")
+    if settings.other and read_manifest(settings.other).kind == KIND:
+        raise UsageError(f"{settings.other}: a sentence encoder, {folder} is a decoder; compare bundles of one kind")
     spec = original_spec(ModelSpec.from_json(json.dumps(manifest.model["spec"])), plan)
     with ExitStack() as stack:
         graphs: dict[str, Path] = {}
@@ -148,27 +166,38 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
         if settings.baselines or settings.widths:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jpq-bench-")))
             with stages.stage("baselines", "writing the graphs to compare with"):
-                _check_room(scratch, spec)
+                check_room(scratch, spec)
                 graphs = write_baselines(spec, scratch) if settings.baselines else {}
                 uniform = write_uniform(spec, scratch, settings.widths)
         with stages.stage("load", "loading every runtime") as report:
-            ways = _ways({"jpq": folder / "model.onnx"} | uniform, graphs)
+            others = {compared_name(settings.other): settings.other / "model.onnx"} if settings.other else {}
+            ways = _ways({"jpq": folder / "model.onnx"} | others | uniform, graphs)
             workers = _workers(stack, ways, settings, report)
         with stages.stage("measure", "taking turns") as report:
-            speeds = _take_turns(workers, settings, report)
+            meters = find_meters()
+            speeds = _take_turns(workers, settings, report, meters)
         with stages.stage("layers", "layer by layer"):
             measured = [folder / "model.onnx", *uniform.values()]
             rates = tuple(rate for path in measured for rate in layer_rates(path, settings.threads))
             bandwidth = read_bandwidth(settings.threads)
-    ours, same, rivals = (
+    ours, same, second, rivals = (
         {name: speed for name, speed in speeds.items() if kind(name) == wanted}
-        for wanted in ("bundle", "uniform", "baselines")
+        for wanted in ("bundle", "uniform", "compared", "baselines")
     )
-    return BenchResult(settings, _processor(), manifest.weight_bytes, bandwidth, ours, same, rivals, rates)
+    return BenchResult(
+        settings, processor(), manifest.weight_bytes, bandwidth, ours, same, second, rivals, rates, meters.reason
+    )
+
+
+def compared_name(folder: Path) -> str:
+    """What the rows of a second bundle are called."""
+    return f"B: {folder.resolve().name}"
 
 
 def kind(name: str) -> str:
     """Which part of the result a runtime belongs to."""
+    if name.startswith("B: "):
+        return "compared"
     if not name.startswith("jpq"):
         return "baselines"
     return "bundle" if name in ("jpq", "jpq-fast") else "uniform"
@@ -182,7 +211,8 @@ def _ways(ours: dict[str, Path], others: dict[str, Path]) -> dict[str, tuple[Pat
     return ways | {name: (graph, False, name == "onnxruntime-fp32") for name, graph in others.items()}
 
 
-def _check_room(folder: Path, spec: ModelSpec) -> None:
+def check_room(folder: Path, spec: Spec) -> None:
+    """BenchError when the graphs to compare with do not fit on the disk."""
     needed, free = 5 * spec.parameters(), shutil.disk_usage(folder).free
     if free < needed:
         raise BenchError(
@@ -199,7 +229,7 @@ def _workers(
 ) -> dict[str, Worker | LlamaBench]:
     workers: dict[str, Worker | LlamaBench] = {}
     for i, (name, (path, kernels, exact)) in enumerate(wanted.items()):
-        worker = stack.enter_context(_ended(Worker(path, settings.threads, kernels=kernels, exact=exact)))
+        worker = stack.enter_context(ended(Worker(path, settings.threads, kernels=kernels, exact=exact)))
         worker.ask(decode=1)
         workers[name] = worker
         report(i + 1, len(wanted))
@@ -209,7 +239,7 @@ def _workers(
 
 
 @contextmanager
-def _ended(worker: Worker) -> Iterator[Worker]:
+def ended(worker: Worker) -> Iterator[Worker]:
     """The process ends with the block, whatever happened in it."""
     try:
         yield worker
@@ -219,31 +249,58 @@ def _ended(worker: Worker) -> Iterator[Worker]:
 
 
 def _take_turns(
-    workers: dict[str, Worker | LlamaBench], settings: Settings, report: Callable[[int, int], None]
+    workers: dict[str, Worker | LlamaBench],
+    settings: Settings,
+    report: Callable[[int, int], None],
+    meters: Meters | None = None,
 ) -> dict[str, Speed]:
+    meters = meters or Meters()
     prefills: dict[str, list[float]] = {name: [] for name in workers}
     decodes: dict[str, list[float]] = {name: [] for name in workers}
+    joules: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     total = settings.rounds * len(workers)
     for turn in range(settings.rounds):
         for i, (name, worker) in enumerate(workers.items()):
             prefills[name].append(worker.ask(prefill=settings.prefill)["seconds"])
-            decodes[name] += worker.ask(decode=settings.decode)["seconds"]
+            answer, seen = meters.around(lambda worker=worker: worker.ask(decode=settings.decode))
+            decodes[name] += answer["seconds"]
+            joules[name].append(seen)
             report(turn * len(workers) + i + 1, total)
-    out = {}
-    for name, worker in workers.items():
-        memory = worker.ask(memory=True)
-        rates = 1 / median(decodes[name]), settings.prefill / median(prefills[name])
-        out[name] = Speed(
-            *rates,
-            memory["peak_rss_bytes"],
-            worker.file_bytes,
-            memory["runs"],
-            memory.get("cache_bytes_per_token", 0),
-        )
-    return out
+    return {
+        name: _speed(worker, prefills[name], decodes[name], joules[name], settings) for name, worker in workers.items()
+    }
 
 
-def _processor() -> str:
+def _speed(
+    worker: Worker | LlamaBench,
+    prefills: list[float],
+    decodes: list[float],
+    joules: list[dict[str, float]],
+    settings: Settings,
+) -> Speed:
+    memory = worker.ask(memory=True)
+    each = None if isinstance(worker, LlamaBench) else [float(np.percentile(decodes, q)) * 1e3 for q in (50, 99)]
+    return Speed(
+        1 / median(decodes),
+        settings.prefill / median(prefills),
+        memory["peak_rss_bytes"],
+        worker.file_bytes,
+        memory["runs"],
+        memory.get("cache_bytes_per_token", 0),
+        first_token_ms=median(prefills) * 1e3,
+        token_p50_ms=each[0] if each else None,
+        token_p99_ms=each[1] if each else None,
+        joules_per_token=median_joules(joules, settings.decode),
+    )
+
+
+def median_joules(turns: list[dict[str, float]], pieces: int) -> dict[str, float] | None:
+    """By meter, for each of the `pieces` (tokens, texts) of a turn; None without a meter."""
+    names = {name for turn in turns for name in turn}
+    return {name: median([turn[name] for turn in turns if name in turn]) / pieces for name in sorted(names)} or None
+
+
+def processor() -> str:
     """The processor's name where Linux tells it, and the number of cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -85,8 +85,8 @@ def functions(heads: int, kv_heads: int, head_dim: int, *, rotary: bool, scale: 
         read.append(
             nodes("Reshape", nodes("Transpose", rows, perm=[1, 0, 2, 3]), nodes.ints(0, 0, kv_heads * head_dim))
         )
-    heads_of = {"q_num_heads": heads, "kv_num_heads": kv_heads}
-    core = nodes("Attention", query, *read, inputs["mask"], name="output", scale=scale, **heads_of)
+    values = (query, *read, inputs["mask"])
+    core = nodes("Attention", *values, name="output", scale=scale, q_num_heads=heads, kv_num_heads=kv_heads)
     graph = ir.Graph(
         list(inputs.values()), [core, *presents], nodes=nodes.nodes, opset_imports={"": opset}, name=OP_TYPE
     )

@@ -13,7 +13,7 @@ from jpq_export.lower.standard import ACTIVATIONS, cache_shape, mask, norm, rota
 
 __all__ = ["ACTIVATIONS", "CACHED", "attention", "cache_shape", "mask", "norm"]
 FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
-CACHED = dict.fromkeys(("key", "value"), FLOAT16)
+CACHED = {"key": FLOAT16, "value": FLOAT16}
 
 
 def attention(

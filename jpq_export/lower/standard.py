@@ -11,7 +11,7 @@ import onnx_ir as ir
 from jpq_export.lower.nodes import Nodes
 
 # Name after "past.{i}." -> element type, in the order `attention` takes and gives them.
-CACHED = dict.fromkeys(("key", "value"), ir.DataType.FLOAT)
+CACHED = {"key": ir.DataType.FLOAT, "value": ir.DataType.FLOAT}
 
 
 def norm(nodes: Nodes, x: ir.Value, weight: ir.Value, eps: float, name: str) -> ir.Value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -79,8 +79,11 @@ class Weights:
             parts.append((variant, n))
         several = Several(columns, tuple(parts))
         self._several[several.overload] = several
-        call = {"domain": functions.DOMAIN, "overload": several.overload}
-        return self._nodes.many(several.op_type, *inputs, names=names, **call, **several.attributes)
+        facts: dict[str, Any] = several.attributes
+        overload = several.overload
+        return self._nodes.many(
+            several.op_type, *inputs, names=names, domain=functions.DOMAIN, overload=overload, **facts
+        )
 
     def rows(self, indices: ir.Value, weight: str, *, name: str | None) -> ir.Value:
         """Rows of matrix `weight` at `indices` [batch, seq]."""

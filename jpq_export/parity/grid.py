@@ -13,20 +13,27 @@ COLUMNS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.do
 CELL, GAP, LEFT = 64, 3, 62
 
 
-def widths(plan: Raw) -> Markup:
-    """Every weight as a cell coloured by its bits; kept KV heads, FFN width and bytes of the layer beside it."""
-    by_name = {choice["name"]: choice for choice in plan["choices"]}
+def widths(plan: Raw, *, words: Mapping[str, str]) -> Markup:
+    """Every weight as a cell coloured by its bits; kept KV heads, FFN width and bytes of the layer beside it.
+
+    `words["cost"]` says what a choice costs.
+    """
+    by_name = {choice["name"]: {**choice, "cost": words["cost"]} for choice in plan["choices"]}
+    gated = any(name.endswith(".mlp.gate") for name in by_name)  # without a gate nothing was removed there
     layers = plan["layers"]
     row = 20 if len(layers) <= 48 else 15
     total = {layer["index"]: _layer_bytes(by_name, layer["index"]) for layer in layers}
     most = max(total.values(), default=0) or 1
-    parts, y = [*_column_titles()], 34.0
+    parts, y = [*_column_titles(gated=gated)], 34.0
     if "embed" in by_name:
-        told = "embedding" if "head" in by_name else "embedding, also the output head (tied)"
+        told = "embedding" if "head" in by_name else words["embed"]
         parts.append(_wide(by_name["embed"], "embed", told, y, row))
         y += row + 6
+    if "positions" in by_name:
+        parts.append(_wide(by_name["positions"], "places", "positions", y, row))
+        y += row + 6
     for layer in layers:
-        parts.append(_layer_row(by_name, layer, y, row, total[layer["index"]], most))
+        parts.append(_layer_row(by_name, layer, y, row, total[layer["index"]], most, gated=gated))
         y += row
     if "head" in by_name:
         parts.append(_wide(by_name["head"], "head", "output head", y + 6, row))
@@ -48,10 +55,13 @@ FFN_X = HEADS_X + 130
 BYTES_X = FFN_X + 170
 
 
-def _column_titles() -> list[Markup]:
-    titles = [
-        text(_column_x(i) + CELL / 2, 24, name.split(".")[1], text_anchor="middle") for i, name in enumerate(COLUMNS)
-    ]
+def _columns(*, gated: bool) -> list[tuple[float, str]]:
+    """(left edge, weight) of every column."""
+    return [(_column_x(i), name) for i, name in enumerate(COLUMNS) if gated or name != "mlp.gate"]
+
+
+def _column_titles(*, gated: bool) -> list[Markup]:
+    titles = [text(x + CELL / 2, 24, name.split(".")[1], text_anchor="middle") for x, name in _columns(gated=gated)]
     titles += [text(LEFT, 10, "attention", "axis"), text(_column_x(4), 10, "MLP", "axis")]
     titles += [text(HEADS_X, 10, "KV heads", "axis"), text(FFN_X, 10, "FFN channels", "axis")]
     return [*titles, text(BYTES_X, 10, "bytes", "axis"), text(HEADS_X, 24, "kept"), text(FFN_X, 24, "kept of all")]
@@ -63,12 +73,14 @@ def hatch() -> Markup:
     return element("defs", element("pattern", stroke, id="removed", width=6, height=6, patternUnits="userSpaceOnUse"))
 
 
-def _layer_row(by_name: Mapping[str, Raw], layer: Raw, y: float, row: int, own: int, most: int) -> Markup:
+def _layer_row(
+    by_name: Mapping[str, Raw], layer: Raw, y: float, row: int, own: int, most: int, *, gated: bool
+) -> Markup:
     index, parts = layer["index"], []
     parts.append(text(LEFT - 10, y + row / 2 + 3.5, str(index), text_anchor="end"))
-    for column, part in enumerate(COLUMNS):
+    for x, part in _columns(gated=gated):
         name = f"layers.{index}.{part}"
-        parts.append(_cell(by_name.get(name), name, _column_x(column), y, CELL, row - 2))
+        parts.append(_cell(by_name.get(name), name, x, y, CELL, row - 2))
     parts.append(_heads(layer, y, row))
     parts.append(_bar(layer["ffn"], layer["ffn_of"], FFN_X, y, 90, row, f"{layer['ffn']}", full=True))
     parts.append(_bar(own, most, BYTES_X, y, 80, row, size(own), full=False))
@@ -91,9 +103,9 @@ def describe(choice: Raw) -> str:
     """One line on one weight."""
     kind = "symmetric" if choice.get("symmetric") else "with zero points"
     shape = f"{choice['rows']} × {choice['columns']}"
-    cost = number(choice.get("predicted_kl"))
+    cost = choice["cost"].format(number(choice.get("predicted_kl")))
     head = f"{choice['name']}: {choice['bits']} bits, groups of {choice['group_size']}, {kind}, {shape}"
-    return f"{head}, {size(choice['bytes'])}, predicted KL {cost} nats. {choice.get('reason', '')}"
+    return f"{head}, {size(choice['bytes'])}, predicted {cost}. {choice.get('reason', '')}"
 
 
 def _wide(choice: Raw, label: str, told: str, y: float, row: int) -> Markup:

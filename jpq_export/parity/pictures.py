@@ -120,8 +120,8 @@ def _layer_labels(rows: Sequence[Raw], at: Sequence[float]) -> list[Markup]:
     return [*out, text(WIDTH / 2, 309, "layer, in order of execution", "axis", text_anchor="middle")]
 
 
-def front(plan: Raw) -> Markup:
-    """The size-quality (or latency-quality) front with the chosen point."""
+def front(plan: Raw, *, words: Mapping[str, str]) -> Markup:
+    """The size-quality (or latency-quality) front with the chosen point; `words` name what is predicted."""
     by_latency = plan["budget"].get("kind") == "latency"
     key = "latency_ms" if by_latency else "bytes"
     points = sorted((p for p in plan["front"] if p.get(key)), key=lambda p: p[key])
@@ -139,19 +139,19 @@ def front(plan: Raw) -> Markup:
         ]
     path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in zip(xs, ys, strict=True))
     parts.append(element("polyline", points=path, class_="front"))
-    parts += [_front_dot(p, x.at(a), y.at(b)) for p, a, b in zip(points, xs, ys, strict=True)]
+    parts += [_front_dot(p, x.at(a), y.at(b), words["short"]) for p, a, b in zip(points, xs, ys, strict=True)]
     parts += _budget_line(plan["budget"].get(key), factor, x, by_latency)
     if chosen.get(key):
-        parts += _chosen(chosen, x.at(chosen[key] * factor), y.at(chosen["kl"]), by_latency=by_latency)
-    unit = "predicted time of one token, milliseconds" if by_latency else "weights as stored, megabytes"
-    parts.append(text(WIDTH / 2, 338, f"{unit} (vertical: predicted KL, nats a token)", "axis", text_anchor="middle"))
-    return svg(WIDTH, 344, *parts, label="front of " + unit + " against predicted KL")
+        parts += _chosen(chosen, x.at(chosen[key] * factor), y.at(chosen["kl"]), words["short"], by_latency=by_latency)
+    unit = f"{words['time']}, milliseconds" if by_latency else "weights as stored, megabytes"
+    parts.append(text(WIDTH / 2, 338, f"{unit} (vertical: {words['long']})", "axis", text_anchor="middle"))
+    return svg(WIDTH, 344, *parts, label=f"front of {unit} against predicted {words['short']}")
 
 
-def _front_dot(point: Raw, x: float, y: float) -> Markup:
+def _front_dot(point: Raw, x: float, y: float, measure: str) -> Markup:
     latency = f", {point['latency_ms']:.2f} ms" if point.get("latency_ms") else ""
     told = f"{size(point['bytes'])}, {point['bits_per_weight']:.2f} bits a weight{latency}: "
-    told += f"KL {number(point['predicted_kl'])}"
+    told += f"{measure} {number(point['predicted_kl'])}"
     return element("circle", element("title", told), cx=x, cy=y, r=2.6, class_="point")
 
 
@@ -167,16 +167,16 @@ def _budget_line(budget: float | None, factor: float, x: Axis, by_latency: bool)
     ]
 
 
-def _chosen(chosen: Raw, x: float, y: float, *, by_latency: bool) -> list[Markup]:
+def _chosen(chosen: Raw, x: float, y: float, measure: str, *, by_latency: bool) -> list[Markup]:
     latency = f"{chosen['latency_ms']:.2f} ms, " if by_latency else ""
-    told = f"chosen: {latency}{size(chosen['bytes'])}, KL {number(chosen['kl'])}"
+    told = f"chosen: {latency}{size(chosen['bytes'])}, {measure} {number(chosen['kl'])}"
     mark = element("circle", element("title", told), cx=x, cy=y, r=7.0, class_="chosen")
     right = x <= WIDTH - 260
     return [mark, text(x + (14 if right else -14), y - 10, told, "note strong", **_anchor(right))]
 
 
-def staircase(steps: Sequence[Raw]) -> Markup:
-    """Held-out KL after every stage as bars; a stage that was tried and left out is hatched."""
+def staircase(steps: Sequence[Raw], measure: str) -> Markup:
+    """Held-out `measure` after every stage as bars; a stage that was tried and left out is hatched."""
     values = [step["heldout_kl"] for step in steps if step["heldout_kl"] is not None]
     x = Axis(0.0, max(values, default=1.0) or 1.0, 190, WIDTH - 130)
     parts = []
@@ -187,4 +187,4 @@ def staircase(steps: Sequence[Raw]) -> Markup:
         parts.append(element("rect", x=190, y=y, width=max(x.at(value) - 190, 1.0), height=20, rx=2, **look))
         told = number(step["heldout_kl"]) + ("" if step.get("applied", True) else ", not kept")
         parts.append(text(x.at(value) + 8, y + 15, told, "label"))
-    return svg(WIDTH, 14 + 27 * len(steps), *parts, label="held-out KL after every stage")
+    return svg(WIDTH, 14 + 27 * len(steps), *parts, label=f"held-out {measure} after every stage")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from markupsafe import Markup
 
 from jpq_export.errors import BundleError, StorageError
 from jpq_export.format.bundle import Manifest, hash_file, read_manifest, write_manifest
-from jpq_export.parity import grid, pictures, tolerance
+from jpq_export.format.encoder_spec import KIND
+from jpq_export.parity import grid, pictures, report_encoder, tolerance
 from jpq_export.parity.pictures import number, size
 
 NAME = "parity.html"
@@ -31,6 +33,17 @@ TARGET_UNITS = {
     "graph": ("graph form", str),
     "engine": ("engine built by the export", str),
     "stored_bits": ("widths that engine stores", lambda v: " and ".join(map(str, v)) if v else "every one"),
+}
+
+
+WORDS = {
+    "short": "KL",
+    "unit": "KL, nats",
+    "cost": "KL {} nats",
+    "embed": "embedding, also the output head (tied)",
+    "long": "predicted KL, nats a token",
+    "time": "predicted time of one token",
+    "stages": "KL to the original model on held-out text after every stage, nats a token",
 }
 
 
@@ -58,11 +71,17 @@ def render(manifest: Manifest, *, plan: Mapping[str, Any] | None, parity: Mappin
         lstrip_blocks=True,
     )
     environment.filters |= {"size": size, "number": number}
+    encoder = manifest.kind == KIND
+    words = report_encoder.WORDS if encoder else WORDS
+    parity = report_encoder.as_decoders(parity) if encoder and parity else parity
     template = environment.get_template("report.html.j2")
     return template.render(
         manifest=manifest,
         plan=plan,
         parity=parity,
+        encoder=encoder,
+        words=words,
+        on_device=report_encoder.on_device(manifest) if encoder else (),
         tiles=_tiles(manifest, parity),
         verdict=_verdict(parity),
         error_plots=[
@@ -72,9 +91,9 @@ def render(manifest: Manifest, *, plan: Mapping[str, Any] | None, parity: Mappin
         ],
         as_run=_as_run(parity),
         small_effect=tolerance.SMALL_EFFECT,
-        widths=_picture(grid.widths, plan, "choices"),
-        front=_picture(pictures.front, plan, "front"),
-        staircase=pictures.staircase(manifest.staircase) if manifest.staircase else None,
+        widths=_picture(partial(grid.widths, words=words), plan, "choices"),
+        front=_picture(partial(pictures.front, words=words), plan, "front"),
+        staircase=pictures.staircase(manifest.staircase, words["short"]) if manifest.staircase else None,
         dearest=_dearest(plan),
         target=_target_rows(manifest.target),
         longest=max((stage["seconds"] for stage in manifest.stages), default=0) or 1,
@@ -118,6 +137,8 @@ def _verdict(parity: Mapping[str, Any] | None) -> dict[str, str]:
         }
     if parity["passed"]:
         first = parity["runtimes"][0]
+        if "logits" not in first:
+            return {"look": "good", "word": "passed", "line": report_encoder.passed_line(parity)}
         line = (
             f"{first['name']} {first['version']} computes what {parity['reference']} computes: logits differ by "
             f"{number(first['logits']['rel_rms'], 2)} of their size, {first['greedy']['equal']} of "
@@ -141,11 +162,16 @@ def _tiles(manifest: Manifest, parity: Mapping[str, Any] | None) -> list[dict[st
         _tile("bits per weight", f"{manifest.bits_per_weight:.3f}", "whole model: embedding, head, scales"),
     ]
     quality = manifest.quality or {}
-    if quality:
+    if "distance_mean" in quality:
+        tiles += [_tile(*tile) for tile in report_encoder.quality_tiles(quality)]
+    elif quality:
         tiles += _quality_tiles(quality)
     else:
         tiles.append(_tile("quality", "–", "not measured in this run"))
     for runtime in _runtimes(parity)[:1]:
+        if "logits" not in runtime:
+            tiles.append(_tile(*report_encoder.error_tile(runtime)))
+            continue
         greedy = runtime["greedy"]
         note = f"{greedy['equal']} of {greedy['steps']} greedy tokens equal"
         tiles.append(_tile("runtime error of logits", number(runtime["logits"]["rel_rms"], 2), note))

@@ -119,23 +119,18 @@ class PassedCache:
         values = {name: OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items()}
         values |= {f"past.{name}": value for name, value in self._values.items()}
         names = ["logits", *(f"present.{name}" for name in self._values)]
-        run = _on_gpu if self._device == "cuda" else _on_cpu
-        logits, *present = run(self._session, names, values)
+        logits, *present = _bound(self._session, names, values, self._device)
         self._values, self.length = dict(zip(self._values, present, strict=True)), total
         return logits.numpy()
 
 
-def _on_cpu(session: Any, names: list[str], values: dict[str, Any]) -> list[Any]:
-    return session.run_with_ort_values(names, values)
-
-
-def _on_gpu(session: Any, names: list[str], values: dict[str, Any]) -> list[Any]:
-    """Outputs stay on the GPU, but for the first; `run_with_ort_values` would bring the cache back."""
+def _bound(session: Any, names: list[str], values: dict[str, Any], device: str) -> list[Any]:
+    """Outputs stay on the device, but for the first; `run_with_ort_values` would bring the cache back from a GPU."""
     binding = session.io_binding()
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
     for i, name in enumerate(names):
-        binding.bind_output(name, "cuda" if i else "cpu")
+        binding.bind_output(name, device if i else "cpu")
     session.run_with_iobinding(binding)
     return binding.get_outputs()
 

@@ -17,7 +17,8 @@ __attribute__((constructor)) static void ask(void) {
   const unsigned wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* F, DQ, BW, VL in ebx of leaf 7 */
   jpq_cpu_features.avx2 = (low & 0x06) == 0x06 && (b & 1u << 5);
   jpq_cpu_features.avx512 = jpq_cpu_features.avx2 && (low & 0xe6) == 0xe6 && (b & wide) == wide;
-  jpq_cpu_features.avx512_vnni = jpq_cpu_features.avx512 && (c & 1u << 1) && (c & 1u << 11);
+  const unsigned bytes = 1u << 1 | 1u << 8 | 1u << 11; /* VBMI, GFNI, VNNI in ecx */
+  jpq_cpu_features.avx512_vnni = jpq_cpu_features.avx512 && (c & bytes) == bytes;
 }
 #endif
 

@@ -60,7 +60,7 @@ const jpq_implementation *jpq_choose_attention(int64_t dim, const char *name);
 typedef struct jpq_cpu {
   int avx2;        /* with FMA and F16C */
   int avx512;      /* F, DQ, BW, VL */
-  int avx512_vnni; /* with VBMI */
+  int avx512_vnni; /* with VBMI and GFNI */
 } jpq_cpu;
 extern jpq_cpu jpq_cpu_features; /* set when the library is loaded: asking takes 30 us in a virtual machine */
 #endif

@@ -35,14 +35,14 @@ static const jpq_implementation *other(const jpq_weight *w) { return jpq_avx512.
 typedef struct prepared {
   int64_t real_groups;     /* of a row; a division, so done once */
   int64_t columns, groups; /* padded: k to 128, groups to 16 */
-  int64_t paired;          /* columns in pairs; at most 64 are left */
+  int64_t block, blocked;  /* columns that come in blocks, by how many; at most 128 are left */
   const int8_t *q;         /* [m, parts, columns] */
   const float *scale;      /* [m, groups] */
   const float *sum;        /* [m, groups] scale * sum of q */
-  const int32_t *lane;     /* [columns / 64, 16] group of the codes in a lane, from the first of the 64 or 128 codes */
+  const int32_t *lane;     /* [columns / 64, 16] group of the codes in a lane, from that of the first of a block */
 } prepared;
 
-JPQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx2,fma,f16c")
+JPQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni,avx2,fma,f16c")
 
 /* ---- X ---- */
 
@@ -76,27 +76,38 @@ static float digits(const float *x, int32_t count, int parts, int8_t *q, int64_t
   return _mm512_reduce_add_ps(_mm512_cvtepi32_ps(total)) * *scale;
 }
 
-/* Columns [0, paired) of a plane from their own order into that of the codes. */
-static void reorder(int8_t *q, int64_t paired, int bits) {
-  __m512i first = *(const __m512i *)pair_orders[bits > 4][0], second = *(const __m512i *)pair_orders[bits > 4][1];
-  for (int64_t j = 0; j < paired; j += 128) {
-    __m512i a = _mm512_loadu_si512(q + j), b = _mm512_loadu_si512(q + j + 64);
-    _mm512_storeu_si512(q + j, _mm512_permutex2var_epi8(a, first, b));
-    _mm512_storeu_si512(q + j + 64, _mm512_permutex2var_epi8(a, second, b));
+/* Columns [0, blocked) of a plane from their own order into that of the codes. */
+static void reorder(int8_t *q, int64_t blocked, int form) {
+  const int count = (int)(block_of(form) / 64);
+  for (int64_t j = 0; j < blocked; j += 64 * count) {
+    __m512i v[4];
+    for (int i = 0; i < 4; i++) v[i] = _mm512_loadu_si512(q + j + 64 * (i % count));
+    for (int i = 0; i < count; i++) {
+      __m512i order = *(const __m512i *)orders[form][i], first = _mm512_permutex2var_epi8(v[0], order, v[1]);
+      __m512i second = _mm512_permutex2var_epi8(v[2], order, v[3]); /* where the top bit is set */
+      _mm512_storeu_si512(q + j + 64 * i, _mm512_mask_mov_epi8(first, _mm512_movepi8_mask(order), second));
+    }
   }
 }
 
-/* Which group, from that of the first code, the codes of a lane are in: 4 of 64 codes or 8 of 128. */
-static void find_lanes(int32_t *lane, int64_t columns, int64_t paired, int32_t group_size) {
-  for (int64_t i = 0; i < columns / 4; i++) {
-    int64_t block = i / 16 * 64, first = block < paired ? block & ~(int64_t)127 : block;
-    int64_t code = block < paired ? first + i % 16 * 8 : 4 * i;
-    lane[i] = (int32_t)(code / group_size - first / group_size);
+/* Which group, from that of the first of a block, the codes of a lane are in: a sixteenth of it. */
+static void find_lanes(int32_t *lane, int64_t columns, int64_t blocked, int64_t block, int32_t group_size) {
+  for (int64_t first = 0; first < columns; first += block) {
+    if (first >= blocked) block = 64;
+    int32_t group = 0, left = group_size - (int32_t)(first % group_size);
+    for (int i = 0; i < 16; i++) {
+      lane[first / 4 + i] = group;
+      for (left -= (int32_t)block / 16; left <= 0; left += group_size) group++;
+    }
   }
 }
 
-/* The order of the codes: none of its own, or that of pairs up to 4 bits or above. */
-static int form(const jpq_weight *w) { return in_pairs(w->bits, w->group_size) ? 1 + (w->bits > 4) : 0; }
+static int form(const jpq_weight *w) { return form_of(w->bits, w->group_size); }
+
+/* Columns that come in blocks: one of which more than half is there is filled up. */
+static int64_t blocked_columns(int64_t k, int64_t block) {
+  return block == 64 ? 0 : k / block * block + (k % block > block / 2 ? block : 0);
+}
 
 static jpq_status prepare(jpq_product *p) {
   const jpq_weight *w = p->weight;
@@ -107,8 +118,9 @@ static jpq_status prepare(jpq_product *p) {
     p->chosen = other(w);
     return p->chosen->prepare(p);
   }
+  const int64_t block = block_of(form(w)), blocked = blocked_columns(w->k, block);
   int64_t columns = (w->k + 127) & ~(int64_t)127, groups = (jpq_groups(w) + 15) & ~(int64_t)15;
-  int64_t paired = !in_pairs(w->bits, w->group_size) ? 0 : columns - w->k < 64 ? columns : columns - 128;
+  if (columns < blocked) columns = blocked;
   size_t head = 64 + (size_t)columns, q = (size_t)(p->m * p->parts * columns), floats = 4 * (size_t)(p->m * groups);
   char *memory = calloc(1, sizeof(prepared) + head + q + 2 * floats + 64);
   if (!memory) return JPQ_NO_MEMORY;
@@ -117,14 +129,14 @@ static jpq_status prepare(jpq_product *p) {
   int32_t *lane = (int32_t *)at;
   int8_t *planes = (int8_t *)(at + columns);
   float *scale = (float *)(at + columns + q), *sum = scale + p->m * groups;
-  find_lanes(lane, columns, paired, w->group_size);
+  find_lanes(lane, columns, blocked, block, w->group_size);
   for (int64_t m = 0; m < p->m; m++)
     for (int64_t g = 0; g < jpq_groups(w); g++)
       sum[m * groups + g] =
           digits(p->x + m * w->k + g * w->group_size, w->group_size, p->parts,
                  planes + m * p->parts * columns + g * w->group_size, columns, scale + m * groups + g);
-  for (int64_t i = 0; paired && i < p->m * p->parts; i++) reorder(planes + i * columns, paired, w->bits);
-  *out = (prepared){jpq_groups(w), columns, groups, paired, planes, scale, sum, lane};
+  for (int64_t i = 0; blocked && i < p->m * p->parts; i++) reorder(planes + i * columns, blocked, form(w));
+  *out = (prepared){jpq_groups(w), columns, groups, block, blocked, planes, scale, sum, lane};
   p->prepared = memory;
   return JPQ_OK;
 }
@@ -158,64 +170,75 @@ JPQ_INLINE void start_rows(const jpq_product *p, const prepared *x, int64_t n, i
   }
 }
 
-/* One or two vectors of codes, whose groups need the scales `s`. */
-JPQ_INLINE __m512 products(const __m512i *codes, int count, const int8_t *q, int64_t columns, int parts, __m512 s,
-                           __m512 total) {
-  __m512i d = _mm512_setzero_si512();
+/* Sums of the products of four rows' codes, `count` vectors each, with a row of X. */
+JPQ_INLINE void products(__m512i codes[4][4], int count, const int8_t *q, int64_t columns, int parts, __m512i d[4]) {
+  for (int i = 0; i < 4; i++) d[i] = _mm512_setzero_si512();
   for (int part = 0; part < parts; part++) {
-    if (part) d = _mm512_slli_epi32(d, 7);
-    for (int i = 0; i < count; i++) d = _mm512_dpbusd_epi32(d, codes[i], _mm512_loadu_si512(q + part * columns + 64 * i));
+    for (int i = 0; part && i < 4; i++) d[i] = _mm512_slli_epi32(d[i], 7);
+    for (int v = 0; v < count; v++) {
+      __m512i x = _mm512_loadu_si512(q + part * columns + 64 * v);
+      for (int i = 0; i < 4; i++) d[i] = _mm512_dpbusd_epi32(d[i], codes[i][v], x);
+    }
   }
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), s, total);
 }
 
 /* How groups lie to 128 codes: any way, two halves, or one group of several times 128. */
 enum { ANY, HALVES, WHOLE };
 
-/* Scales of the 128 codes of group `g`, or of the 64 codes that lie `j` codes from there. */
-JPQ_INLINE __m512 scales_at(const float *scale, const prepared *x, int64_t j, int64_t g, int layout, int paired) {
-  if (layout == ANY) return _mm512_permutexvar_ps(_mm512_load_si512(x->lane + j / 4), _mm512_loadu_ps(scale + g));
-  if (layout == WHOLE || !paired) return _mm512_set1_ps(scale[g]);
+/* Scales of the `block` codes from column j on, the first of which are of group `g`. */
+JPQ_INLINE __m512 scales_at(const float *scale, const prepared *x, int64_t j, int64_t g, int layout, int block) {
+  if (layout == ANY || block == 256)
+    return _mm512_permutexvar_ps(_mm512_load_si512(x->lane + j / 4), _mm512_loadu_ps(scale + g));
+  if (layout == WHOLE || block == 64) return _mm512_set1_ps(scale[g]);
   return _mm512_mask_mov_ps(_mm512_set1_ps(scale[g]), 0xff00, _mm512_set1_ps(scale[g + 1]));
 }
 
-/* Four rows of W from `codes` on, `bytes` apart and overread, with `rows` rows of X into total[row of X][row of W].
- * Four at once hide each other's latency and share what is loaded of X. */
+JPQ_INLINE void unpack_block(const uint8_t *row, int64_t j, int bits, int block, __m512i out[4]) {
+  if (block == 64)
+    out[0] = unpack(row, j, bits);
+  else if (block == 128)
+    unpack_pair(row + j / 8 * bits, bits, out);
+  else
+    unpack_quad(row + j / 8 * bits, bits, out);
+}
+
+/* Four rows of W from `codes` on, `bytes` apart and overread, columns [j, stop) in blocks of `block`, with `rows` rows of
+ * X into total[row of X][row of W]. Four at once hide each other's latency and share what is loaded of X. */
+JPQ_INLINE void blocks(const jpq_product *p, const prepared *x, const uint8_t *codes, int64_t bytes, int64_t m0, int rows,
+                       int parts, int bits, int layout, int block, int64_t j, int64_t stop, const float *scale,
+                       __m512 total[][4]) {
+  const int64_t columns = x->columns, stride = x->groups, size = layout == HALVES ? 64 : p->weight->group_size;
+  const int lines = bits == JPQ_TERNARY ? 1 : (block / 64 * bits + 1) / 2;
+  const int8_t *q = x->q + m0 * parts * columns;
+  const uint8_t *ahead = codes + 4 * (j / 8 * bits) + AHEAD;
+  int64_t g = j ? j / size : 0, next = (g + 1) * size;
+  for (; j < stop; j += block) {
+    for (int line = 0; line < lines; line++, ahead += 64) _mm_prefetch((const char *)ahead, _MM_HINT_T0);
+    if (layout != HALVES)
+      for (; next <= j; next += size) g++;
+    __m512i c[4][4];
+    for (int i = 0; i < 4; i++) unpack_block(codes + i * bytes, j, bits, block, c[i]);
+    for (int r = 0; r < rows; r++) {
+      __m512i d[4];
+      products(c, block / 64, q + r * parts * columns + j, columns, parts, d);
+      for (int i = 0; i < 4; i++) {
+        __m512 s = scales_at(scale + (i * FEW + r) * stride, x, j, g, layout, block);
+        total[r][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d[i]), s, total[r][i]);
+      }
+    }
+    if (layout == HALVES) g += block / 64;
+  }
+}
+
 JPQ_INLINE void four_products(const jpq_product *p, const prepared *x, const uint8_t *codes, int64_t bytes, int64_t m0,
                               int rows, int parts, int bits, int layout, const float *scale, __m512 total[][4]) {
-  const int64_t columns = x->columns, stride = x->groups, paired = x->paired, k = p->weight->k;
-  const int64_t size = layout == HALVES ? 64 : p->weight->group_size;
-  const int8_t *q = x->q + m0 * parts * columns;
-  const uint8_t *ahead = codes + AHEAD;
-  int64_t j = 0, g = 0, next = size;
-  for (; j < paired; j += 128) {
-    for (int line = 0; line < bits; line++, ahead += 64) _mm_prefetch((const char *)ahead, _MM_HINT_T0);
-    if (layout == ANY) g = j / size;
-    for (int i = 0; i < 4; i++) {
-      __m512i c[2];
-      unpack_pair(codes + i * bytes + j / 8 * bits, bits, c);
-      for (int r = 0; r < rows; r++) {
-        __m512 s = scales_at(scale + (i * FEW + r) * stride, x, j, g, layout, 1);
-        total[r][i] = products(c, 2, q + r * parts * columns + j, columns, parts, s, total[r][i]);
-      }
-    }
-    if (layout == HALVES) g += 2;
-    if (layout == WHOLE && j + 128 == next) g++, next += size;
-  }
-  for (; j < k; j += 64) {
-    for (int line = 0; line < (bits == JPQ_TERNARY ? 1 : (bits + 1) / 2); line++, ahead += 64)
-      _mm_prefetch((const char *)ahead, _MM_HINT_T0);
-    if (layout == ANY) g = j / size;
-    for (int i = 0; i < 4; i++) {
-      __m512i c = unpack(codes + i * bytes, j, bits);
-      for (int r = 0; r < rows; r++) {
-        __m512 s = scales_at(scale + (i * FEW + r) * stride, x, j, g, layout, 0);
-        total[r][i] = products(&c, 1, q + r * parts * columns + j, columns, parts, s, total[r][i]);
-      }
-    }
-    if (layout == HALVES) g++;
-    if (layout == WHOLE && j + 64 == next) g++, next += size;
-  }
+#define BLOCKS(BLOCK, FROM, TO) blocks(p, x, codes, bytes, m0, rows, parts, bits, layout, BLOCK, FROM, TO, scale, total)
+  if ((bits == 2 || bits == 3) && x->block == 256)
+    BLOCKS(256, 0, x->blocked);
+  else if (bits < 8)
+    BLOCKS(128, 0, x->blocked);
+  BLOCKS(64, x->blocked, p->weight->k);
+#undef BLOCKS
 }
 
 JPQ_INLINE __m256 halves(__m512 a) {

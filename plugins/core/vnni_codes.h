@@ -1,8 +1,10 @@
-/* AVX-512 VBMI: the codes of a row as vectors of bytes, 128 codes as a pair or 64 as one, and zeros of 16 groups.
+/* AVX-512 VBMI: the codes of a row as vectors of bytes, 256 codes as four, 128 as a pair or 64 as one, and zeros of 16
+ * groups.
  *
  * A pair holds codes 8 l .. 8 l + 7 in 32-bit lane l, those of even place in the first vector (1 to 4 bits); or its lanes
  * 0 to 7 the first 64 codes, 8 to 15 the others (5 to 7 bits). Either way groups of 64 codes lie side by side: they
  * share one sum, one conversion and one multiplication by scales. X is brought into the same order, once.
+ * Four vectors (2 and 3 bits) hold in each lane 16 codes of one 64, those of lane l from 64 (l / 4) on.
  */
 #ifndef JPQ_VNNI_CODES_H
 #define JPQ_VNNI_CODES_H
@@ -31,15 +33,32 @@ static const _Alignas(64) uint8_t pair_spreads[7][64] = {
 #define SECONDS(B) {0, 2 * (B), 4 * (B), 6 * (B), 8 * (B), 10 * (B), 12 * (B), 14 * (B)}
 static const uint8_t seconds[3][8] = {SECONDS(1), SECONDS(2), SECONDS(3)};
 
-/* Where the codes of either vector are among the 128, by whether there are more than 4 bits. */
+/* Four vectors of 3 bits, two from each of two vectors of which a qword takes 16 codes in 6 bytes: of the 96 bytes it
+ * takes those from 0 on out of the first 64, and where they lie beyond, out of the last 64, which begin at byte 32. */
+#define SIX(AT) SPREAD(1, (AT) < 42 ? (AT) : (AT) - 32)
+#define SIXES(A, B, C, D) SIX(A), SIX(A + 6), SIX(B), SIX(B + 6), SIX(C), SIX(C + 6), SIX(D), SIX(D + 6)
+static const _Alignas(64) uint8_t quad_spreads[2][64] = {{SIXES(12, 24, 60, 72)}, {SIXES(0, 36, 48, 84)}};
+
+/* Where the codes of each vector are among the 128 or 256 of a form. */
 #define ORDER16(STEP, AT) \
   AT, AT + STEP, AT + 2 * STEP, AT + 3 * STEP, AT + 4 * STEP, AT + 5 * STEP, AT + 6 * STEP, AT + 7 * STEP, AT + 8 * STEP, \
       AT + 9 * STEP, AT + 10 * STEP, AT + 11 * STEP, AT + 12 * STEP, AT + 13 * STEP, AT + 14 * STEP, AT + 15 * STEP
-static const _Alignas(64) uint8_t pair_orders[2][2][64] = {
-    {{ORDER16(2, 0), ORDER16(2, 32), ORDER16(2, 64), ORDER16(2, 96)},
-     {ORDER16(2, 1), ORDER16(2, 33), ORDER16(2, 65), ORDER16(2, 97)}},
-    {{ORDER16(1, 0), ORDER16(1, 16), ORDER16(1, 64), ORDER16(1, 80)},
-     {ORDER16(1, 32), ORDER16(1, 48), ORDER16(1, 96), ORDER16(1, 112)}}};
+#define ORDER8(STEP, AT) \
+  AT, AT + STEP, AT + 2 * STEP, AT + 3 * STEP, AT + 4 * STEP, AT + 5 * STEP, AT + 6 * STEP, AT + 7 * STEP
+#define EVERY_FOURTH(I) {ORDER16(4, I), ORDER16(4, 64 + I), ORDER16(4, 128 + I), ORDER16(4, 192 + I)}
+#define SIXTEENS(I, A, B, C, D, E, F, G, H) \
+  {ORDER8(2, 16 * A + I), ORDER8(2, 16 * B + I), ORDER8(2, 16 * C + I), ORDER8(2, 16 * D + I), \
+   ORDER8(2, 16 * E + I), ORDER8(2, 16 * F + I), ORDER8(2, 16 * G + I), ORDER8(2, 16 * H + I)}
+#define FIRST_SIXTEENS(I) SIXTEENS(I, 2, 3, 4, 5, 10, 11, 12, 13)
+#define SECOND_SIXTEENS(I) SIXTEENS(I, 0, 1, 6, 7, 8, 9, 14, 15)
+enum { PLAIN, PAIRS, WIDE_PAIRS, QUADS, THREES };
+static const _Alignas(64) uint8_t orders[5][4][64] = {
+    [PAIRS] = {{ORDER16(2, 0), ORDER16(2, 32), ORDER16(2, 64), ORDER16(2, 96)},
+               {ORDER16(2, 1), ORDER16(2, 33), ORDER16(2, 65), ORDER16(2, 97)}},
+    [WIDE_PAIRS] = {{ORDER16(1, 0), ORDER16(1, 16), ORDER16(1, 64), ORDER16(1, 80)},
+                    {ORDER16(1, 32), ORDER16(1, 48), ORDER16(1, 96), ORDER16(1, 112)}},
+    [QUADS] = {EVERY_FOURTH(0), EVERY_FOURTH(1), EVERY_FOURTH(2), EVERY_FOURTH(3)},
+    [THREES] = {FIRST_SIXTEENS(0), FIRST_SIXTEENS(1), SECOND_SIXTEENS(0), SECOND_SIXTEENS(1)}};
 
 /* Ternary: the byte of each of 64 codes whose first is in a phase, and factors for even codes (whose result is brought
  * to the upper half of 16 bits) and odd ones (which are there). */
@@ -51,12 +70,19 @@ static const _Alignas(64) uint8_t ternary_spreads[5][64] = {JPQ_FOR_PHASES(Q4)};
 static const _Alignas(64) uint16_t evens[5][32] = {FACTORS(0, EVEN), FACTORS(1, EVEN), FACTORS(2, EVEN), FACTORS(3, EVEN), FACTORS(4, EVEN)};
 static const _Alignas(64) uint16_t odds[5][32] = {FACTORS(0, ODD), FACTORS(1, ODD), FACTORS(2, ODD), FACTORS(3, ODD), FACTORS(4, ODD)};
 
-JPQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx2,fma,f16c")
+JPQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni,avx2,fma,f16c")
 
 JPQ_INLINE __mmask64 low_bits(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
 
-/* Codes of 8 bits and ternary ones come 64 at a time, and where lanes of both halves would be of several groups. */
-JPQ_INLINE int in_pairs(int bits, int32_t group_size) { return bits <= 4 || (bits <= 7 && group_size % 64 == 0); }
+/* How codes come: 8 bits and ternary ones, and where a lane would be of several groups, 64 at a time. */
+JPQ_INLINE int form_of(int bits, int32_t group_size) {
+  if (bits == 2 && group_size % 16 == 0) return QUADS;
+  if (bits == 3 && group_size % 64 == 0) return THREES;
+  return bits <= 4 ? PAIRS : bits <= 7 && group_size % 64 == 0 ? WIDE_PAIRS : PLAIN;
+}
+
+/* Codes that come together. */
+JPQ_INLINE int64_t block_of(int form) { return form >= QUADS ? 256 : form == PLAIN ? 64 : 128; }
 
 /* Only as many bytes as the codes are in are loaded: wider loads cross more cache lines. */
 JPQ_INLINE __m512i load(const uint8_t *p, int bytes) {
@@ -76,10 +102,9 @@ JPQ_INLINE __m512i unpack_ternary(const uint8_t *p, unsigned phase) {
 }
 
 /* Bits start[t] .. start[t] + bits - 1 of each qword as its byte t. */
-JPQ_INLINE __m512i pick(__m512i qwords, const uint8_t *start, int bits, int shift) {
+JPQ_INLINE __m512i pick(__m512i qwords, const uint8_t *start, int bits) {
   uint64_t control;
   memcpy(&control, start, 8);
-  control += 0x0101010101010101u * (uint64_t)shift;
   __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64((int64_t)control), qwords);
   return _mm512_and_si512(codes, _mm512_set1_epi8((char)((1 << bits) - 1)));
 }
@@ -89,27 +114,58 @@ JPQ_INLINE __m512i unpack(const uint8_t *row, int64_t j, int bits) {
   if (bits == JPQ_TERNARY) return unpack_ternary(jpq_at(row, bits, j), jpq_phase(j));
   const uint8_t *p = row + j / 8 * bits;
   if (bits == 8) return load(p, 64);
-  return pick(_mm512_permutexvar_epi8(*(const __m512i *)spreads[bits - 1], load(p, 8 * bits)), starts[bits - 1], bits, 0);
+  return pick(_mm512_permutexvar_epi8(*(const __m512i *)spreads[bits - 1], load(p, 8 * bits)), starts[bits - 1], bits);
+}
+
+/* Bits start .. start + bits - 1 of each byte. */
+JPQ_INLINE __m512i field(__m512i bytes, int start, int bits) {
+  uint64_t matrix = 0; /* byte 7 - i says of which bits bit i is the sum */
+  if (!start) return _mm512_and_si512(bytes, _mm512_set1_epi8((char)((1 << bits) - 1)));
+  for (int i = 0; i < bits; i++) matrix |= 1ull << (8 * (7 - i) + start + i);
+  return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64((int64_t)matrix), 0);
+}
+
+/* Bits 2 bits t .. + 7 of each qword as its byte t: a code, the next, and what lies behind; up to 3 bits. */
+JPQ_INLINE __m512i two_codes(__m512i qwords, int bits) {
+  uint64_t control;
+  memcpy(&control, seconds[bits - 1], 8);
+  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64((int64_t)control), qwords);
 }
 
 /* The 128 codes from `p` on as a pair. */
 JPQ_INLINE void unpack_pair(const uint8_t *p, int bits, __m512i out[2]) {
   if (bits == 4) {
-    __m512i v = load(p, 64), mask = _mm512_set1_epi8(15);
-    out[0] = _mm512_and_si512(v, mask);
-    out[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+    __m512i v = load(p, 64);
+    for (int i = 0; i < 2; i++) out[i] = field(v, 4 * i, 4);
     return;
   }
   __m512i spread = *(const __m512i *)pair_spreads[bits - 1];
   if (bits < 4) {
-    __m512i v = _mm512_permutexvar_epi8(spread, load(p, 16 * bits));
-    for (int i = 0; i < 2; i++) out[i] = pick(v, seconds[bits - 1], bits, i * bits);
+    __m512i v = two_codes(_mm512_permutexvar_epi8(spread, load(p, 16 * bits)), bits);
+    for (int i = 0; i < 2; i++) out[i] = field(v, i * bits, bits);
     return;
   }
   for (int i = 0; i < 2; i++, p += 4 * bits) {
     __m512i v = bits == 5 ? load(p, 64)
                           : _mm512_inserti64x4(load(p, 32), _mm256_loadu_si256((const __m256i *)(p + 8 * bits)), 1);
-    out[i] = pick(_mm512_permutexvar_epi8(spread, v), starts[bits - 1], bits, 0);
+    out[i] = pick(_mm512_permutexvar_epi8(spread, v), starts[bits - 1], bits);
+  }
+}
+
+/* The 256 codes from `p` on as four vectors. */
+JPQ_INLINE void unpack_quad(const uint8_t *p, int bits, __m512i out[4]) {
+  if (bits == 2) {
+    __m512i v = load(p, 64);
+    for (int i = 0; i < 4; i++) out[i] = field(v, 2 * i, 2);
+    return;
+  }
+  const __m512i first = load(p, 64), last = load(p + 32, 64);
+  for (int part = 0; part < 2; part++) {
+    const __m512i spread = *(const __m512i *)quad_spreads[part];
+    __mmask64 beyond = part ? ~0ull << 24 : ~0ull << 32;
+    __m512i v = _mm512_permutexvar_epi8(spread, first);
+    v = two_codes(_mm512_mask_permutexvar_epi8(v, beyond, spread, last), bits);
+    for (int i = 0; i < 2; i++) out[2 * part + i] = field(v, 3 * i, 3);
   }
 }
 

@@ -1,4 +1,5 @@
-/* `jpq::LowBitMatMul` and `jpq::LowBitGather` for onnxruntime's CUDA provider, over plugins/core's CUDA kernels.
+/* `jpq::LowBitMatMul`, `jpq::LowBitMatMuls` (several of one X) and `jpq::LowBitGather` for onnxruntime's CUDA provider,
+ * over plugins/core's CUDA kernels; the body of `jpq::Attention` is of operators the provider has.
  *
  * Everything is queued on the provider's stream and nothing is waited for.
  *
@@ -32,16 +33,19 @@ constexpr int CPU_FP32 = 0;
 /* No product asks for more: K is split until 128 blocks of 8 rows of W are busy (16 rows of X), or of 16 (up to 4). */
 constexpr size_t WORKSPACE_BYTES = 256 * 16 * 8 * sizeof(float) * 2;
 
+enum Kind { MATMUL, MATMULS, GATHER };
+
 struct Operator {
   OrtCustomOp base; /* first: onnxruntime hands back a pointer to it */
   const char *name;
-  bool gather;
+  Kind kind;
 };
 
 struct Kernel {
   const OrtApi *api;
-  jpq_weight shape; /* pointers are filled in at each run */
-  bool symmetric, gather;
+  Kind kind;
+  int count;
+  part parts[MOST_PARTS];
 };
 
 /* ---- the workspace: one a stream, whose kernels run one after the other; kept until the process ends ---- */
@@ -86,16 +90,26 @@ const Operator &self(const OrtCustomOp *op) { return *reinterpret_cast<const Ope
 
 const char *ORT_CALL name(const OrtCustomOp *op) { return self(op).name; }
 const char *ORT_CALL provider(const OrtCustomOp *) { return JPQ_PROVIDER; }
-/* X or indices, packed, scales, then zeros unless symmetric, then an optional bias. */
+/* X or indices, packed, scales, then zeros unless symmetric, then an optional bias; of several, all that for each. */
 int ORT_CALL input_type(const OrtCustomOp *op, size_t i) {
   static const int types[] = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT16, ORT_ANY, ORT_FLOAT};
-  return i == 0 && self(op).gather ? ORT_INT64 : types[i];
+  if (i == 0) return self(op).kind == GATHER ? ORT_INT64 : ORT_FLOAT;
+  return self(op).kind == MATMULS ? ORT_ANY : types[i];
 }
-size_t ORT_CALL input_count(const OrtCustomOp *op) { return self(op).gather ? 4 : 5; }
+size_t ORT_CALL input_count(const OrtCustomOp *op) {
+  static const size_t counts[] = {5, 2, 4}; /* in the order of Kind */
+  return counts[self(op).kind];
+}
 int ORT_CALL output_type(const OrtCustomOp *, size_t) { return ORT_FLOAT; }
 size_t ORT_CALL output_count(const OrtCustomOp *) { return 1; }
-int ORT_CALL input_kind(const OrtCustomOp *, size_t i) { return i < 3 ? ORT_REQUIRED : ORT_OPTIONAL; }
-int ORT_CALL output_kind(const OrtCustomOp *, size_t) { return ORT_REQUIRED; }
+int ORT_CALL input_kind(const OrtCustomOp *op, size_t i) {
+  if (self(op).kind == MATMULS) return i ? ORT_VARIADIC : ORT_REQUIRED;
+  return i < 3 ? ORT_REQUIRED : ORT_OPTIONAL;
+}
+int ORT_CALL output_kind(const OrtCustomOp *op, size_t) {
+  return self(op).kind == MATMULS ? ORT_VARIADIC : ORT_REQUIRED;
+}
+int ORT_CALL none(const OrtCustomOp *) { return 0; }
 int ORT_CALL memory_type(const OrtCustomOp *, size_t) { return 0; } /* where the provider computes */
 int ORT_CALL one(const OrtCustomOp *) { return 1; }
 int ORT_CALL last_version(const OrtCustomOp *) { return 0x7fffffff; }
@@ -111,17 +125,28 @@ const char *words(int status) {
   }
 }
 
-OrtStatus *ORT_CALL create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
-  static const char *const names[] = {"bits", "K", "N", "group_size", "symmetric"};
+/* Whether the kernels take a weight that is as these attributes say. */
+OrtStatus *check(const OrtApi *api, const char *op, const jpq_weight &described) {
   static const uint8_t byte = 0;
   static const uint16_t half = 0;
-  int64_t values[5];
-  for (int i = 0; i < 5; i++) TRY(ORT(api, KernelInfoGetAttribute_int64)(info, names[i], values + i));
-  const jpq_weight shape = {&byte, &half, nullptr, values[2], values[1], (int32_t)values[0], (int32_t)values[3]};
-  if (const int status = jpq_cuda_check(&shape)) return fail(api, words(status), self(op).name);
+  jpq_weight shape = described;
+  shape.packed = &byte, shape.scales = &half;
+  if (const int status = jpq_cuda_check(&shape)) return fail(api, words(status), op);
   if (jpq_cuda_matmul_workspace(&shape, JPQ_CUDA_FEW_ROWS) > WORKSPACE_BYTES)
-    return fail(api, words(JPQ_CUDA_WORKSPACE), self(op).name);
-  Kernel *k = new (std::nothrow) Kernel{api, shape, values[4] != 0, self(op).gather};
+    return fail(api, words(JPQ_CUDA_WORKSPACE), op);
+  return nullptr;
+}
+
+OrtStatus *ORT_CALL create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
+  const bool single = self(op).kind != MATMULS;
+  Kernel made = {api, self(op).kind, 0, {}};
+  int64_t count;
+  TRY(read_count(api, info, single, &count));
+  for (; made.count < count; made.count++) {
+    TRY(read_part(api, info, single, made.count, made.parts + made.count));
+    TRY(check(api, self(op).name, made.parts[made.count].shape));
+  }
+  Kernel *k = new (std::nothrow) Kernel(made);
   if (!k) return fail(api, "out of memory", self(op).name);
   *out = k;
   return nullptr;
@@ -131,44 +156,52 @@ void ORT_CALL destroy(void *k) { delete static_cast<Kernel *>(k); }
 
 /* ---- a run ---- */
 
-OrtStatus *multiply(const Kernel &k, const jpq_weight &w, const tensor &x, const void *bias, void *y, void *stream) {
+OrtStatus *multiply(const OrtApi *api, const jpq_weight &w, const tensor &x, const void *bias, void *y, void *stream) {
   jpq_cuda_product product = {};
   product.weight = &w, product.x = x.data, product.bias = bias, product.y = y;
   product.x_type = product.bias_type = product.y_type = JPQ_F32;
   product.m = x.count / w.k, product.stream = stream;
   if (jpq_cuda_matmul_workspace(&w, product.m)) {
     product.workspace = workspace_of(stream), product.workspace_bytes = WORKSPACE_BYTES;
-    if (!product.workspace) return fail(k.api, "no GPU memory for the workspace", "LowBitMatMul");
+    if (!product.workspace) return fail(api, "no GPU memory for the workspace", "LowBitMatMul");
   }
   const int status = jpq_cuda_matmul(&product);
-  return status ? fail(k.api, words(status), "LowBitMatMul") : nullptr;
+  return status ? fail(api, words(status), "LowBitMatMul") : nullptr;
+}
+
+OrtStatus *look_up(const OrtApi *api, const jpq_weight &w, const tensor &indices, void *y, void *stream) {
+  const jpq_cuda_lookup lookup = {&w, indices.data, y, stream, indices.count, sizeof(int64_t), JPQ_F32};
+  const int status = jpq_cuda_gather(&lookup);
+  return status ? fail(api, words(status), "LowBitGather") : nullptr;
 }
 
 OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
   const Kernel &k = *static_cast<const Kernel *>(data);
   const OrtApi *api = k.api;
+  const bool gather = k.kind == GATHER;
   tensor x;
-  jpq_weight w = k.shape;
-  const void *bias = nullptr;
   void *y, *stream = nullptr;
   size_t at = 1;
   TRY(input(api, context, 0, &x));
-  TRY(read_weight(api, context, &at, k.symmetric, &w));
-  if (!k.gather) TRY(read_bias(api, context, at, &w, &bias));
-  TRY(make_output(api, context, 0, &w, k.gather, &x, &y));
   TRY(ORT(api, KernelContext_GetGPUComputeStream)(context, &stream));
-  if (!k.gather) return multiply(k, w, x, bias, y, stream);
-  const jpq_cuda_lookup look_up = {&w, x.data, y, stream, x.count, sizeof(int64_t), JPQ_F32};
-  const int status = jpq_cuda_gather(&look_up);
-  return status ? fail(api, words(status), "LowBitGather") : nullptr;
+  for (int i = 0; i < k.count; i++) {
+    jpq_weight w = k.parts[i].shape;
+    const void *bias = nullptr;
+    TRY(read_weight(api, context, &at, k.parts[i].symmetric, &w));
+    if (!gather && k.parts[i].biased) TRY(read_bias(api, context, at++, &w, &bias));
+    TRY(make_output(api, context, (size_t)i, &w, gather, &x, &y));
+    TRY(gather ? look_up(api, w, x, y, stream) : multiply(api, w, x, bias, y, stream));
+  }
+  return nullptr;
 }
 
 constexpr OrtCustomOp BASE = {
     JPQ_ORT_API, nullptr,    name,        provider,     input_type,  input_count, output_type, output_count, nullptr,
-    destroy,     input_kind, output_kind, memory_type,  one,         one,         one,         one,          create,
+    destroy,     input_kind, output_kind, memory_type,  one,         none,        one,         one,          create,
     compute,     nullptr,    one,         last_version, nullptr,     nullptr,     nullptr,     nullptr};
 
-const Operator operators[] = {{BASE, "LowBitMatMul", false}, {BASE, "LowBitGather", true}};
+const Operator operators[] = {
+    {BASE, "LowBitMatMul", MATMUL}, {BASE, "LowBitMatMuls", MATMULS}, {BASE, "LowBitGather", GATHER}};
 
 /* ---- registration ---- */
 

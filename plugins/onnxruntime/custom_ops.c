@@ -16,7 +16,6 @@
 enum {
   TASK_ROWS = 64, /* the widest panel of the core */
   MOST_TASKS = 64,
-  MOST_PARTS = 4,
   SMALL = 1 << 17, /* products that one thread has done before others have woken */
 };
 
@@ -29,11 +28,6 @@ typedef struct operator_ {
   kind kind;
   jpq_activations activations;
 } operator_;
-
-typedef struct part {
-  jpq_weight shape; /* pointers are filled in at each run */
-  int symmetric, biased;
-} part;
 
 typedef struct kernel {
   const OrtApi *api;
@@ -82,32 +76,24 @@ static int ORT_CALL none(const OrtCustomOp *op) {
 
 /* ---- creation ---- */
 
-static OrtStatus *read_part(const OrtApi *api, const OrtKernelInfo *info, const operator_ *op, int i, part *out) {
-  static const char *const names[] = {"bits", "N", "group_size", "symmetric", "bias", "K"};
-  int64_t values[6] = {0};
-  for (int j = 0; j < 6; j++) {
-    char text[32];
-    const int single = op->kind != MATMULS;
-    if (single && j == 4) continue; /* a bias is an input that is there or not */
-    snprintf(text, sizeof text, single || j == 5 ? "%s" : "%s_%d", names[j], i);
-    TRY(ORT(api, KernelInfoGetAttribute_int64)(info, text, values + j));
-  }
-  if ((values[0] < 1 || values[0] > 8) && values[0] != JPQ_TERNARY)
+static OrtStatus *check(const OrtApi *api, const operator_ *op, const jpq_weight *w) {
+  if ((w->bits < 1 || w->bits > 8) && w->bits != JPQ_TERNARY)
     return fail(api, "bits must be 1 to 8, or 16 for ternary codes", op->name);
-  if (values[5] < 1 || values[1] < 0 || values[2] < 1 || values[2] > values[5] || values[5] % values[2])
+  if (w->k < 1 || w->n < 0 || w->group_size < 1 || w->group_size > w->k || w->k % w->group_size)
     return fail(api, "K must be a multiple of group_size, N not negative", op->name);
-  out->shape = (jpq_weight){.bits = (int32_t)values[0], .n = values[1], .k = values[5], .group_size = (int32_t)values[2]};
-  return out->symmetric = values[3] != 0, out->biased = values[4] != 0, NULL;
+  return NULL;
 }
 
 static OrtStatus *ORT_CALL create(const OrtCustomOp *base, const OrtApi *api, const OrtKernelInfo *info, void **out) {
   const operator_ *op = (const operator_ *)base;
+  const int single = op->kind != MATMULS;
   kernel made = {.api = api, .op = op};
-  int64_t count = 1;
-  if (op->kind == MATMULS) TRY(ORT(api, KernelInfoGetAttribute_int64)(info, "count", &count));
-  if (count < 1 || count > MOST_PARTS) return fail(api, "count must be 1 to 4", op->name);
-  for (made.count = 0; made.count < count; made.count++)
-    TRY(read_part(api, info, op, made.count, made.parts + made.count));
+  int64_t count;
+  TRY(read_count(api, info, single, &count));
+  for (; made.count < count; made.count++) {
+    TRY(read_part(api, info, single, made.count, made.parts + made.count));
+    TRY(check(api, op, &made.parts[made.count].shape));
+  }
   kernel *k = malloc(sizeof *k);
   if (!k) return fail(api, "out of memory", op->name);
   *k = made;
@@ -180,7 +166,7 @@ static OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
     const void *bias = NULL;
     weights[i] = each->shape;
     TRY(read_weight(api, context, &at, each->symmetric, weights + i));
-    if (k->op->kind == MATMUL || each->biased) TRY(read_bias(api, context, at++, weights + i, &bias));
+    if (!gather && each->biased) TRY(read_bias(api, context, at++, weights + i, &bias));
     TRY(make_output(api, context, (size_t)i, weights + i, gather, &x, &y));
     all.products[i] = (jpq_product){.weight = weights + i, .x = x.data, .bias = bias, .y = y, .m = x.count / weights[i].k,
                                     .activations = k->op->activations};
@@ -222,7 +208,7 @@ static OrtStatus *read_mode(const OrtApi *api, const OrtSessionOptions *options,
 
 /* Operator i of activations mode `mode`, NULL past the last: cuda_ops.cu registers them in its domain beside its own. */
 JPQ_EXPORT const OrtCustomOp *jpq_cpu_operator(int mode, int i) {
-  return i == 0 ? &matmuls[mode][0].base : i == 1 ? &gather.base : NULL;
+  return i < 2 ? &matmuls[mode][i].base : i == 2 ? &gather.base : NULL;
 }
 
 JPQ_EXPORT OrtStatus *ORT_CALL RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
@@ -235,8 +221,7 @@ JPQ_EXPORT OrtStatus *ORT_CALL RegisterCustomOps(OrtSessionOptions *options, con
   int mode;
   TRY(read_mode(api, options, &mode));
   TRY(ORT(api, CreateCustomOpDomain)("jpq", &domain)); /* lives as long as the library, as onnxruntime asks */
-  for (int i = 0; i < 2; i++) TRY(ORT(api, CustomOpDomain_Add)(domain, &matmuls[mode][i].base));
-  TRY(ORT(api, CustomOpDomain_Add)(domain, &gather.base));
+  for (int i = 0; i < 3; i++) TRY(ORT(api, CustomOpDomain_Add)(domain, jpq_cpu_operator(mode, i)));
   for (int i = 0; jpq_attention_operators[i]; i++) TRY(ORT(api, CustomOpDomain_Add)(domain, jpq_attention_operators[i]));
   return ORT(api, AddCustomOpDomain)(options, domain);
 }

@@ -59,6 +59,37 @@ static inline OrtStatus *input(const OrtApi *api, const OrtKernelContext *contex
   return NULL;
 }
 
+/* One weight of an operator, as its attributes describe it. */
+typedef struct part {
+  jpq_weight shape; /* pointers are filled in at each run */
+  int symmetric, biased;
+} part;
+
+enum { MOST_PARTS = 4 };
+
+/* Part `i`: "bits_i" and so on, or "bits" where `single`, whose bias is an input that is there or not. */
+static inline OrtStatus *read_part(const OrtApi *api, const OrtKernelInfo *info, int single, int i, part *out) {
+  static const char *const names[] = {"bits", "N", "group_size", "symmetric", "bias", "K"};
+  int64_t values[6] = {0, 0, 0, 0, 1, 0};
+  for (int j = 0; j < 6; j++) {
+    char text[32];
+    if (single && j == 4) continue;
+    snprintf(text, sizeof text, single || j == 5 ? "%s" : "%s_%d", names[j], i);
+    TRY(ORT(api, KernelInfoGetAttribute_int64)(info, text, values + j));
+  }
+  memset(out, 0, sizeof *out);
+  out->shape.bits = (int32_t)values[0], out->shape.n = values[1], out->shape.group_size = (int32_t)values[2];
+  out->shape.k = values[5], out->symmetric = values[3] != 0, out->biased = values[4] != 0;
+  return NULL;
+}
+
+/* How many parts there are: the attribute "count", 1 where `single`. */
+static inline OrtStatus *read_count(const OrtApi *api, const OrtKernelInfo *info, int single, int64_t *count) {
+  *count = 1;
+  if (!single) TRY(ORT(api, KernelInfoGetAttribute_int64)(info, "count", count));
+  return *count < 1 || *count > MOST_PARTS ? fail(api, "count must be 1 to 4", "LowBitMatMuls") : NULL;
+}
+
 static inline int is_matrix(const tensor *t, int type, int64_t rows, int64_t columns) {
   return t->data && t->type == type && t->rank == 2 && t->dims[0] == rows && t->dims[1] == columns;
 }

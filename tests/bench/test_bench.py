@@ -9,6 +9,7 @@ import pytest
 
 from jpq_export.bench import layers, rounds
 from jpq_export.bench.baselines import original_spec, random_model, write_baselines
+from jpq_export.bench.layers import LayerRate
 from jpq_export.bench.llama_cpp import LlamaBench, LlamaError
 from jpq_export.bench.report import by_bits, page
 from jpq_export.bench.rounds import BenchError, Settings, Worker, bench
@@ -86,15 +87,15 @@ def test_a_bundle_is_measured(bundle, kernels):
         assert speed.peak_rss_bytes > 1e7
     assert {speed.cache_bytes_per_token for speed in result.bundle.values()} == {2 * 16 * 4}  # one head of 16 left
     assert {speed.cache_bytes_per_token for speed in result.baselines.values()} == {2 * 4 * 16 * 4}
-    # q, k, v, o of one attention, gate, up, down of two MLPs, and the head; the original has two of each
-    assert {bits: count for bits, (count, _) in by_bits(result).items()} == {3: 15, 4: 4 + 3 + 3 + 1, 8: 15}
+    # q with k and v, o of one attention, gate with up, down of two MLPs, the head; the original has two of each
+    assert {bits: count for bits, (count, _) in by_bits(result).items()} == {3: 9, 4: 2 + 2 + 2 + 1, 8: 9}
     raw = json.loads(rounds.to_json([result]))
     best = max(speed.decode_tokens_per_s for speed in result.bundle.values())
     assert raw["decode_tokens_per_s"] == best
     assert raw["weight_bytes"] == 77
     shown = page([result, replace(result, settings=Settings(threads=2))], "a <b>")
     assert "a &lt;b&gt;" in shown
-    assert shown.count(">matmulnbits-4bit<") == 6  # three pictures for each
+    assert shown.count(">matmulnbits-4bit<") == 10  # five pictures for each
     assert "2 thread(s)" in shown
     several = json.loads(rounds.to_json([result, replace(result, settings=Settings(threads=2))]))
     assert set(several["threads"]) == {"1", "2"}
@@ -119,12 +120,52 @@ def test_rates_are_medians_over_turns():
     assert speeds["a"].prefill_tokens_per_s == 8 / 4.0
     assert speeds["a"].decode_tokens_per_s == 1 / 0.2
     assert speeds["b"].decode_tokens_per_s == 1.0
+    assert speeds["a"].first_token_ms == 4000
+    assert speeds["a"].token_p50_ms == pytest.approx(200)
+    assert 390 < speeds["a"].token_p99_ms <= 400
+    assert speeds["a"].joules_per_token is None
+
+
+def test_energy_is_a_median_a_token():
+    class Meter:
+        joules = iter((1.0, 100.0, 3.0))
+
+        def around(self, work):
+            return work(), {"meter": next(self.joules)}
+
+    class Known:
+        file_bytes = 7
+
+        def ask(self, **job):
+            return {"peak_rss_bytes": 5, "runs": "known", "seconds": 1.0 if "prefill" in job else [1.0, 1.0]}
+
+    speeds = rounds._take_turns({"a": Known()}, Settings(rounds=3, decode=2), lambda done, total: None, Meter())
+    assert speeds["a"].joules_per_token == {"meter": 1.5}
+
+
+def test_two_bundles_are_measured_in_turns(bundle):
+    result = bench(bundle, Settings(rounds=1, prefill=4, decode=2, baselines=False, other=bundle), Stages())
+    assert set(result.compared) == {"B: tiny", "B: tiny-fast"}
+    assert set(result.bundle) == {"jpq", "jpq-fast"}
+    assert result.bundle["jpq"].first_token_ms > 0
+    assert result.bundle["jpq"].token_p99_ms >= result.bundle["jpq"].token_p50_ms > 0
+    assert (result.energy_reason is None) == (result.bundle["jpq"].joules_per_token is not None)
+    shown = page([result], "x")
+    assert shown.count(">B: tiny<") == 5
 
 
 def test_layer_rates_are_bytes_over_time(bundle, kernels):
     for layer in layers.layer_rates(bundle / "model.onnx", 1):
         assert layer.gb_s == pytest.approx(layer.bytes / layer.microseconds / 1e3)
-        assert layer.bytes == random_model(PRUNED).quantized[layer.name.replace("logits", "embed")].nbytes
+        assert layer.bytes == stored_bytes(random_model(PRUNED), layer.name)
+
+
+def stored_bytes(model, operator):
+    """Of all weights the operator called `operator` multiplies with."""
+    together = {"q": "qkv", "gate": ("gate", "up")}
+    stem, _, last = operator.rpartition(".")
+    names = [f"{stem}.{part}" for part in together.get(last, (last,))] if stem else ["embed"]
+    return sum(model.quantized[name].nbytes for name in names)
 
 
 @pytest.mark.parametrize("bits", [1, TERNARY])
@@ -132,9 +173,15 @@ def test_layer_rates_know_the_narrowest_widths(bits, kernels, tmp_path):
     model = random_model(PRUNED, bits=bits, symmetric=True)
     export_onnx(model, tmp_path / "model.onnx", form="custom_op")
     rates = layers.layer_rates(tmp_path / "model.onnx", 1)
-    assert len(rates) == len(model.quantized)
+    assert sum(layer.bytes for layer in rates) == sum(weight.nbytes for weight in model.quantized.values())
     for layer in rates:
-        assert (layer.bits, layer.bytes) == (bits, model.quantized[layer.name.replace("logits", "embed")].nbytes)
+        assert (layer.bits, layer.bytes) == (bits, stored_bytes(model, layer.name))
+
+
+def test_an_operator_of_several_widths_counts_at_the_nearest(bundle):
+    result = bench(bundle, Settings(rounds=1, prefill=4, decode=2, baselines=False), Stages())
+    mixed = [LayerRate("a", 3.4, 10, 1.0, 1.0), LayerRate("b", 3.0, 10, 1.0, 3.0), LayerRate("c", 1.7, 10, 1.0, 5.0)]
+    assert by_bits(replace(result, layers=tuple(mixed))) == {1.6: (1, 5.0), 3: (2, 2.0)}
 
 
 def test_the_machine_reads_memory(kernels):
@@ -172,4 +219,4 @@ def test_too_little_room_is_said_before_writing(monkeypatch, tmp_path):
     usage = rounds.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(rounds.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(BenchError, match="TMPDIR"):
-        rounds._check_room(tmp_path, replace(WHOLE))
+        rounds.check_room(tmp_path, replace(WHOLE))

@@ -24,7 +24,7 @@ from jpq_export.numerics.affine import store
 from jpq_export.numerics.reference import low_bit_gather, low_bit_matmul
 from jpq_export.numerics.scheme import TERNARY, Scheme, kernel_bits
 from jpq_export.runtime import native, native_cuda
-from jpq_export.runtime import session as session_module
+from jpq_export.runtime.cache import CacheLayout, GrowingCache, PassedCache
 from jpq_export.runtime.session import OrtModel
 
 ort = pytest.importorskip("onnxruntime")
@@ -177,16 +177,19 @@ def test_a_session_takes_the_gpu_and_says_so(pretended, conftest_of, tmp_path, m
     assert "CUDA" not in OrtModel(path, threads=1, device="cpu").path
 
 
-def test_steps_with_bound_outputs_are_those_without(conftest_of, tmp_path, monkeypatch):
-    model = OrtModel(export(conftest_of, tmp_path, 32), threads=1)
-    plain, bound = model.start(), model.start()
+def test_a_cache_that_is_passed_on_is_the_one_that_grows(pretended, conftest_of, tmp_path):
+    path = export(conftest_of, tmp_path, 32)
+    on_gpu, on_cpu = OrtModel(path, threads=1), OrtModel(path, threads=1, device="cpu")
+    passed, growing = on_gpu.new_cache(), on_cpu.new_cache()
+    assert isinstance(passed, PassedCache)
+    assert isinstance(growing, GrowingCache)
+    passed._device = "cpu"  # where onnxruntime's outputs are to stay: it has no GPU here
     for ids in ([3, 4, 5], [6], [7]):
-        expected = plain.step(ids)
-        monkeypatch.setattr(session_module, "_run_values", session_module._run_bound)
-        got = bound.step(ids)
-        monkeypatch.undo()
-        assert np.array_equal(got, expected)
-    assert not np.array_equal(plain.step([8]), expected)
+        got, expected = (m.step(np.array([ids]), c) for m, c in ((on_gpu, passed), (on_cpu, growing)))
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+    for name in on_cpu.cache.parts:
+        np.testing.assert_allclose(passed.rows(name), growing.rows(name), rtol=1e-3, atol=1e-4)
+    assert np.abs(on_cpu.step(np.array([[8]]), growing) - expected).max() > 1e-2
 
 
 def test_a_gpu_that_does_not_work_is_a_warning_or_an_error(pretended, conftest_of, tmp_path, caplog):
@@ -302,9 +305,7 @@ def compiled(tmp_path_factory):
 def logits(run_session):
     ids = np.array([[3, 4, 5, 6]])
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(4)[None]}
-    for value in run_session.get_inputs():
-        if value.name.startswith("past."):
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+    feeds |= {f"past.{name}": value for name, value in CacheLayout.of(run_session).none(1).items()}
     return run_session.run(["logits"], feeds)[0]
 
 
@@ -315,8 +316,9 @@ def test_the_compiled_library_loads_and_leaves_a_session_without_a_gpu_alone(com
     expected = logits(session(path, library.path))
     # No GPU is seen: it registers nothing, and the function bodies compute.
     assert distance(logits(session(path, compiled["shipped"])), expected) < 0.1
-    # As on a machine with one, where onnxruntime puts all on the CPU: the CPU's kernels compute.
-    assert np.array_equal(logits(session(path, compiled["assumed"], library.path)), expected)
+    # As on a machine with one, where onnxruntime puts all on the CPU: the CPU's kernels compute, but for attention's.
+    assert distance(logits(session(path, compiled["assumed"], library.path)), expected) < TOLERANCE
+    assert distance(logits(session(path, compiled["shipped"])), expected) > TOLERANCE
 
 
 def test_twin_operators_for_a_gpu_alone_break_such_a_session(compiled, conftest_of, tmp_path):
