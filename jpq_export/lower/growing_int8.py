@@ -98,8 +98,9 @@ def _attention(
         read.append(
             nodes("Reshape", nodes("Transpose", wide, perm=[1, 0, 2, 3]), nodes.ints(0, 0, kv_heads * head_dim))
         )
-    heads_of = {"q_num_heads": heads, "kv_num_heads": kv_heads}
-    core = nodes("Attention", query, *read, inputs["mask"], name="output", scale=scale, **heads_of)
+    core = nodes(
+        "Attention", query, *read, inputs["mask"], name="output", scale=scale, q_num_heads=heads, kv_num_heads=kv_heads
+    )
     outputs = [core, *presents.values()]
     graph = ir.Graph(list(inputs.values()), outputs, nodes=nodes.nodes, opset_imports={"": opset}, name=ATTENTION)
     attributes = [ir.Attr(key, ir.AttributeType.INT, None) for key in ("heads", "kv_heads")]

@@ -20,7 +20,7 @@
 #include "ort_operator.h"
 
 extern const OrtCustomOp jpq_cache_codes_operator; /* cache_codes_op.c */
-enum { MOST_PARTS = 4, MOST_INPUTS = 4 + 2 * MOST_PARTS };
+enum { INT8_PARTS = 4, CACHE_INPUTS = 4 + 2 * INT8_PARTS };
 enum { SMALL = 1 << 15 }; /* products of Q and K that one thread has done before others have woken */
 
 /* An operator and where its inputs are: query, `parts` new, mask, `parts` past, cos, sin. */
@@ -33,7 +33,7 @@ enum { QUERY, NEW };
 static int mask_of(const operator_ *op) { return NEW + op->parts; }
 static int past_of(const operator_ *op) { return NEW + op->parts + 1; }
 static int tables_of(const operator_ *op) { return NEW + 2 * op->parts + 1; }
-static int coded(const operator_ *op, int part) { return op->parts == MOST_PARTS && part < 2; }
+static int coded(const operator_ *op, int part) { return op->parts == INT8_PARTS && part < 2; }
 
 typedef struct kernel {
   const OrtApi *api;
@@ -110,8 +110,8 @@ static OrtStatus *read_inputs(const kernel *k, const OrtKernelContext *context, 
   const tensor *q = in + QUERY, *mask = in + mask_of(k->op), *past = in + past_of(k->op), *tables = in + tables_of(k->op);
   size_t given;
   TRY(ORT(api, KernelContext_GetInputCount)(context, &given));
-  memset(in, 0, MOST_INPUTS * sizeof *in);
-  for (size_t i = 0; i < given && i < MOST_INPUTS; i++) TRY(input(api, context, i, in + i));
+  memset(in, 0, CACHE_INPUTS * sizeof *in);
+  for (size_t i = 0; i < given && i < CACHE_INPUTS; i++) TRY(input(api, context, i, in + i));
   if (q->rank != 3 || mask->rank != 4 || q->dims[2] % k->heads) return fail(api, "must be [batch, seq, heads * dim]", "query");
   *a = (jpq_attention){.batch = q->dims[0], .seq = q->dims[1], .total = mask->dims[3], .heads = k->heads,
                        .kv_heads = k->kv_heads, .dim = q->dims[2] / k->heads, .scale = k->scale};
@@ -160,11 +160,11 @@ static void task(void *data, size_t i) {
 static OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
   const kernel *k = data;
   const OrtApi *api = k->api;
-  tensor in[MOST_INPUTS];
+  tensor in[CACHE_INPUTS];
   work all = {.failed = 0};
   jpq_attention *a = &all.attention;
   OrtValue *output;
-  void *y, *present[MOST_PARTS];
+  void *y, *present[INT8_PARTS];
   TRY(read_inputs(k, context, in, a));
   TRY(ORT(api, KernelContext_GetOutput)(context, 0, in[QUERY].dims, 3, &output));
   TRY(ORT(api, GetTensorMutableData)(output, &y));
@@ -191,5 +191,5 @@ static OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
     all_required, default_memory, one, one, one, one, create, compute, NULL, one, last_version, NULL, NULL, NULL, NULL},   \
    NAME, PARTS}
 
-static const operator_ operators[] = {OPERATOR("Attention", 2), OPERATOR("Int8Attention", MOST_PARTS)};
+static const operator_ operators[] = {OPERATOR("Attention", 2), OPERATOR("Int8Attention", INT8_PARTS)};
 const OrtCustomOp *const jpq_attention_operators[] = {&operators[0].base, &operators[1].base, &jpq_cache_codes_operator, NULL};
