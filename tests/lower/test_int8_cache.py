@@ -20,6 +20,7 @@ from jpq_export.format.spec import INT8_CACHE, ModelSpec
 from jpq_export.lower import int8_cache
 from jpq_export.lower.export import export_onnx
 from jpq_export.lower.nodes import Nodes
+from jpq_export.numerics import reference
 from jpq_export.runtime.session import OrtModel
 
 IDS = np.random.default_rng(5).integers(0, 96, (1, 23))
@@ -113,6 +114,8 @@ def test_codes_are_pytorchs_bit_for_bit() -> None:
     codes, steps = run(int8_cache.to_codes, x)
     assert np.array_equal(codes, expected)
     assert np.array_equal(steps, scales)
+    for got, wanted in zip(reference.int8_codes(x), (codes, steps), strict=True):
+        assert np.array_equal(got, wanted)
     assert np.abs(codes.astype(int)).max() == 127
     assert not np.array_equal(run(int8_cache.to_codes, x * np.float32(1.001))[1], scales)
 
