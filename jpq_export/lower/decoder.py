@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.spec import INT8_CACHE, ModelSpec
-from jpq_export.lower import basic, growing, half, int8_cache, standard
+from jpq_export.lower import basic, growing, growing_int8, half, int8_cache, standard
 from jpq_export.lower.nodes import Nodes
 from jpq_export.lower.signed import SignedWeights
 from jpq_export.lower.weights import Form, Weights
@@ -50,7 +50,7 @@ class DecoderGraph:
         fused = growing if dialect.growing else half if dialect.half else standard
         self.ops = fused if dialect.fused else basic
         if self.spec.kv_cache == INT8_CACHE:
-            self.ops = int8_cache
+            self.ops = growing_int8 if dialect.growing else int8_cache
         self.inputs: list[ir.Value] = []
         self.presents: list[ir.Value] = []
         self.taps: list[ir.Value] = []
@@ -80,10 +80,11 @@ class DecoderGraph:
         found = self.weights.functions(opset)
         if not self.dialect.growing:
             return found
+        ops = growing_int8 if spec.kv_cache == INT8_CACHE else growing
         sizes = sorted({layer.kv_heads for layer in spec.layers if layer.kv_heads})
         facts = {"rotary": bool(spec.ropes), "scale": spec.attention_scale, "opset": opset}
         return [
-            *(growing.function(kv * spec.heads_per_group, kv, spec.head_dim, **facts) for kv in sizes),
+            *(each for kv in sizes for each in ops.functions(kv * spec.heads_per_group, kv, spec.head_dim, **facts)),
             *found,
         ]
 
