@@ -29,7 +29,7 @@ from jpq_export.evaluate.predictors import TorchPredictor
 from jpq_export.evaluate.task_data import TaskChoice
 from jpq_export.evaluate.text_quality import evaluate_text
 from jpq_export.evaluate.texts import EvaluationText, read_text, token_windows
-from jpq_export.evaluation import COMPRESSED, check_tasks, evaluate_tasks
+from jpq_export.evaluation import COMPRESSED, check_tasks, check_window, evaluate_tasks
 from jpq_export.format.spec import ModelSpec
 from jpq_export.numerics.scheme import BIT_WIDTHS
 from jpq_export.peers.layout import MODEL, PEERS
@@ -252,5 +252,6 @@ def _evaluated(model: Any, teacher: Remembered, windows: dict[str, np.ndarray], 
 
 
 def _windows(comparison: Comparison, loaded: Any, text: EvaluationText) -> np.ndarray:
+    check_window(comparison.context, loaded.spec, "--window-context")
     bos_id = loaded.spec.bos_id if loaded.spec.add_bos else None
     return token_windows(text, loaded.encode, windows=comparison.windows, context=comparison.context, bos_id=bos_id)

@@ -59,6 +59,7 @@ def evaluate_model(
     opened = _open(model, teacher, stages)
     about: dict[str, Any] = {"model": opened.name}
     if content is not None:
+        check_window(context, opened.spec, "--context")
         sequences = token_windows(content, opened.encode, windows=windows, context=context, bos_id=opened.bos_id)
         against = None
         if not no_teacher and (teacher is not None or opened.manifest is not None):
@@ -71,6 +72,14 @@ def evaluate_model(
         about["tasks"] = evaluate_tasks(opened.predictor, opened.spec, opened.encode, tasks, stages)
         about["tasks_about"] = tasks.about()
     return about
+
+
+def check_window(context: int, spec: Spec, option: str) -> None:
+    """UsageError for windows longer than the model has positions: a table of them ends there."""
+    if context > spec.max_positions:
+        raise UsageError(
+            f"{option} {context}: {spec.name} has {spec.max_positions} positions; give {spec.max_positions} or less"
+        )
 
 
 def check_tasks(tasks: TaskChoice) -> None:

@@ -118,7 +118,7 @@ class Export:
             bos_id=loaded.spec.bos_id if loaded.spec.add_bos else None,
             calibration=self.effort.calibration_sequences,
             heldout=self.effort.heldout + QUALITY_SEQUENCES,
-            length=self.effort.length,
+            length=min(self.effort.length, loaded.spec.max_positions),
             seed=self.request.seed,
         )
         return Texts(calibration, *np.split(kept_out, [self.effort.heldout]))

@@ -67,6 +67,17 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "phi3": ("phi3", {"sliding_window": 6}),
+    "gpt2": (
+        "gpt2",
+        {
+            "vocab_size": 321,  # as GPT-2's own, not a multiple of anything
+            "n_inner": 96,
+            "intermediate_size": None,
+            "num_key_value_heads": None,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 ENCODER = COMMON | {"num_key_value_heads": None, "max_position_embeddings": 130, "pad_token_id": 1}
@@ -111,6 +122,11 @@ def tiny_tokenizer_json(*, add_bos: bool = False) -> dict[str, Any]:
     }
 
 
+def is_norm_weight(name: str) -> bool:
+    """Whether a tensor multiplies what a norm gives; GPT-2 calls its norms ln_1, ln_2 and ln_f."""
+    return name.endswith(".weight") and ("norm" in name or ".ln_" in name)
+
+
 @pytest.fixture(scope="session")
 def tiny_names() -> list[str]:
     return list(TINY)
@@ -123,7 +139,8 @@ def tiny_config() -> Callable[..., Any]:
 
         model_type, facts = TINY[name]
         # A copy: configuration classes write into the dictionaries they are given.
-        return CONFIG_MAPPING[model_type](**json.loads(json.dumps(COMMON | facts | changes)))
+        facts = json.loads(json.dumps(COMMON | facts | changes))
+        return CONFIG_MAPPING[model_type](**{key: value for key, value in facts.items() if value is not None})
 
     return make
 
@@ -141,7 +158,7 @@ def tiny_model(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
         for parameter_name, parameter in sorted(model.named_parameters()):
             # Wide enough that attention is not uniform and no norm, bias or window is lost in rounding.
             parameter.normal_(0, 0.2, generator=generator)
-            if "norm" in parameter_name and not name.startswith("gemma"):
+            if is_norm_weight(parameter_name) and not name.startswith("gemma"):
                 parameter.add_(1)
         return model
 

@@ -17,6 +17,7 @@ from jpq_export.format.encoder_spec import EncoderSpec, Spec
 from jpq_export.format.plan import Plan
 from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
 from jpq_export.numerics.affine import QuantizedWeight, store
+from jpq_export.numerics.row_blocks import StoredWeight
 from jpq_export.numerics.scheme import Scheme, choose_group_size
 
 SomeSpec = TypeVar("SomeSpec", ModelSpec, EncoderSpec)
@@ -34,7 +35,7 @@ def original_spec(pruned: SomeSpec, plan: Plan) -> SomeSpec:
 def random_model(spec: Spec, *, bits: float = BITS, symmetric: bool = False, seed: int = 0) -> CompressedModel:
     """Every matrix at one width; by default as onnxruntime's own kernel is fastest: 4 bits with integer zero points."""
     rng = np.random.default_rng(seed)
-    quantized = {
+    quantized: dict[str, StoredWeight] = {
         name: _random(rng, n, k, Scheme(bits, choose_group_size(k, GROUP_SIZE), symmetric))
         for name, (n, k) in spec.matrices().items()
     }

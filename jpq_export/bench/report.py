@@ -10,6 +10,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
+from jpq_export.bench.layers import LayerRate
 from jpq_export.bench.rounds import BenchResult, Speed
 from jpq_export.numerics.scheme import ALL_WIDTHS
 from jpq_export.parity.pictures import size
@@ -70,11 +71,18 @@ def _latency(name: str, speed: Speed, prefill: int) -> str:
 
 
 def by_bits(result: BenchResult) -> dict[float, tuple[int, float]]:
-    """Bits -> (operators, median GB/s); one with weights of several widths counts at that nearest their mean."""
-    rates = defaultdict(list)
+    """Bits -> (operators, median GB/s)."""
+    return {
+        bits: (len(layers), median(layer.gb_s for layer in layers)) for bits, layers in _layers_by_bits(result).items()
+    }
+
+
+def _layers_by_bits(result: BenchResult) -> dict[float, list[LayerRate]]:
+    """An operator with weights of several widths counts at that nearest their mean."""
+    found = defaultdict(list)
     for layer in result.layers:
-        rates[min(ALL_WIDTHS, key=lambda bits: abs(bits - layer.bits))].append(layer.gb_s)
-    return {bits: (len(rates[bits]), median(rates[bits])) for bits in sorted(rates)}
+        found[min(ALL_WIDTHS, key=lambda bits: abs(bits - layer.bits))].append(layer)
+    return dict(sorted(found.items()))
 
 
 def page(results: list[BenchResult], title: str) -> str:
@@ -152,15 +160,14 @@ def bars(title: str, values: dict[str, float], others: Container[str], shown: Ca
 def _layers(result: BenchResult) -> Markup:
     """Each product's rate as a dot, by bits, against the read bandwidth."""
     height, parts = 190, []
-    widths = sorted({layer.bits for layer in result.layers})
-    for i, bits in enumerate(widths):
-        column = [layer for layer in result.layers if layer.bits == bits]
-        x = LEFT + (i + 0.5) * (WIDTH - LEFT - 20) / len(widths)
+    columns = _layers_by_bits(result)
+    for i, (bits, column) in enumerate(columns.items()):
+        x = LEFT + (i + 0.5) * (WIDTH - LEFT - 20) / len(columns)
         for j, layer in enumerate(column):
             y = height - 30 - (height - 50) * min(1.0, layer.gb_s / result.read_gb_s)
-            dot = element("title", f"{layer.name}: {layer.gb_s:.1f} GB/s")
+            dot = element("title", f"{layer.name}, {layer.bits:.3g} bits: {layer.gb_s:.1f} GB/s")
             parts.append(element("circle", dot, cx=x + (j % 9 - 4) * 6, cy=y, r=3, class_="ours"))
-        parts.append(text(x, height - 8, f"{bits} bits", text_anchor="middle"))
+        parts.append(text(x, height - 8, f"{bits:g} bits", text_anchor="middle"))
     for share in (0.0, 0.5, 1.0):
         y = height - 30 - (height - 50) * share
         parts.append(text(LEFT - 8, y + 4, f"{share * result.read_gb_s:.1f} GB/s", text_anchor="end"))

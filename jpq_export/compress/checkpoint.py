@@ -12,11 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from jpq_export.compress.families import Family, canonical, family_of, id_tuple, parse_config, spec_of
+from jpq_export.compress.stored_layout import Read, split_fused, turned
 from jpq_export.compress.tokenizer import TokenizerFiles, read_tokenizer
 from jpq_export.errors import ModelError
 from jpq_export.format.encoder_spec import Spec
-
-Read = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +56,7 @@ def open_folder(folder: Path, *, name: str) -> Checkpoint:
     tensors: dict[str, Read] = {}
     for file in files:
         tensors |= open_safetensors(file, family)
+    tensors = split_fused(turned(tensors) if family.transposed else tensors, spec, str(folder))
     tokenizer = read_tokenizer(folder, vocab=spec.vocab, bos_id=spec.bos_id)
     return Checkpoint(replace(spec, add_bos=tokenizer.add_bos), tensors, tokenizer, str(folder))
 

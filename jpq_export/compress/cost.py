@@ -69,9 +69,9 @@ class CostModel:
         return size, self.microseconds(size, 4, 0)
 
     def table(self, name: str, scheme: Scheme) -> tuple[int, float]:
-        """(bytes, microseconds) of the embedding or head; an untied embedding reads one row a token."""
+        """(bytes, microseconds) of a table; only the head and a tied embedding read more than one row a token."""
         size, time = self.matrix(*self.spec.matrices()[name], scheme)
-        return size, time if name == "head" or self.spec.tied else 0.0
+        return size, time if name == "head" or (name == "embed" and self.spec.tied) else 0.0
 
     def _vector_bytes(self, index: int, sub: str, kv_heads: int | None, channels: int | None) -> int:
         layer = self.spec.layers[index]

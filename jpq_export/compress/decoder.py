@@ -1,7 +1,7 @@
 """The decoder every stage computes with: one small PyTorch module driven by `ModelSpec`, any width per layer.
 
-It equals transformers' Llama, Mistral, Qwen2, Qwen3 and Gemma-3 (tests/compress/test_decoder.py) and is the reference
-of every parity report.
+It equals transformers' Llama, Mistral, Qwen2, Qwen3, Gemma-3, Phi-3 and GPT-2 (tests/compress/test_decoder.py) and is
+the reference of every parity report.
 """
 
 from __future__ import annotations
@@ -49,6 +49,14 @@ class RMSNorm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
+Norm = RMSNorm | nn.LayerNorm
+
+
+def make_norm(spec: ModelSpec) -> Norm:
+    """The norm of the residual stream, of the model's kind."""
+    return (nn.LayerNorm if spec.layer_norm else RMSNorm)(spec.hidden, spec.norm_eps)
+
+
 class KVCache:
     """Keys and values of all layers so far: per layer [batch, kv_heads, past, head_dim]; grows by concatenation."""
 
@@ -70,7 +78,7 @@ class KVCache:
 
 
 class Context:
-    """What all layers of one forward pass share: rotary tables, attention masks, the cache.
+    """What all layers of one forward pass share: positions, rotary tables, attention masks, the cache.
 
     `stored`, when there is one, gives keys and values of new tokens as attention will read them.
     """
@@ -84,7 +92,7 @@ class Context:
         past: int,
         stored: Stored | None = None,
     ) -> None:
-        self.cache, self.stored = cache, stored
+        self.cache, self.stored, self.positions = cache, stored, positions
         self._mask, self._past, self._seq = attention_mask, past, positions.shape[-1]
         self._device = positions.device
         self.rotary = []
@@ -125,7 +133,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al., 2023) with optional q/k norm, biases, sliding window."""
+    """Grouped-query attention (Ainslie et al., 2023) with optional rotation, q/k norm, biases, sliding window."""
 
     q: nn.Linear
     k: nn.Linear
@@ -152,8 +160,10 @@ class Attention(nn.Module):
             return y.view(batch, seq, -1, self.head_dim).transpose(1, 2)  # [batch, heads, seq, head_dim]
 
         query, key, value = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
-        cos, sin = context.rotary[self.rope]
-        query, key = rotate(self.q_norm(query), cos, sin), rotate(self.k_norm(key), cos, sin)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if context.rotary:
+            cos, sin = context.rotary[self.rope]
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if context.stored is not None:
             key, value = context.stored(self.index, key, value)
         if context.cache is not None:
@@ -167,19 +177,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated feed-forward: down(act(gate(x)) * up(x)) (Shazeer, 2020)."""
+    """Feed-forward: down(act(gate(x)) * up(x)) (Shazeer, 2020), or down(act(up(x))) in a model that is not gated."""
 
-    gate: nn.Linear
+    gate: nn.Linear  # only if gated
     up: nn.Linear
     down: nn.Linear
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
         shapes = spec.linear_shapes(index)
-        for part in ("gate", "up", "down"):
+        for part in ("gate", "up", "down") if spec.gated else ("up", "down"):
             rows, columns = shapes[f"mlp.{part}"]
             setattr(self, part, nn.Linear(columns, rows, bias=spec.mlp_bias))
-        self.activation = ACTIVATIONS[spec.activation]
+        self.activation, self.gated = ACTIVATIONS[spec.activation], spec.gated
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
@@ -187,7 +197,7 @@ class MLP(nn.Module):
 
     def core(self, x: Tensor) -> Tensor:
         """Up to the input of the down projection: [..., hidden] -> [..., ffn]."""
-        return self.activation(self.gate(x)) * self.up(x)
+        return self.activation(self.gate(x)) * self.up(x) if self.gated else self.activation(self.up(x))
 
 
 class Layer(nn.Module):
@@ -197,8 +207,8 @@ class Layer(nn.Module):
         super().__init__()
         layer: LayerSpec = spec.layers[index]
 
-        def norm(wanted: bool) -> RMSNorm | None:
-            return RMSNorm(spec.hidden, spec.norm_eps) if wanted else None
+        def norm(wanted: bool) -> Norm | None:
+            return make_norm(spec) if wanted else None
 
         self.attn = Attention(spec, index) if layer.kv_heads else None
         self.attn_norm = norm(layer.kv_heads > 0)
@@ -255,9 +265,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.embed = nn.Embedding(spec.vocab, spec.hidden)
+        self.positions = nn.Embedding(spec.max_positions, spec.hidden) if spec.learned_positions else None
         layers = nn.ModuleList(Layer(spec, i) for i in range(len(spec.layers)))
         self.layers = layers  # pyright: ignore[reportAttributeAccessIssue] see the annotation above
-        self.norm = RMSNorm(spec.hidden, spec.norm_eps)
+        self.norm = make_norm(spec)
         self.stored: Stored | None = stored_int8 if spec.kv_cache == INT8_CACHE else None
         self.head = None if spec.tied else nn.Linear(spec.hidden, spec.vocab, bias=False)
 
@@ -277,14 +288,17 @@ class Decoder(nn.Module):
                 position_ids = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
         return Context(self.spec, position_ids, attention_mask, cache, past, self.stored)
 
-    def embed_tokens(self, ids: Tensor) -> Tensor:
-        """[batch, seq] -> [batch, seq, hidden]."""
-        rows = self.embed.look_up(ids) if isinstance(self.embed, TableLookUp) else self.embed(ids)
-        return rows * self.spec.embed_scale
+    def embed_tokens(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[batch, seq] -> [batch, seq, hidden]; `positions` [batch or 1, seq], by default 0, 1, ..."""
+        x = table_rows(self.embed, ids) * self.spec.embed_scale
+        if self.positions is None:
+            return x
+        at = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
+        return x + table_rows(self.positions, at)
 
     def hidden(self, ids: Tensor, context: Context, tap: Tap | None = None) -> Tensor:
         """Final hidden states after the last norm; `tap(name, value)` sees the stream after each sub-layer."""
-        x = self.embed_tokens(ids)
+        x = self.embed_tokens(ids, context.positions)
         if tap:
             tap("embed", x)
         for i, layer in enumerate(self.layers):
@@ -316,6 +330,11 @@ class Decoder(nn.Module):
         """`ids` int64 [batch, seq] -> logits [batch, seq, vocab]."""
         context = self.context(ids, attention_mask, position_ids, cache)
         return self.logits(self.hidden(ids, context, tap))
+
+
+def table_rows(table: nn.Module, ids: Tensor) -> Tensor:
+    """Rows of an embedding, quantized or not: ids [...] -> [..., hidden]."""
+    return table.look_up(ids) if isinstance(table, TableLookUp) else table(ids)
 
 
 def canonical_name(parameter: str) -> str:

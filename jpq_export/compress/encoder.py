@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jpq_export.compress.decoder import TableLookUp, Tap, fill
+from jpq_export.compress.decoder import Tap, fill, table_rows
 from jpq_export.format.encoder_spec import EncoderSpec
 from jpq_export.numerics.reference import distance_bucket
 
@@ -163,7 +163,7 @@ class Encoder(nn.Module):
     def embed_sum(self, ids: Tensor) -> Tensor:
         """Words and positions before the first norm: [batch, seq] -> [batch, seq, hidden]."""
         at = torch.arange(ids.shape[1], device=ids.device)
-        return _rows(self.embed, ids) + _rows(self.positions, at)
+        return table_rows(self.embed, ids) + table_rows(self.positions, at)
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """[batch, seq] -> [batch, seq, hidden]."""
@@ -196,10 +196,6 @@ class Encoder(nn.Module):
         """`ids` int64 [batch, seq] -> embeddings [batch, hidden]."""
         context = self.context(ids, attention_mask)
         return self.pool(self.hidden(ids, context, tap), context)
-
-
-def _rows(table: nn.Module, ids: Tensor) -> Tensor:
-    return table.look_up(ids) if isinstance(table, TableLookUp) else table(ids)
 
 
 def build_encoder(spec: EncoderSpec, weights: Mapping[str, Tensor]) -> Encoder:

@@ -1,6 +1,6 @@
 """The supported model families as facts: what their configurations mean and what their tensors are called.
 
-The only place that knows model-type names. A new Llama-like family is one more `Family` and one more row in the tests.
+The only place that knows model-type names. A new family is one more `Family` and one more row in the tests.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jpq_export.errors import ModelError
@@ -16,9 +16,12 @@ from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
 
 logger = logging.getLogger(__name__)
 
-# Names inside a decoder layer, as transformers saves them -> canonical. Families differ only in the norms.
+# Names inside a decoder layer, as transformers saves them -> canonical. `stored_layout` splits "qkv" and "gate_up".
 LINEARS = {f"self_attn.{part}_proj": f"attn.{part}" for part in ("q", "k", "v", "o")} | {
     f"mlp.{part}_proj": f"mlp.{part}" for part in ("gate", "up", "down")
+}
+FUSED_LINEARS = {f"self_attn.{part}_proj": f"attn.{part}" for part in ("qkv", "o")} | {
+    f"mlp.{part}_proj": f"mlp.{part}" for part in ("gate_up", "down")
 }
 QK_NORMS = {"self_attn.q_norm": "attn.q_norm", "self_attn.k_norm": "attn.k_norm"}
 PRE_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
@@ -28,28 +31,50 @@ SANDWICH_NORMS = {
     "pre_feedforward_layernorm": "mlp_norm",
     "post_feedforward_layernorm": "mlp_post_norm",
 }
-TOP = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-# Rotary types whose frequencies do not depend on the length of the text; the others cannot be one graph.
-STATIC_ROPES = ("default", "linear", "llama3", "yarn")
+GPT2_LAYER = {"attn.c_attn": "attn.qkv", "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"} | {
+    "ln_1": "attn_norm",
+    "ln_2": "mlp_norm",
+}
+TOP = {"embed_tokens": "embed", "norm": "norm", "lm_head": "head"}
+GPT2_TOP = {"wte": "embed", "wpe": "positions", "ln_f": "norm", "lm_head": "head"}
+# GPT-2 spells these its own way.
+GPT2_FIELDS = {
+    "intermediate_size": "n_inner",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "hidden_act": "activation_function",
+}
+BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # tables that old files hold beside the weights
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+# Rotary types whose frequencies do not depend on the length of the text; the others cannot be one graph. Those of
+# longrope change once, beyond the length the model was first trained for: up to there it is one graph.
+STATIC_ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One model type. `qkv_bias`, `o_bias`, `mlp_bias`: a fixed fact, or the configuration field that decides.
+    """One model type. `names`: of a layer's tensors; `top`: of the others; both without the `base` they lie under.
 
-    `norm_offset` is added to every norm weight as transformers stores it (Gemma multiplies by 1 + w); GGUF files hold
-    the sum already. `prefixes` stand before "model." in checkpoints of multimodal wrappers; `ignored` are their other
-    parts.
+    `qkv_bias`, `o_bias`, `mlp_bias`: a fixed fact, or the configuration field that decides. `norm_offset` is added to
+    every norm weight as transformers stores it (Gemma multiplies by 1 + w); GGUF files hold the sum already. `nested`:
+    where a multimodal wrapper keeps the language model's configuration; `ignored` are its other parts. `fields`: our
+    name of a configuration field -> the family's own. `transposed`: matrices of the layers are stored [in, out].
     """
 
     model_type: str
     architecture: str
     gguf: str
-    norms: Mapping[str, str]
+    names: Mapping[str, str]
+    top: Mapping[str, str] = field(default_factory=lambda: TOP)
+    base: str = "model."
+    layers: str = "layers"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool = False
     norm_offset: float = 0.0
+    layer_norm: bool = False
     qk_norm: bool = False
+    gated: bool = True
+    learned_positions: bool = False
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
@@ -60,7 +85,7 @@ class Family:
 
 _GEMMA3 = {
     "gguf": "gemma3",
-    "norms": SANDWICH_NORMS | QK_NORMS,
+    "names": LINEARS | SANDWICH_NORMS | QK_NORMS,
     "norm_offset": 1.0,
     "qk_norm": True,
     "qkv_bias": "attention_bias",
@@ -72,18 +97,18 @@ FAMILIES = (
         "llama",
         "LlamaForCausalLM",
         "llama",
-        PRE_NORMS,
+        LINEARS | PRE_NORMS,
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
     ),
-    Family("mistral", "MistralForCausalLM", "llama", PRE_NORMS),
-    Family("qwen2", "Qwen2ForCausalLM", "qwen2", PRE_NORMS, qkv_bias=True),
+    Family("mistral", "MistralForCausalLM", "llama", LINEARS | PRE_NORMS),
+    Family("qwen2", "Qwen2ForCausalLM", "qwen2", LINEARS | PRE_NORMS, qkv_bias=True),
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
         "qwen3",
-        PRE_NORMS | QK_NORMS,
+        LINEARS | PRE_NORMS | QK_NORMS,
         qk_norm=True,
         qkv_bias="attention_bias",
         o_bias="attention_bias",
@@ -95,6 +120,24 @@ FAMILIES = (
         nested="text_config",
         ignored=("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector."),
         **_GEMMA3,
+    ),
+    Family("phi3", "Phi3ForCausalLM", "phi3", FUSED_LINEARS | PRE_NORMS),
+    Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        "gpt2",
+        GPT2_LAYER,
+        top=GPT2_TOP,
+        base="transformer.",
+        layers="h",
+        fields=GPT2_FIELDS,
+        transposed=True,
+        layer_norm=True,
+        gated=False,
+        learned_positions=True,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
     ),
 )
 
@@ -139,7 +182,10 @@ def parse_config(raw: Mapping[str, Any], family: Family, where: str) -> Any:
     model_type = "gemma3_text" if family.nested else family.model_type
     text = {k: v for k, v in text.items() if k not in ("model_type", "architectures", "quantization_config")}
     try:
-        return CONFIG_MAPPING[model_type].from_dict(text)
+        config = CONFIG_MAPPING[model_type].from_dict(text)
+        for ours, theirs in family.fields.items():
+            setattr(config, ours, getattr(config, theirs))
+        return config
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{where}: bad configuration ({reason}); download the model again") from error
@@ -148,17 +194,18 @@ def parse_config(raw: Mapping[str, Any], family: Family, where: str) -> Any:
 def spec_of(config: Any, family: Family, *, name: str, where: str) -> ModelSpec:
     """`ModelSpec` of a transformers configuration; ModelError names what cannot be expressed."""
     refuse_unsupported(config, where)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-    if min(heads, kv_heads, config.hidden_size, config.intermediate_size, config.vocab_size) < 1 or heads % kv_heads:
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    ffn = 4 * config.hidden_size if config.intermediate_size is None else config.intermediate_size  # None: GPT-2's way
+    if min(heads, kv_heads, config.hidden_size, ffn, config.vocab_size) < 1 or heads % kv_heads:
         raise ModelError(
             f"{where}: {heads} attention heads, {kv_heads} key/value heads, hidden size {config.hidden_size}: expected "
             "positive sizes and a whole number of query heads per key/value head; download the model again"
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    ropes, rope_of = ropes_of(config, head_dim, where)
+    ropes, rope_of = ((), {}) if family.learned_positions else ropes_of(config, head_dim, where)
     layers = tuple(
-        LayerSpec(kv_heads, config.intermediate_size, window, rope_of.get(kind, 0))
-        for kind, window in layer_windows(config, where)
+        LayerSpec(kv_heads, ffn, window, rope_of.get(kind, 0)) for kind, window in layer_windows(config, where)
     )
 
     def fact(value: bool | str) -> bool:
@@ -176,17 +223,39 @@ def spec_of(config: Any, family: Family, *, name: str, where: str) -> ModelSpec:
         norm_eps=config.rms_norm_eps,
         activation=ACTIVATIONS[activation_of(config)],
         tied=bool(config.tie_word_embeddings),
-        attention_scale=float((getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5),
+        attention_scale=attention_scale(config, head_dim),
         embed_scale=float(config.hidden_size**0.5) if family.scaled_embedding else 1.0,
         qk_norm=family.qk_norm,
-        post_norms="attn_post_norm" in family.norms.values(),
+        post_norms="attn_post_norm" in family.names.values(),
         qkv_bias=fact(family.qkv_bias),
         o_bias=fact(family.o_bias),
         mlp_bias=fact(family.mlp_bias),
-        max_positions=config.max_position_embeddings,
+        max_positions=longest_text(config, where),
         bos_id=config.bos_token_id,
         eos_ids=id_tuple(config.eos_token_id),
+        layer_norm=family.layer_norm,
+        gated=family.gated,
+        learned_positions=family.learned_positions,
     )
+
+
+def attention_scale(config: Any, head_dim: int) -> float:
+    """Factor on the scores; GPT-2 may go without."""
+    if not getattr(config, "scale_attn_weights", True):
+        return 1.0
+    return float((getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5)
+
+
+def longest_text(config: Any, where: str) -> int:
+    """Positions the model's fixed angles are right for: all, but with longrope only those of its short factors."""
+    most, parameters = config.max_position_embeddings, getattr(config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "longrope":
+        return most
+    short = min(most, parameters["original_max_position_embeddings"])
+    logger.warning(
+        "%s: longrope: exported for texts of up to %d tokens, not %d (its short factors)", where, short, most
+    )
+    return short
 
 
 def id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
@@ -205,7 +274,13 @@ def refuse_unsupported(config: Any, where: str) -> None:
         raise ModelError(
             f"{where}: activation {activation_of(config)!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
         )
-    for option in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+    for option in (
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "use_bidirectional_attention",
+        "scale_attn_by_inverse_layer_idx",
+        "add_cross_attention",
+    ):
         if getattr(config, option, None):
             raise ModelError(f"{where}: {option}={getattr(config, option)} is not supported; expected none")
 
@@ -272,17 +347,17 @@ def canonical(name: str, family: Family) -> str | None:
 
     KeyError for a name the family does not have.
     """
-    if name.startswith(family.ignored) or name.endswith("rotary_emb.inv_freq"):
+    if name.startswith(family.ignored) or name.endswith(BUFFERS):
         return None
     # Multimodal wrappers: "language_model.model.x" (old), "model.language_model.x" (new).
     if family.nested:
         name = name.replace("model.language_model.", "model.", 1).removeprefix("language_model.")
-    stem, _, kind = name.rpartition(".")
+    stem, _, kind = name.removeprefix(family.base).rpartition(".")  # GPT-2's own files leave the base out
     suffix = {"weight": "", "bias": ".bias"}[kind]
-    if stem in TOP:
-        return TOP[stem] + suffix
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+    if stem in family.top:
+        return family.top[stem] + suffix
+    match = re.fullmatch(rf"{family.layers}\.(\d+)\.(.+)", stem)
     if not match:
         raise KeyError(name)
     index, part = match.groups()
-    return f"layers.{index}.{(LINEARS | dict(family.norms))[part]}{suffix}"
+    return f"layers.{index}.{family.names[part]}{suffix}"

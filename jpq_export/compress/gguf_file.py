@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from jpq_export.compress.checkpoint import Checkpoint, Read
+from jpq_export.compress.checkpoint import Checkpoint
 from jpq_export.compress.families import Family, gguf_family, parse_config, spec_of
 from jpq_export.compress.gguf_tokenizer import gguf_tokenizer
+from jpq_export.compress.stored_layout import Read, split_fused
 from jpq_export.errors import ModelError
 from jpq_export.format.spec import ModelSpec, RopeSpec
 
@@ -31,6 +32,7 @@ TENSORS = {
     "attn_q": "attn.q",
     "attn_k": "attn.k",
     "attn_v": "attn.v",
+    "attn_qkv": "attn.qkv",
     "attn_output": "attn.o",
     "attn_q_norm": "attn.q_norm",
     "attn_k_norm": "attn.k_norm",
@@ -41,7 +43,13 @@ TENSORS = {
     "ffn_down": "mlp.down",
     "post_ffw_norm": "mlp_post_norm",
 }
-TOP = {"token_embd.weight": "embed", "output_norm.weight": "norm", "output.weight": "head"}
+TOP = {
+    "token_embd.weight": "embed",
+    "position_embd.weight": "positions",
+    "output_norm.weight": "norm",
+    "output_norm.bias": "norm.bias",
+    "output.weight": "head",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +190,7 @@ def _open(path: Path, name: str) -> Checkpoint:
         spec = replace(spec, qkv_bias=True)
     tokenizer = gguf_tokenizer(file.fields, vocab=spec.vocab, bos_id=spec.bos_id, where=where)
     spec = replace(spec, add_bos=tokenizer.add_bos)
-    return Checkpoint(spec, readers(file, spec), tokenizer, where)
+    return Checkpoint(spec, split_fused(readers(file, spec, family), spec, where), tokenizer, where)
 
 
 def config_of(file: GGUF, family: Family) -> dict[str, Any]:
@@ -205,6 +213,7 @@ def config_of(file: GGUF, family: Family) -> dict[str, Any]:
     if per_layer:
         raise ModelError(f"{where}: {per_layer[0]} differs by layer, expected one width; give the unpruned model")
     heads, hidden = field("attention.head_count"), field("embedding_length")
+    norm_eps = field("attention.layer_norm_epsilon" if family.layer_norm else "attention.layer_norm_rms_epsilon")
     config = {
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
@@ -214,7 +223,7 @@ def config_of(file: GGUF, family: Family) -> dict[str, Any]:
         "num_key_value_heads": optional("attention.head_count_kv", heads),
         "head_dim": optional("attention.key_length", hidden // heads),
         # float32 in the header; its shortest decimal is what was meant (1e-06, not 9.99999997e-07)
-        "rms_norm_eps": float(str(np.float32(field("attention.layer_norm_rms_epsilon")))),
+        "rms_norm_eps": float(str(np.float32(norm_eps))),
         "max_position_embeddings": field("context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": file.fields.get("tokenizer.ggml.bos_token_id"),
@@ -222,12 +231,15 @@ def config_of(file: GGUF, family: Family) -> dict[str, Any]:
         "rope_theta": optional("rope.freq_base", 10000.0),
     }
     config |= rope_scaling(optional)
-    if family.scaled_embedding:  # Gemma-3: every sixth layer is global; 27B alone scales queries by hidden / heads
+    if family.gguf == "phi3" and (rotated := optional("rope.dimension_count")):  # Phi-4-mini turns a part of each head
+        config["partial_rotary_factor"] = rotated / config["head_dim"]
+    if optional("attention.sliding_window"):
         config["sliding_window"] = optional("attention.sliding_window")
+    if family.scaled_embedding:  # Gemma-3: every sixth layer is global; 27B alone scales queries by hidden / heads
         config["sliding_window_pattern"] = 6
         config["rope_local_base_freq"] = optional("rope.freq_base_swa", 10000.0)
         config["query_pre_attn_scalar"] = hidden // heads if config["num_hidden_layers"] == 62 else config["head_dim"]
-    return config
+    return {family.fields.get(key, key): value for key, value in config.items()}
 
 
 def stop_ids(fields: dict[str, Any]) -> list[int]:
@@ -257,25 +269,28 @@ def with_rope_factors(spec: ModelSpec, file: GGUF) -> ModelSpec:
     return replace(spec, ropes=(RopeSpec(tuple((frequencies / factors).tolist()), spec.ropes[0].scaling),))
 
 
-def readers(file: GGUF, spec: ModelSpec) -> dict[str, Read]:
+def readers(file: GGUF, spec: ModelSpec, family: Family) -> dict[str, Read]:
     """Readers by canonical name."""
     out: dict[str, Read] = {}
     for stored in sorted(file.tensors):
         if stored == "rope_freqs.weight":
             continue
-        name = canonical(stored)
+        name = canonical(stored, family)
         if name is None:
             raise ModelError(f"{file.path}: unexpected tensor {stored!r}; this variant of the model is not supported")
         out[name] = _reader(file, stored, _interleaved_heads(name, spec))
     return out
 
 
-def canonical(stored: str) -> str | None:
+def canonical(stored: str, family: Family) -> str | None:
     """A GGUF tensor name -> canonical name; None when unknown."""
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", stored)
     if match is None or match[2] not in TENSORS:
         return TOP.get(stored)
-    return f"layers.{match[1]}.{TENSORS[match[2]]}{'.bias' if match[3] == 'bias' else ''}"
+    name = TENSORS[match[2]]
+    if name == "mlp.up" and "mlp.gate_up" in family.names.values():
+        name = "mlp.gate_up"  # GGUF calls both by one name
+    return f"layers.{match[1]}.{name}{'.bias' if match[3] == 'bias' else ''}"
 
 
 def _interleaved_heads(name: str, spec: ModelSpec) -> int:

@@ -23,13 +23,14 @@ def permuted(model: Decoder, *, seed: int) -> Decoder:
     for i, layer in enumerate(spec.layers):
         if layer.ffn:
             order = torch.randperm(layer.ffn, generator=generator)
-            _permute_rows(weights, (f"layers.{i}.mlp.gate", f"layers.{i}.mlp.up"), order)
+            for part in ("gate", "up") if spec.gated else ("up",):
+                _permute_rows(weights, f"layers.{i}.mlp.{part}", order)
             weights[f"layers.{i}.mlp.down"] = weights[f"layers.{i}.mlp.down"][:, order].contiguous()
         if layer.kv_heads:
             within = torch.randperm(spec.head_dim, generator=generator)  # values may be mixed freely inside a head
             rows = (torch.arange(layer.kv_heads)[:, None] * spec.head_dim + within).flatten()
             columns = (torch.arange(layer.kv_heads * spec.heads_per_group)[:, None] * spec.head_dim + within).flatten()
-            _permute_rows(weights, (f"layers.{i}.attn.v",), rows)
+            _permute_rows(weights, f"layers.{i}.attn.v", rows)
             weights[f"layers.{i}.attn.o"] = weights[f"layers.{i}.attn.o"][:, columns].contiguous()
     return build_decoder(spec, weights)
 
@@ -37,14 +38,14 @@ def permuted(model: Decoder, *, seed: int) -> Decoder:
 def _permute_hidden(name: str, value: Tensor, order: Tensor, hidden: int) -> Tensor:
     part = name.rsplit(".", 1)[-1]
     if name.endswith((".bias", "q_norm", "k_norm")):
-        return value[order].contiguous() if name.endswith(("attn.o.bias", "mlp.down.bias")) else value
+        of_stream = name.endswith(("attn.o.bias", "mlp.down.bias", "norm.bias"))
+        return value[order].contiguous() if of_stream else value
     if part in ("o", "down"):
         return value[order].contiguous()
     return value[..., order].contiguous() if value.shape[-1] == hidden else value
 
 
-def _permute_rows(weights: dict[str, Tensor], names: tuple[str, ...], rows: Tensor) -> None:
-    for name in names:
-        weights[name] = weights[name][rows].contiguous()
-        if f"{name}.bias" in weights:
-            weights[f"{name}.bias"] = weights[f"{name}.bias"][rows].contiguous()
+def _permute_rows(weights: dict[str, Tensor], name: str, rows: Tensor) -> None:
+    weights[name] = weights[name][rows].contiguous()
+    if f"{name}.bias" in weights:
+        weights[f"{name}.bias"] = weights[f"{name}.bias"][rows].contiguous()

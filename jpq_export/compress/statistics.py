@@ -35,7 +35,8 @@ class Statistics:
     """Sums over the calibration tokens, by canonical name.
 
     hessians: [K, K], mean over tokens of w_t x_t x_tᵀ with w_t = mean over outputs of the squared gradient, so that
-        0.5 * tr(E H Eᵀ) predicts the KL of an error E. `embed` holds the head's inputs plus the input side's diagonal.
+        0.5 * tr(E H Eᵀ) predicts the KL of an error E. `embed` holds the head's inputs plus the input side's diagonal,
+        `positions` the gradients' moment at the sum they go into.
     token_weights: w_t of every calibration token, [tokens], in order.
     rows: row weights of the embedding or head, [vocab], mean teacher probability of each token.
     outputs: [blocks, B, B] float16, mean over tokens of w_t^(p - 1) g_t g_tᵀ with g_t the gradient by the outputs and p
@@ -190,6 +191,8 @@ def _one_batch(model: Decoder, ids: Tensor, stats: Statistics, generator: torch.
         if name not in stats.hessians:
             stats.hessians[name] = torch.zeros(len(side), len(side), device=side.device)
         stats.hessians[name].diagonal().add_(side)
+        if model.positions is not None:
+            add_moment(stats.hessians, "positions", start.grad.flatten(0, 1).float())
 
 
 def hidden_from(model: Decoder, embedded: Tensor, ids: Tensor) -> Tensor:
@@ -226,6 +229,8 @@ def plain_statistics(model: Decoder, sequences: np.ndarray) -> Statistics:
         value /= sequences.size
     if model.head is not None:
         stats.hessians["embed"] = torch.eye(model.spec.hidden, device=device)
+    if model.positions is not None:
+        stats.hessians["positions"] = torch.eye(model.spec.hidden, device=device)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "head":
             stats.token_weights[name] = torch.ones(sequences.size, device=device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jpq_export.compress.decoder import Decoder, RMSNorm
+from jpq_export.compress.decoder import Decoder, Norm
 from jpq_export.compress.precision import autocast, fast_bf16, head_table
 from jpq_export.compress.quant_linear import QuantLinear
 from jpq_export.compress.statistics import Progress
@@ -67,7 +67,7 @@ def token_kl(teacher: Decoder, student: Decoder, sequences: np.ndarray) -> Tenso
 def trainable(student: Decoder) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(scales, norm weights) of the student."""
     scales = [m.scales for m in student.modules() if isinstance(m, QuantLinear)]
-    norms = [m.weight for m in student.modules() if isinstance(m, RMSNorm)]
+    norms = [m.weight for m in student.modules() if isinstance(m, Norm)]
     return scales, norms
 
 
@@ -102,7 +102,7 @@ def start_training(student: Decoder) -> None:
     for module in student.modules():
         if isinstance(module, QuantLinear):
             module.start_training(dtype)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, Norm):
             module.weight.requires_grad_(True)
 
 
@@ -111,7 +111,7 @@ def stop_training(student: Decoder) -> None:
     for module in student.modules():
         if isinstance(module, QuantLinear):
             module.stop_training()
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, Norm):
             module.weight.requires_grad_(False)
 
 

@@ -32,23 +32,31 @@ class RopeSpec:
     scaling: float = 1.0
 
 
+# Written only where they are not the default: models without them keep the identity (weights_sha256) they had before
+# these facts existed, so that their plans and caches stay good.
+LATER_FACTS = {"kv_cache": FLOAT_CACHE, "layer_norm": False, "gated": True, "learned_positions": False}
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A Llama-family decoder.
+    """A decoder with norms before its sub-layers: Llama and its relatives, and GPT-2.
 
     Weights (canonical names; `weight` matrices are [out, in], norms hold the factor actually multiplied, so Gemma's
     1 + w is already added):
 
         embed                                  [vocab, hidden]
+        positions                              [max_positions, hidden], only with learned_positions
         layers.{i}.attn_norm, layers.{i}.mlp_norm              [hidden]
         layers.{i}.attn_post_norm, layers.{i}.mlp_post_norm    [hidden], only with post_norms
         layers.{i}.attn.{q,k,v,o}              [out, in], bias at layers.{i}.attn.{q,k,v,o}.bias
         layers.{i}.attn.{q_norm,k_norm}        [head_dim], only with qk_norm
-        layers.{i}.mlp.{gate,up,down}          [out, in], bias at layers.{i}.mlp.{gate,up,down}.bias
+        layers.{i}.mlp.{gate,up,down}          [out, in], bias at layers.{i}.mlp.{gate,up,down}.bias; gate only if gated
         norm                                   [hidden]
         head                                   [vocab, hidden], only when not tied
 
-    Query head j reads key/value head j // heads_per_group.
+    Query head j reads key/value head j // heads_per_group. No `ropes`: queries and keys are not rotated. `layer_norm`:
+    norms subtract the mean and have a bias at "<norm>.bias". Not `gated`: down(act(up(x))) instead of
+    down(act(gate(x)) * up(x)). `learned_positions`: a row of `positions` is added to every embedded token.
 
     `kv_cache`: how keys (after rotary) and values are kept. "float": as computed. "int8": each (position, head) as
     codes round(x / scale) with scale = max |x| / 127 in fp32; attention reads codes * scale, of new tokens too, so it
@@ -78,6 +86,9 @@ class ModelSpec:
     eos_ids: tuple[int, ...] = ()
     add_bos: bool = False
     kv_cache: str = FLOAT_CACHE
+    layer_norm: bool = False
+    gated: bool = True
+    learned_positions: bool = False
 
     def __post_init__(self) -> None:
         """Check: a kind of cache that this version does not know is a ValueError."""
@@ -98,16 +109,15 @@ class ModelSpec:
                 "attn.o": (self.hidden, q),
             }
         if layer.ffn:
-            shapes |= {
-                "mlp.gate": (layer.ffn, self.hidden),
-                "mlp.up": (layer.ffn, self.hidden),
-                "mlp.down": (self.hidden, layer.ffn),
-            }
+            shapes |= {"mlp.gate": (layer.ffn, self.hidden)} if self.gated else {}
+            shapes |= {"mlp.up": (layer.ffn, self.hidden), "mlp.down": (self.hidden, layer.ffn)}
         return shapes
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """All weight matrices by canonical name, embedding and (untied) head included, in graph order."""
         out = {"embed": (self.vocab, self.hidden)}
+        if self.learned_positions:
+            out["positions"] = (self.max_positions, self.hidden)
         for i in range(len(self.layers)):
             out |= {f"layers.{i}.{name}": shape for name, shape in self.linear_shapes(i).items()}
         if not self.tied:
@@ -120,22 +130,24 @@ class ModelSpec:
         for i, layer in enumerate(self.layers):
             at = f"layers.{i}"
             if layer.kv_heads:
-                out[f"{at}.attn_norm"] = self.hidden
+                out |= self._norm(f"{at}.attn_norm")
                 if self.qk_norm:
                     out[f"{at}.attn.q_norm"] = out[f"{at}.attn.k_norm"] = self.head_dim
                 if self.post_norms:
-                    out[f"{at}.attn_post_norm"] = self.hidden
+                    out |= self._norm(f"{at}.attn_post_norm")
             if layer.ffn:
-                out[f"{at}.mlp_norm"] = self.hidden
+                out |= self._norm(f"{at}.mlp_norm")
                 if self.post_norms:
-                    out[f"{at}.mlp_post_norm"] = self.hidden
+                    out |= self._norm(f"{at}.mlp_post_norm")
             for name, (rows, _) in self.linear_shapes(i).items():
                 part = name.split(".")[1]
                 has = {"q": self.qkv_bias, "k": self.qkv_bias, "v": self.qkv_bias, "o": self.o_bias}
                 if has.get(part, self.mlp_bias):
                     out[f"{at}.{name}.bias"] = rows
-        out["norm"] = self.hidden
-        return out
+        return out | self._norm("norm")
+
+    def _norm(self, name: str) -> dict[str, int]:
+        return dict.fromkeys([name, f"{name}.bias"] if self.layer_norm else [name], self.hidden)
 
     def parameters(self) -> int:
         """Number of parameters, tied weights counted once."""
@@ -156,11 +168,12 @@ class ModelSpec:
         return replace(self, layers=layers)
 
     def to_json(self) -> str:
-        """One line of JSON. Without a float cache's name: plans name their model by a hash of this, older than int8."""
-        raw = asdict(self)
-        if self.kv_cache == FLOAT_CACHE:
-            del raw["kv_cache"]
-        return json.dumps(raw, sort_keys=True)
+        """One line of JSON."""
+        facts = asdict(self)
+        for key, default in LATER_FACTS.items():
+            if facts[key] == default:
+                del facts[key]
+        return json.dumps(facts, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> ModelSpec:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.spec import INT8_CACHE, ModelSpec
-from jpq_export.lower import basic, growing, half, int8_cache, standard
+from jpq_export.lower import basic, growing, growing_int8, half, int8_cache, standard
 from jpq_export.lower.nodes import Nodes
 from jpq_export.lower.signed import SignedWeights
 from jpq_export.lower.weights import Form, Weights
@@ -50,7 +50,7 @@ class DecoderGraph:
         fused = growing if dialect.growing else half if dialect.half else standard
         self.ops = fused if dialect.fused else basic
         if self.spec.kv_cache == INT8_CACHE:
-            self.ops = int8_cache
+            self.ops = growing_int8 if dialect.growing else int8_cache
         self.inputs: list[ir.Value] = []
         self.presents: list[ir.Value] = []
         self.taps: list[ir.Value] = []
@@ -65,7 +65,7 @@ class DecoderGraph:
         )
         self._rotary = self._rotary_tables(positions)
         self._masks = self._attention_masks(ids, mask)
-        x = self._embed(ids)
+        x = self._embed(ids, positions)
         for i in range(len(self.spec.layers)):
             x = self._attention(i, x)
             x = self._mlp(i, x)
@@ -80,10 +80,11 @@ class DecoderGraph:
         found = self.weights.functions(opset)
         if not self.dialect.growing:
             return found
+        ops = growing_int8 if spec.kv_cache == INT8_CACHE else growing
         sizes = sorted({layer.kv_heads for layer in spec.layers if layer.kv_heads})
-        facts = {"rotary": True, "scale": spec.attention_scale, "opset": opset}
+        facts = {"rotary": bool(spec.ropes), "scale": spec.attention_scale, "opset": opset}
         return [
-            *(growing.function(kv * spec.heads_per_group, kv, spec.head_dim, **facts) for kv in sizes),
+            *(each for kv in sizes for each in ops.functions(kv * spec.heads_per_group, kv, spec.head_dim, **facts)),
             *found,
         ]
 
@@ -92,18 +93,24 @@ class DecoderGraph:
         self.inputs.append(value)
         return value
 
-    def _embed(self, ids: ir.Value) -> ir.Value:
+    def _embed(self, ids: ir.Value, positions: ir.Value) -> ir.Value:
         """[batch, seq] -> [batch, seq, hidden]."""
-        self.nodes.scope = "embed"
-        rows = self.weights.rows(ids, "embed", name="embed" if self.spec.embed_scale == 1 else None)
-        if self.spec.embed_scale != 1:
-            rows = self.nodes("Mul", rows, self.nodes.const(self.spec.embed_scale, np.float32), name="embed")
+        nodes, spec = self.nodes, self.spec
+        nodes.scope = "embed"
+        looked_up = None if spec.learned_positions else "embed"
+        rows = self.weights.rows(ids, "embed", name=looked_up if spec.embed_scale == 1 else None)
+        if spec.embed_scale != 1:
+            rows = nodes("Mul", rows, nodes.const(spec.embed_scale, np.float32), name=looked_up)
+        if spec.learned_positions:
+            rows = nodes("Add", rows, self.weights.rows(positions, "positions", name=None), name="embed")
         self.taps.append(rows)
         return rows
 
     def _rotary_tables(self, positions: ir.Value) -> dict[int, tuple[ir.Value, ir.Value]]:
         """Cosine and sine [batch, seq, head_dim / 2] of every rope a layer uses, computed once a pass."""
         nodes, tables = self.nodes, {}
+        if not self.spec.ropes:
+            return tables
         nodes.scope = "rope"
         used = sorted({layer.rope for layer in self.spec.layers if layer.kv_heads})
         wide = nodes("Unsqueeze", nodes("Cast", positions, to=FLOAT), nodes.ints(-1)) if used else positions
@@ -145,7 +152,11 @@ class DecoderGraph:
         return out
 
     def _norm(self, x: ir.Value, name: str) -> ir.Value:
-        return self.ops.norm(self.nodes, x, self.weights.norm(name), self.spec.norm_eps, name)
+        factor, eps = self.weights.norm(name), self.spec.norm_eps
+        if not self.spec.layer_norm:
+            return self.ops.norm(self.nodes, x, factor, eps, name)
+        shift = self.weights.vector(f"{name}.bias")
+        return self.nodes("LayerNormalization", x, factor, shift, name=name, axis=-1, epsilon=eps)
 
     def _residual(self, x: ir.Value, y: ir.Value, at: str) -> ir.Value:
         """Add y to x, where y passes the post-norm first when the model has one: value `at`, a tap."""
@@ -171,7 +182,7 @@ class DecoderGraph:
         core, *present = self.ops.attention(
             self.nodes,
             (query, key, value, self._masks[layer.window], *past),
-            self._rotary[layer.rope],
+            self._rotary[layer.rope] if spec.ropes else None,
             heads=heads,
             scale=spec.attention_scale,
             names=(f"{at}.core", *(f"present.{index}.{part}" for part in self.ops.CACHED)),
@@ -204,7 +215,8 @@ class DecoderGraph:
             return x
         at = self.nodes.scope = f"layers.{index}.mlp"
         inner = self._norm(x, f"{at}_norm")
-        gate, up = self.weights.linears(inner, [f"{at}.{part}" for part in ("gate", "up")])
-        active = self.ops.ACTIVATIONS[self.spec.activation](self.nodes, gate)
-        product = self.nodes("Mul", active, up, name=f"{at}.inner")
+        names = [f"{at}.{part}" for part in (("gate", "up") if self.spec.gated else ("up",))]
+        first, *factor = self.weights.linears(inner, names)
+        active = self.ops.ACTIVATIONS[self.spec.activation](self.nodes, first)
+        product = self.nodes("Mul" if factor else "Identity", active, *factor, name=f"{at}.inner")
         return self._residual(x, self.weights.linear(product, f"{at}.down"), at)

@@ -51,8 +51,7 @@ def export_onnx(
     dialect = RTX if form == "signed" else dialect_for(tensorrt)
     if getattr(model.spec, "kv_cache", FLOAT_CACHE) != FLOAT_CACHE and (form == "signed" or tensorrt is not None):
         raise TargetError(f"{path.name}: TensorRT's graphs keep a float cache; export with --kv-cache {FLOAT_CACHE}")
-    growing = getattr(model.spec, "kv_cache", FLOAT_CACHE) == FLOAT_CACHE and tensorrt is None and form != "signed"
-    dialect = replace(dialect, growing=growing and not plain)
+    dialect = replace(dialect, growing=tensorrt is None and form != "signed" and not plain)
     encoder = isinstance(model.spec, EncoderSpec)
     graph = (EncoderGraph if encoder else DecoderGraph)(model, form, dialect)
     result = graph.build()

@@ -19,7 +19,7 @@ from jpq_export.lower.functions import DOMAIN
 from jpq_export.lower.nodes import Nodes
 from jpq_export.lower.standard import ACTIVATIONS, CACHED, mask, norm
 
-__all__ = ["ACTIVATIONS", "CACHED", "OP_TYPE", "attention", "cache_shape", "function", "mask", "norm", "overload"]
+__all__ = ["ACTIVATIONS", "CACHED", "OP_TYPE", "attention", "cache_shape", "functions", "mask", "norm", "overload"]
 OP_TYPE = "Attention"
 INPUTS = ("query", "key", "value", "mask", "past_key", "past_value")
 TABLES = ("cos", "sin")
@@ -61,7 +61,7 @@ def attention(
     )
 
 
-def function(heads: int, kv_heads: int, head_dim: int, *, rotary: bool, scale: float, opset: int) -> ir.Function:
+def functions(heads: int, kv_heads: int, head_dim: int, *, rotary: bool, scale: float, opset: int) -> list[ir.Function]:
     """The ONNX function of an overload."""
     nodes = Nodes()
     inputs = {name: ir.Value(name=name) for name in (*INPUTS, *(TABLES if rotary else ()))}
@@ -93,4 +93,4 @@ def function(heads: int, kv_heads: int, head_dim: int, *, rotary: bool, scale: f
     attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("heads", "kv_heads")]
     attributes.append(ir.Attr("scale", ir.AttributeType.FLOAT, None))
     name = overload(heads, kv_heads, head_dim, rotary=rotary)
-    return ir.Function(DOMAIN, OP_TYPE, name, graph=graph, attributes=attributes)
+    return [ir.Function(DOMAIN, OP_TYPE, name, graph=graph, attributes=attributes)]

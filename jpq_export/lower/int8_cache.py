@@ -2,7 +2,8 @@
 
     scale = max |x| / 127        codes = round(x / scale), ties to even        read: codes * scale
 
-x: keys after rotary, and values, [batch, kv_heads, seq, head_dim]. |x / scale| is at most 127 (1 + 2^-23), so rounding
+In standard operators only, passed in and out; growing_int8.py has it in place. x: keys after rotary, and values,
+[batch, kv_heads, seq, head_dim]. |x / scale| is at most 127 (1 + 2^-23), so rounding
 needs no clip. Plain Div, Round and Cast rather than QuantizeLinear: its kernels may multiply by a reciprocal, which
 rounds otherwise than PyTorch does. One layer at a time is widened to fp32, what lies between steps stays int8.
 """
@@ -15,7 +16,7 @@ import onnx_ir as ir
 from jpq_export.lower.nodes import Nodes
 from jpq_export.lower.standard import ACTIVATIONS, cache_shape, mask, norm, rotate
 
-__all__ = ["ACTIVATIONS", "CACHED", "attention", "cache_shape", "mask", "norm"]
+__all__ = ["ACTIVATIONS", "CACHED", "attention", "cache_shape", "mask", "norm", "to_codes"]
 FLOAT, INT8 = ir.DataType.FLOAT, ir.DataType.INT8
 LARGEST = 127
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # divisor of a row of zeros, whose codes and scale are 0
@@ -46,7 +47,7 @@ def attention(
     query, key, value = (
         _by_head(nodes, part, count, head_dim) for part, count in ((query, heads), (key, kv_heads), (value, kv_heads))
     )
-    (key_codes, key_scale), (value_codes, value_scale) = _to_codes(nodes, key), _to_codes(nodes, value)
+    (key_codes, key_scale), (value_codes, value_scale) = to_codes(nodes, key), to_codes(nodes, value)
     present = [
         nodes("Concat", old, new, axis=2, name=name)
         for old, new, name in zip(past, (key_codes, value_codes, key_scale, value_scale), names[1:], strict=True)
@@ -65,8 +66,8 @@ def _by_head(nodes: Nodes, x: ir.Value, heads: int, head_dim: int) -> ir.Value:
     return nodes("Transpose", nodes("Reshape", x, nodes.ints(0, 0, heads, head_dim)), perm=[0, 2, 1, 3])
 
 
-def _to_codes(nodes: Nodes, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """[batch, heads, seq, head_dim] float32 -> codes int8 of that shape, scales float32 [batch, heads, seq, 1]."""
+def to_codes(nodes: Nodes, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """[..., head_dim] float32 -> codes int8 of that shape, scales float32 [..., 1]."""
     peak = nodes("ReduceMax", nodes("Abs", x), nodes.ints(-1), keepdims=1)
     scale = nodes("Div", peak, nodes.const(LARGEST, np.float32))
     steps = nodes("Div", x, nodes("Max", scale, nodes.const(SMALLEST_SCALE, np.float32)))

@@ -105,13 +105,9 @@ class Weights:
 
     def linears(self, x: ir.Value, names: Sequence[str]) -> tuple[ir.Value, ...]:
         """`linear` of every name, as one operator where all of them may be."""
-        mixed = any(isinstance(self._model.quantized[name], RowBlocks) for name in names)
-        if (
-            not self._together
-            or self._form != "custom_op"
-            or mixed
-            or any(name in self._model.adapters for name in names)
-        ):
+        model = self._model
+        mixed = any(name in model.adapters or isinstance(model.quantized[name], RowBlocks) for name in names)
+        if not self._together or self._form != "custom_op" or mixed or len(names) == 1:
             return tuple(self.linear(x, name) for name in names)
         inputs, parts, columns = [x], [], 0
         for name in names:

@@ -6,6 +6,7 @@ import numpy as np
 
 from jpq_export.numerics.affine import QuantizedWeight
 
+LARGEST_CODE = 127  # of an int8 cache
 MAX_DISTANCE = 128  # in tokens; all farther ones share the last bucket
 
 
@@ -42,22 +43,81 @@ def attention(
     sine [batch, seq, dim / 2]. A row that may look at nothing gives zeros.
     """
     batch, seq, total = *query.shape[:2], mask.shape[-1]
-    query, key, value = (
-        x.reshape(batch, seq, count, -1) for x, count in ((query, heads), (key, kv_heads), (value, kv_heads))
-    )
+    key, value = (x.reshape(batch, seq, kv_heads, -1) for x in (key, value))
     if rotary is not None:
-        query, key = _rotate(query, *rotary), _rotate(key, *rotary)
-    present = [
-        np.concatenate([old[: total - seq], new.swapaxes(0, 1), old[total:]])
-        for old, new in zip(past, (key, value), strict=True)
-    ]
-    keys, values = (np.repeat(rows[:total], heads // kv_heads, axis=2) for rows in present)
+        key = _rotate(key, *rotary)
+    present = [_append(old, new, total) for old, new in zip(past, (key, value), strict=True)]
+    output = _attend(query, present[0][:total], present[1][:total], mask, rotary, heads=heads, scale=scale)
+    return output, present[0], present[1]
+
+
+def int8_codes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes int8 [..., dim] and scales [..., 1] of keys or values: max |x| / 127, and ties to even."""
+    scale = np.abs(x).max(-1, keepdims=True) / x.dtype.type(LARGEST_CODE)
+    return np.rint(x / np.maximum(scale, np.finfo(np.float32).tiny)).astype(np.int8), scale
+
+
+def cache_codes(
+    key: np.ndarray, value: np.ndarray, rotary: tuple[np.ndarray, np.ndarray] | None = None, *, kv_heads: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """`jpq::CacheCodes`: codes of keys (turned first) and of values [batch, seq, kv_heads, dim], then their scales."""
+    key, value = (x.reshape(*x.shape[:2], kv_heads, -1) for x in (key, value))
+    if rotary is not None:
+        key = _rotate(key, *rotary)
+    (keys, key_scale), (values, value_scale) = int8_codes(key), int8_codes(value)
+    return keys, values, key_scale, value_scale
+
+
+def int8_attention(
+    query: np.ndarray,
+    new: tuple[np.ndarray, ...],
+    mask: np.ndarray,
+    past: tuple[np.ndarray, ...],
+    rotary: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    heads: int,
+    scale: float,
+) -> tuple[np.ndarray, ...]:
+    """`jpq::Int8Attention`: as `attention` with codes and scales of `new` and `past` in the order of `cache_codes`.
+
+    Of `past` the first two dimensions are [room, batch], of `new` [batch, seq]. `rotary` turns the query. In the
+    query's precision.
+    """
+    total = mask.shape[-1]
+    present = [_append(old, rows, total) for old, rows in zip(past, new, strict=True)]
+    keys, values = (
+        codes[:total] * steps[:total].astype(query.dtype) for codes, steps in zip(present[:2], present[2:], strict=True)
+    )
+    return _attend(query, keys, values, mask, rotary, heads=heads, scale=scale), *present
+
+
+def _append(past: np.ndarray, new: np.ndarray, total: int) -> np.ndarray:
+    """New rows [batch, seq, ...] in the cache [room, batch, ...], which then holds `total`."""
+    return np.concatenate([past[: total - new.shape[1]], new.swapaxes(0, 1), past[total:]])
+
+
+def _attend(
+    query: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    mask: np.ndarray,
+    rotary: tuple[np.ndarray, np.ndarray] | None,
+    *,
+    heads: int,
+    scale: float,
+) -> np.ndarray:
+    """Softmax of queries [batch, seq, heads * dim] and keys, times values, both [total, batch, kv_heads, dim]."""
+    batch, seq, _ = query.shape
+    query = query.reshape(batch, seq, heads, -1)
+    if rotary is not None:
+        query = _rotate(query, *rotary)
+    keys, values = (np.repeat(rows, heads // rows.shape[2], axis=2) for rows in (keys, values))
     scores = np.where(mask, np.einsum("bshd,tbhd->bhst", query, keys) * scale, -np.inf)
     peak = scores.max(-1, keepdims=True)
     weights = np.exp(scores - np.where(np.isinf(peak), 0, peak))
     sums = weights.sum(-1, keepdims=True)
     output = np.einsum("bhst,tbhd->bshd", weights / np.where(sums == 0, 1, sums), values)
-    return output.reshape(batch, seq, -1), present[0], present[1]
+    return output.reshape(batch, seq, -1)
 
 
 def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

@@ -33,6 +33,10 @@ class Cases:
         """Columns of `padded` that go in at once."""
         return self.padded.shape[1] - PADDED_STEPS
 
+    def steps_within(self, spec: Spec, wanted: int) -> int:
+        """Of the `wanted` tokens after the prefill those that the model has positions for."""
+        return min(wanted, spec.max_positions - self.prefill.shape[1])
+
 
 def make_cases(prompts: Sequence[Sequence[int]], spec: Spec) -> Cases:
     """Cut the cases from token ids; ValueError without a token or with an id outside the vocabulary."""

@@ -80,9 +80,10 @@ def check_parity(
     """
     proto = load_proto(onnx_path)
     _, unfused = read_metadata(proto, onnx_path)
-    rounds = bool(set(model.quantized) - unfused - {"embed"})
+    rounds = bool(set(model.quantized) - unfused - {"embed", "positions"})
     assert isinstance(model.spec, ModelSpec)  # encoders: `parity.encoder`
     cases, reference = make_cases(prompts, model.spec), TorchRunner(model)
+    steps = cases.steps_within(model.spec, steps)
     ways = [BODIES, KERNELS] if proto.functions and native.available() else [BODIES]
     count = len(ways) + rounds + (half_path is not None)
     job = _Job(model, onnx_path, reference, cases, steps, form, _ticker(progress, count * (steps + 3)))

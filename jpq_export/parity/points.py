@@ -3,7 +3,7 @@
     embed
     layers.{i}.attn_norm, .attn.q, .attn.k, .attn.v, [.attn.q_norm, .attn.k_norm], .attn.core (what o reads), .attn.o,
         [.attn_post_norm], .attn
-    layers.{i}.mlp_norm, .mlp.gate, .mlp.up, .mlp.inner (what down reads), .mlp.down, [.mlp_post_norm], .mlp
+    layers.{i}.mlp_norm, [.mlp.gate,] .mlp.up, .mlp.inner (what down reads), .mlp.down, [.mlp_post_norm], .mlp
     norm, logits
 
 `layers.{i}.attn` and `layers.{i}.mlp` are the residual stream after the sub-layer: the Decoder's taps.
@@ -82,7 +82,7 @@ def _inside(spec: ModelSpec, tap: str) -> list[str]:
     if tap.endswith("attn"):
         order = ["q", "k", "v", *(["q_norm", "k_norm"] if spec.qk_norm else []), "core", "o"]
     else:
-        order = ["gate", "up", "inner", "down"]
+        order = [*(["gate"] if spec.gated else []), "up", "inner", "down"]
     return [f"{tap}_norm", *(f"{tap}.{part}" for part in order), *([f"{tap}_post_norm"] if spec.post_norms else [])]
 
 
@@ -102,6 +102,9 @@ def present_in(graph: GraphProto, spec: Spec) -> tuple[str, ...]:
 
 
 def node_of(graph: GraphProto, value: str) -> str:
-    """How to name the node that makes `value`: "LowBitMatMul 'layers.0.attn.q'"."""
+    """How to name the node that makes `value`: "LowBitMatMul 'layers.0.attn.q'", of several outputs also which one."""
     node = next((node for node in graph.node if value in node.output), None)
-    return f"{node.op_type} {node.name or value!r}" if node else f"graph input {value!r}"
+    if node is None:
+        return f"graph input {value!r}"
+    which = "" if value in (node.name, node.output[0]) else f", output {value!r}"
+    return f"{node.op_type} {node.name or value!r}{which}"

@@ -209,7 +209,8 @@ class OrtRunner:
             mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask, past)}
         feeds |= {f"past.{name}": value for name, value in cache.items()}
-        feeds |= {f"written.{name}": value for name, value in (given or {}).items()}
+        order = (0, 2, 1, 3) if self._layout.time_first else (0, 1, 2, 3)  # of what is stored: where heads come
+        feeds |= {f"written.{name}": value.transpose(order) for name, value in (given or {}).items()}
         names = ["logits", *(f"present.{name}" for name in cache), *(self.points if values else ())]
         names += self.opened.values()
         fetch = list(dict.fromkeys(names))
@@ -217,27 +218,37 @@ class OrtRunner:
         outputs = dict(zip(fetch, got, strict=True))
         present = {name: outputs[f"present.{name}"] for name in cache}
         found = {name: outputs[name].reshape(*ids.shape, -1) for name in self.points} if values else {}
-        written = {name: outputs[value] for name, value in self.opened.items()}
+        written = {name: outputs[value].transpose(order) for name, value in self.opened.items()}
         if isinstance(self.spec, ModelSpec) and self.spec.kv_cache == INT8_CACHE and not written:
-            written = {name: value[:, :, past:] for name, value in present.items()}
+            written = {name: self._layout.rows(value)[:, past:].swapaxes(1, 2) for name, value in present.items()}
         return Outcome(outputs["logits"], present, found, written)
 
 
 def open_writes(graph: Any) -> dict[str, str]:
     """Let the caller say what is stored: cache name -> the value that was stored until now, an output from now on.
 
-    "written.{name}" becomes an input of the same type as "past.{name}", with as many positions as there are new tokens.
+    "written.{name}" becomes an input of the type of "past.{name}" for the new tokens: [batch, seq, kv_heads, ...] where
+    time comes first in the cache, otherwise [batch, kv_heads, seq, ...].
     """
     past, computed = {value.name: value for value in graph.input}, {}
     codes = {name[5:-6] for name in past if name.startswith("past.") and name.endswith("_scale")}  # with an int8 cache
     for node in graph.node:
-        if node.op_type == "Concat" and node.output[0].removeprefix("present.").removesuffix("_scale") in codes:
-            name = node.output[0].removeprefix("present.")
-            computed[name], node.input[1] = node.input[1], f"written.{name}"
+        if node.op_type == "Int8Attention":
+            at = {present.removeprefix("present."): i for i, present in enumerate(node.output) if i}
+        elif node.op_type == "Concat" and node.output[0].removeprefix("present.").removesuffix("_scale") in codes:
+            at = {node.output[0].removeprefix("present."): 1}
+        else:
+            continue
+        for name, i in at.items():
+            computed[name], node.input[i] = node.input[i], f"written.{name}"
             graph.output.add(name=computed[name])
             opened = graph.input.add()
             opened.CopyFrom(past[f"past.{name}"])
-            opened.name, opened.type.tensor_type.shape.dim[2].dim_param = f"written.{name}", "seq"
+            opened.name, dims = f"written.{name}", opened.type.tensor_type.shape.dim
+            if node.op_type == "Concat":
+                dims[2].dim_param = "seq"
+            else:
+                dims[0].dim_param, dims[1].dim_param = "batch", "seq"
     return computed
 
 

@@ -71,7 +71,7 @@ def record_vectors(model: CompressedModel, path: Path, *, prompts: Sequence[Sequ
     assert isinstance(model.spec, ModelSpec)  # encoders: `parity.encoder`
     runner = TorchRunner(model)
     cases = make_cases(prompts, model.spec)
-    Vectors(f"pytorch {runner.version}", compute(runner, cases, steps=steps)).save(path)
+    Vectors(f"pytorch {runner.version}", compute(runner, cases, steps=cases.steps_within(model.spec, steps))).save(path)
 
 
 def compute(

@@ -43,6 +43,10 @@ class PeerModel:
 def peer_model(name: str, teacher: Decoder, calibration: np.ndarray, budget_bytes: int, folder: Path) -> PeerModel:
     """Quantize `teacher` by peer `name`, its files in `folder`. Raises PeerError, and BudgetError when nothing fits."""
     peer = PEERS[name]
+    if teacher.spec.learned_positions:  # its bytes would be counted as a linear's, its values stay fp32
+        raise PeerError(
+            f"{name}: {teacher.spec.name} has a table of positions, which peers do not quantize; leave it out"
+        )
     _check_installed(name, peer)
     layout = None if peer.program else layout_for(teacher.spec, peer, budget_bytes)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jpq_export.compress.families import FAMILIES, LINEARS, TOP, Family
+from jpq_export.compress.families import FAMILIES, Family
 from jpq_export.errors import ModelError
 from jpq_export.format.spec import ModelSpec
 
@@ -71,10 +71,10 @@ def names(spec: ModelSpec) -> dict[str, str]:
 
 def _foreign(name: str, family: Family) -> str:
     stem, kind = (name.removesuffix(".bias"), "bias") if name.endswith(".bias") else (name, "weight")
-    for theirs, ours in TOP.items():
+    for theirs, ours in family.top.items():
         if stem == ours:
-            return f"{theirs}.{kind}"
+            return f"{'' if ours == 'head' else family.base}{theirs}.{kind}"
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", stem)
     assert match, name
-    parts = {ours: theirs for theirs, ours in (LINEARS | dict(family.norms)).items()}
-    return f"model.layers.{match[1]}.{parts[match[2]]}.{kind}"
+    parts = {ours: theirs for theirs, ours in family.names.items()}
+    return f"{family.base}{family.layers}.{match[1]}.{parts[match[2]]}.{kind}"

@@ -29,8 +29,8 @@ Kernels: TypeAlias = native.Library | native_cuda.CudaLibrary | None
 class Output:
     """One pass: `logits` float32 [batch, seq, vocab]; `past`, the cache to go on with; `values`, other outputs by name.
 
-    The cache is {"0.key": [past, batch, kv_heads, head_dim], "0.value": ..., ...} in float32, or int8 codes
-    [batch, kv_heads, past, head_dim] beside float32 scales {"0.key_scale": [batch, kv_heads, past, 1], ...}.
+    The cache is {"0.key": [past, batch, kv_heads, head_dim], "0.value": ..., ...} in float32, or int8 codes beside
+    float32 scales {"0.key_scale": [past, batch, kv_heads, 1], ...}; `CacheLayout.rows` also reads that of older graphs.
     """
 
     logits: np.ndarray

@@ -5,16 +5,6 @@
 
 #include "attention_task.h"
 
-/* Rotary embedding of one head (RoFormer, Su et al. 2021; halves as in GPT-NeoX). */
-static void turn(float *out, const float *x, const float *cos, const float *sin, int64_t dim) {
-  const int64_t half = dim / 2;
-  for (int64_t j = 0; j < half; j++) {
-    float low = x[j], high = x[j + half];
-    out[j] = low * cos[j] - high * sin[j];
-    out[j + half] = high * cos[j] + low * sin[j];
-  }
-}
-
 /* `heads` heads of position `at` of [batch, seq], turned where there is something to turn them with. */
 static void place(const jpq_attention *a, float *out, const float *x, int64_t at, int64_t heads, int turned) {
   if (!turned || !a->cos) {
@@ -22,16 +12,29 @@ static void place(const jpq_attention *a, float *out, const float *x, int64_t at
     return;
   }
   for (int64_t h = 0; h < heads; h++)
-    turn(out + h * a->dim, x + h * a->dim, a->cos + at * (a->dim / 2), a->sin + at * (a->dim / 2), a->dim);
+    jpq_turn(out + h * a->dim, x + h * a->dim, a->cos + at * (a->dim / 2), a->sin + at * (a->dim / 2), a->dim);
+}
+
+/* The new codes of position `from` of [batch, seq] at row `to` of the cache. */
+static void place_codes(const jpq_attention *a, int64_t to, int64_t from) {
+  const int64_t heads = a->kv_heads, row = heads * a->dim;
+  memcpy(a->codes.keys + to * row, a->fresh.keys + from * row, (size_t)row);
+  memcpy(a->codes.values + to * row, a->fresh.values + from * row, (size_t)row);
+  memcpy(a->codes.key_scales + to * heads, a->fresh.key_scales + from * heads, sizeof(float) * (size_t)heads);
+  memcpy(a->codes.value_scales + to * heads, a->fresh.value_scales + from * heads, sizeof(float) * (size_t)heads);
 }
 
 static void append(jpq_attention *a) {
   const int64_t row = a->kv_heads * a->dim, past = a->total - a->seq, wide = a->heads * a->dim;
   for (int64_t b = 0; b < a->batch; b++)
     for (int64_t s = 0; s < a->seq; s++) {
-      const int64_t from = b * a->seq + s, to = ((past + s) * a->batch + b) * row;
-      place(a, a->keys + to, a->k + from * row, from, a->kv_heads, 1);
-      place(a, a->values + to, a->v + from * row, from, a->kv_heads, 0);
+      const int64_t from = b * a->seq + s, to = (past + s) * a->batch + b;
+      if (a->codes.keys) {
+        place_codes(a, to, from);
+      } else {
+        place(a, a->keys + to * row, a->k + from * row, from, a->kv_heads, 1);
+        place(a, a->values + to * row, a->v + from * row, from, a->kv_heads, 0);
+      }
       if (a->turned) place(a, a->turned + from * wide, a->q + from * wide, from, a->heads, 1);
     }
 }

@@ -31,6 +31,16 @@ JPQ_INLINE const uint8_t *jpq_attention_mask(const jpq_attention *a, const atten
   return a->mask + (task->batch * a->seq + s) * a->total;
 }
 
+/* Rotary embedding of one head (RoFormer, Su et al. 2021; halves as in GPT-NeoX). */
+JPQ_INLINE void jpq_turn(float *out, const float *x, const float *cos, const float *sin, int64_t dim) {
+  const int64_t half = dim / 2;
+  for (int64_t j = 0; j < half; j++) {
+    float low = x[j], high = x[j + half];
+    out[j] = low * cos[j] - high * sin[j];
+    out[j + half] = high * cos[j] + low * sin[j];
+  }
+}
+
 /* e^x for x <= 0, within 2 units of the last place (Cephes' polynomial); no call, so that loops over it become vectors. */
 JPQ_INLINE float jpq_exp(float x) {
   x = x < -87.0f ? -87.0f : x;

@@ -19,6 +19,7 @@ JPQ_TARGET("avx2,fma,f16c")
 #define v_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define v_mul(a, b) _mm256_mul_ps(a, b)
 #define v_sub(a, b) _mm256_sub_ps(a, b)
+#define v_int8(p) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
 #define v_half(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define HAS_FIXED 1
 #define CODES 16
@@ -37,6 +38,12 @@ JPQ_INLINE float v_sum(VF a) {
   __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   b = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+
+/* The sum of each of four. */
+JPQ_INLINE void v_sums(float *out, const VF s[4]) {
+  __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
 
 JPQ_INLINE void v_transpose(VF r[W]) {

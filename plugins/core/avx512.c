@@ -20,12 +20,23 @@ JPQ_TARGET("avx512f,avx512bw,avx512vl,avx2,fma")
 #define v_mul(a, b) _mm512_mul_ps(a, b)
 #define v_sub(a, b) _mm512_sub_ps(a, b)
 #define v_sum(a) _mm512_reduce_add_ps(a)
+#define v_int8(p) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p))))
 #define v_half(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #define HAS_FIXED 0
 #define TILE_VECTORS 4
 #define NAME "avx512"
 #define AVAILABLE available
 #define IMPLEMENTATION jpq_avx512
+
+/* The sum of each of four. */
+JPQ_INLINE void v_sums(float *out, const VF s[4]) {
+  __m512d low = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1])));
+  __m512d high = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(s[2], s[3]), _mm512_unpackhi_ps(s[2], s[3])));
+  VF four = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  __m256 half = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(four), 1));
+  half = _mm256_add_ps(half, _mm512_castps512_ps256(four));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 
 JPQ_INLINE void v_transpose(VF r[W]) {
   VF t[W];

@@ -31,6 +31,10 @@ typedef struct int_pair {
 JPQ_INLINE VF v_set1(float a) { return (VF){vdupq_n_f32(a), vdupq_n_f32(a)}; }
 JPQ_INLINE VF v_zero(void) { return v_set1(0); }
 JPQ_INLINE VF v_load(const float *p) { return (VF){vld1q_f32(p), vld1q_f32(p + 4)}; }
+JPQ_INLINE VF v_int8(const int8_t *p) {
+  int16x8_t words = vmovl_s8(vld1_s8(p));
+  return (VF){vcvtq_f32_s32(vmovl_s16(vget_low_s16(words))), vcvtq_f32_s32(vmovl_high_s16(words))};
+}
 JPQ_INLINE void v_store(float *p, VF a) { vst1q_f32(p, a.low), vst1q_f32(p + 4, a.high); }
 JPQ_INLINE VF v_fma(VF a, VF b, VF c) {
   return (VF){vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
@@ -38,6 +42,11 @@ JPQ_INLINE VF v_fma(VF a, VF b, VF c) {
 JPQ_INLINE VF v_mul(VF a, VF b) { return (VF){vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
 JPQ_INLINE VF v_sub(VF a, VF b) { return (VF){vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
 JPQ_INLINE float v_sum(VF a) { return vaddvq_f32(vaddq_f32(a.low, a.high)); }
+JPQ_INLINE void v_sums(float *out, const VF s[4]) { /* the sum of each of four */
+  float32x4_t sum[4];
+  for (int i = 0; i < 4; i++) sum[i] = vaddq_f32(s[i].low, s[i].high);
+  vst1q_f32(out, vpaddq_f32(vpaddq_f32(sum[0], sum[1]), vpaddq_f32(sum[2], sum[3])));
+}
 JPQ_INLINE void v_transpose(VF r[W]) {
   float in[W][W], out[W][W];
   for (int i = 0; i < W; i++) v_store(in[i], r[i]);

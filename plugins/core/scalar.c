@@ -86,6 +86,11 @@ static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last)
   return JPQ_OK;
 }
 
+/* Number j of a head of the cache that begins at `at`. */
+JPQ_INLINE float cached(const float *floats, const int8_t *codes, const float *scales, int64_t dim, int64_t at, int64_t j) {
+  return codes ? (float)codes[at + j] * scales[at / dim] : floats[at + j];
+}
+
 /* The definition of attention, a row of Q at a time. */
 static jpq_status attend(const jpq_attention *a, const attention_task *task) {
   const int64_t stride = a->batch * a->kv_heads * a->dim, at = (task->batch * a->kv_heads + task->head) * a->dim;
@@ -98,17 +103,19 @@ static jpq_status attend(const jpq_attention *a, const attention_task *task) {
     const uint8_t *mask = jpq_attention_mask(a, task, r) + task->first;
     float most = -INFINITY, weight = 0;
     for (int64_t t = 0; t < count; t++) {
-      const float *key = a->keys + (task->first + t) * stride + at;
+      const int64_t key = (task->first + t) * stride + at;
       scores[t] = mask[t] ? 0 : -INFINITY;
-      for (int64_t j = 0; mask[t] && j < a->dim; j++) scores[t] += q[j] * a->scale * key[j];
+      for (int64_t j = 0; mask[t] && j < a->dim; j++)
+        scores[t] += q[j] * a->scale * cached(a->keys, a->codes.keys, a->codes.key_scales, a->dim, key, j);
       most = scores[t] > most ? scores[t] : most;
     }
     for (int64_t j = 0; j < a->dim; j++) sums[j] = 0;
     for (int64_t t = 0; t < count; t++) {
-      const float *value = a->values + (task->first + t) * stride + at;
+      const int64_t value = (task->first + t) * stride + at;
       float p = mask[t] ? jpq_exp(scores[t] - most) : 0;
       weight += p;
-      for (int64_t j = 0; mask[t] && j < a->dim; j++) sums[j] += p * value[j];
+      for (int64_t j = 0; mask[t] && j < a->dim; j++)
+        sums[j] += p * cached(a->values, a->codes.values, a->codes.value_scales, a->dim, value, j);
     }
     float *part = a->partial ? a->partial + (task->index * JPQ_TILE + r) * (a->dim + 2) : NULL;
     float *y = part ? part : jpq_attention_row(a, a->y, task->batch, task->head, row), factor = part ? 1 : 1 / weight;

@@ -1,5 +1,5 @@
 /* `jpq::LowBitMatMul`, `jpq::LowBitMatMuls` (several of one X) and `jpq::LowBitGather` for onnxruntime on the CPU, over
- * plugins/core; `jpq::Attention` is in attention_op.c.
+ * plugins/core; attention is in attention_op.c and cache_codes_op.c.
  *
  * The session option "jpq.activations" ("fp32" when absent, "int16", "int8"), set before the library is registered,
  * says what may happen to X. Work is split over the session's own threads.
@@ -36,7 +36,7 @@ typedef struct kernel {
   part parts[MOST_PARTS];
 } kernel;
 
-extern const OrtCustomOp jpq_attention_operator; /* attention_op.c */
+extern const OrtCustomOp *const jpq_attention_operators[]; /* attention_op.c; NULL ends them */
 
 /* ---- description ---- */
 
@@ -222,6 +222,6 @@ JPQ_EXPORT OrtStatus *ORT_CALL RegisterCustomOps(OrtSessionOptions *options, con
   TRY(read_mode(api, options, &mode));
   TRY(ORT(api, CreateCustomOpDomain)("jpq", &domain)); /* lives as long as the library, as onnxruntime asks */
   for (int i = 0; i < 3; i++) TRY(ORT(api, CustomOpDomain_Add)(domain, jpq_cpu_operator(mode, i)));
-  TRY(ORT(api, CustomOpDomain_Add)(domain, &jpq_attention_operator));
+  for (int i = 0; jpq_attention_operators[i]; i++) TRY(ORT(api, CustomOpDomain_Add)(domain, jpq_attention_operators[i]));
   return ORT(api, AddCustomOpDomain)(options, domain);
 }

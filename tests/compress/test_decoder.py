@@ -19,7 +19,7 @@ from jpq_export.format.spec import ModelSpec, RopeSpec
 BOUND = 1e-5
 # A wrong formula is not a rounding error.
 FAULT = 1e-3
-NAMES = ("llama", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3", "gemma3")
+NAMES = ("llama", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt2")
 Folder = Callable[..., Path]
 Model = Callable[..., Any]
 

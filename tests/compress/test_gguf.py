@@ -13,13 +13,14 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quantize
 
 from jpq_export.compress.decoder import named_weights
-from jpq_export.compress.gguf_file import TENSORS, parse_gguf, rotate_half_order
+from jpq_export.compress.gguf_file import TENSORS, TOP, parse_gguf, rotate_half_order
 from jpq_export.compress.gguf_tokenizer import gguf_tokenizer, score_merges
 from jpq_export.compress.load import LoadedModel, load_model
 from jpq_export.errors import ModelError
 
 Folder = Callable[..., Path]
 ARCHITECTURES = {"llama": "llama", "llama_tied": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3"}
+ARCHITECTURES |= {"phi3": "phi3", "gpt2": "gpt2"}
 ROTARY_PAIRS = 8  # of the llama fixtures: head_dim 16
 
 
@@ -49,18 +50,17 @@ def write_gguf(
         f"{architecture}.attention.head_count": heads,
         f"{architecture}.attention.head_count_kv": layer.kv_heads,
         f"{architecture}.attention.key_length": spec.head_dim,
-        f"{architecture}.attention.layer_norm_rms_epsilon": spec.norm_eps,
+        f"{architecture}.attention.layer_norm_{'' if spec.layer_norm else 'rms_'}epsilon": spec.norm_eps,
         f"{architecture}.rope.freq_base": 10000.0,
         "tokenizer.ggml.bos_token_id": 256,
         "tokenizer.ggml.eos_token_id": 257,
     }
     if layer.window:
-        fields["gemma3.attention.sliding_window"] = layer.window
+        fields[f"{architecture}.attention.sliding_window"] = layer.window
     stored = {canonical: name for name, canonical in TENSORS.items()}
-    top = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
+    top = {canonical: name for name, canonical in TOP.items()}
     tensors = {}
-    for name, tensor in named_weights(model.model).items():
-        values = tensor.numpy()
+    for name, values in fused(named_weights(model.model), folder.name).items():
         part = name.removesuffix(".bias").split(".")[-1]
         if architecture == "llama" and ".attn." in name and part in ("q", "k"):
             values = paired(values, heads if part == "q" else layer.kv_heads)
@@ -91,6 +91,18 @@ def write_gguf(
     return model
 
 
+def fused(weights: dict[str, torch.Tensor], model: str) -> dict[str, np.ndarray]:
+    """Weights by canonical name as the model's GGUF file holds them: Phi-3 and GPT-2 keep q, k and v in one."""
+    out = {name: value.numpy() for name, value in weights.items()}
+    parts = {"phi3": {"attn.qkv": "qkv", "mlp.up": ("gate", "up")}, "gpt2": {"attn.qkv": "qkv"}}.get(model, {})
+    for whole, shorts in parts.items():
+        stem = whole.split(".")[0]
+        for name in [name for name in out if f"{stem}.{shorts[0]}" in name and "norm" not in name]:
+            at, ending = name.split(f"{stem}.{shorts[0]}")
+            out[f"{at}{whole}{ending}"] = np.concatenate([out.pop(f"{at}{stem}.{short}{ending}") for short in shorts])
+    return out
+
+
 def add_tiny_tokenizer(writer: GGUFWriter, folder: Path) -> None:
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     vocab = raw["model"]["vocab"] | {token["content"]: token["id"] for token in raw["added_tokens"]}
@@ -116,7 +128,7 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen3", "phi3", "gpt2"])
 def test_a_gguf_file_is_the_same_model_as_its_folder(name: str, tiny_folder: Folder, tmp_path: Path) -> None:
     changes = {"use_sliding_window": False} if name == "qwen2" else {}
     expected = write_gguf(tiny_folder(name, **changes), tmp_path / "m.gguf")
@@ -203,6 +215,15 @@ def test_wrong_files_are_refused(change: Callable, expected: str, tiny_folder: F
     assert expected in refusal(tmp_path / "m.gguf")
 
 
+def test_phi3_that_turns_a_part_of_each_head_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    path, folder = tmp_path / "m.gguf", tiny_folder("phi3")
+    for rotated in (16, 12):
+        write_gguf(folder, path, change=lambda f, t, n=rotated: f.update({"phi3.rope.dimension_count": n}))
+        if rotated == 16:
+            assert load_model(str(path)).spec.head_dim == 16
+    assert "partial_rotary_factor 0.75 is not supported" in refusal(path)
+
+
 @pytest.mark.parametrize("keep", [0, 3, 20, 300, 5000, -1])
 def test_a_truncated_file_is_refused(keep: int, tiny_folder: Folder, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
@@ -219,7 +240,9 @@ def test_other_files_and_architectures_are_refused(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    assert "GGUF architecture 'falcon' is not supported; supported: gemma3, llama, qwen2, qwen3" in refusal(path)
+    assert "GGUF architecture 'falcon' is not supported; supported: gemma3, gpt2, llama, phi3, qwen2, qwen3" in refusal(
+        path
+    )
     assert parse_gguf(path).fields["general.architecture"] == "falcon"
 
 

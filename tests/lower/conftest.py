@@ -48,6 +48,20 @@ SPECS = {
         embed_scale=8.0,
         attention_scale=0.3,
     ),
+    "gpt2": replace(
+        LLAMA,
+        family="gpt2",
+        vocab=97,  # as GPT-2's own, not a multiple of anything
+        heads_per_group=1,
+        ropes=(),
+        activation="gelu_tanh",
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        layer_norm=True,
+        gated=False,
+        learned_positions=True,
+    ),
     "biases": replace(LLAMA, qkv_bias=True, o_bias=True, mlp_bias=True, tied=False),
     "pruned": replace(
         LLAMA,

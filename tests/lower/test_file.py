@@ -42,7 +42,7 @@ def stored(proto, path):
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
 
 
-@pytest.mark.parametrize("family", ["llama", "biases", "gemma3", "pruned"])
+@pytest.mark.parametrize("family", ["llama", "biases", "gemma3", "gpt2", "pruned"])
 def test_the_file_holds_exactly_the_weights(write, family):
     model, proto, path = write(family)
     assert weight_bytes(path) == model.weight_bytes
@@ -92,22 +92,42 @@ def test_a_tied_embedding_is_stored_once_and_read_twice(write, form):
     assert readers == ["LowBitGather", "LowBitMatMul"]
 
 
+def facts_of(weight):
+    """What a kernel is told of a weight."""
+    (n, _), scheme = weight.shape, weight.scheme
+    zeros = int(scheme.symmetric)
+    return {"bits": kernel_bits(scheme.bits), "N": n, "group_size": scheme.group_size, "symmetric": zeros}
+
+
+def stamped(node):
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
 def test_operators_are_stamped(write):
     model, proto, _ = write("biases")
-    nodes = [node for node in proto.graph.node if node.op_type == "LowBitMatMul"]
-    assert len(nodes) == len(model.quantized) - 1  # but the embedding
-    nodes += [node for node in proto.graph.node if node.op_type == "LowBitGather"]
+    nodes = [node for node in proto.graph.node if node.op_type in ("LowBitMatMul", "LowBitGather")]
     for node in nodes:
-        got = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         weight = model.quantized[node.input[1].removesuffix(".packed")]
-        n, k = weight.shape
-        scheme = weight.scheme
-        assert got == {
-            "bits": kernel_bits(scheme.bits), "K": k, "N": n,
-            "group_size": scheme.group_size, "symmetric": int(scheme.symmetric),
-            "plugin_namespace": b"jpq", "plugin_version": b"1",
-        }  # fmt: skip
-        assert len(node.input) == 3 + (not scheme.symmetric) + (node.input[-1].endswith(".bias"))
+        plugin = {"plugin_namespace": b"jpq", "plugin_version": b"1"}
+        assert stamped(node) == facts_of(weight) | {"K": weight.shape[1]} | plugin
+        assert len(node.input) == 3 + (not weight.scheme.symmetric) + (node.input[-1].endswith(".bias"))
+
+
+def test_operators_of_several_products_are_stamped(write):
+    model, proto, _ = write("biases")
+    several = [node for node in proto.graph.node if node.op_type == "LowBitMatMuls"]
+    single = [node for node in proto.graph.node if node.op_type == "LowBitMatMul"]
+    assert several
+    assert len(single) + sum(len(node.output) for node in several) == len(model.quantized) - 1  # but the embedding
+    for node in several:
+        weights = [model.quantized[name] for name in node.output]
+        biased = [f"{name}.bias" in model.vectors for name in node.output]
+        expected = {"count": len(weights), "K": weights[0].shape[1]}
+        for i, (weight, bias) in enumerate(zip(weights, biased, strict=True)):
+            expected |= {f"{name}_{i}": fact for name, fact in facts_of(weight).items()} | {f"bias_{i}": int(bias)}
+        assert stamped(node) == expected
+        inputs = [2 + (not weight.scheme.symmetric) + bias for weight, bias in zip(weights, biased, strict=True)]
+        assert len(node.input) == 1 + sum(inputs)
 
 
 def test_graph_interface(write):
@@ -144,10 +164,11 @@ def test_the_same_model_gives_the_same_bytes(write, form):
     assert contents[0] == contents[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "pruned"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "pruned"])
 def test_old_tensorrt_gets_basic_operators_and_no_function(write, family):
     model, proto, path = write(family, tensorrt="10.3")
-    assert {node.op_type for node in proto.graph.node if not node.domain} <= BASIC
+    known = BASIC | ({"LayerNormalization", "Identity"} if model.spec.layer_norm else set())
+    assert {node.op_type for node in proto.graph.node if not node.domain} <= known
     assert {node.op_type for node in proto.graph.node if node.domain} == {"LowBitMatMul", "LowBitGather"}
     assert not proto.functions
     assert not any(node.overload for node in proto.graph.node)

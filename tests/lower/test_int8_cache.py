@@ -20,6 +20,7 @@ from jpq_export.format.spec import INT8_CACHE, ModelSpec
 from jpq_export.lower import int8_cache
 from jpq_export.lower.export import export_onnx
 from jpq_export.lower.nodes import Nodes
+from jpq_export.numerics import reference
 from jpq_export.runtime.session import OrtModel
 
 IDS = np.random.default_rng(5).integers(0, 96, (1, 23))
@@ -30,17 +31,23 @@ def rel_rms(expected: np.ndarray, got: np.ndarray) -> float:
     return float(np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)))
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma3", "pruned"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma3", "gpt2", "pruned"])
 def model(request: Any, conftest_of: Any) -> CompressedModel:
     tiny = conftest_of("lower")
     return tiny.random_model(replace(tiny.SPECS[request.param], kv_cache=INT8_CACHE))
 
 
-@pytest.fixture(scope="module")
-def runtime(model: CompressedModel, tmp_path_factory: Any) -> OrtModel:
+@pytest.fixture(scope="module", params=["growing", "standard", "body"])
+def runtime(request: Any, model: CompressedModel, tmp_path_factory: Any) -> OrtModel:
+    """In place, in the older layout of standard operators, and in place without our kernels."""
     path = tmp_path_factory.mktemp("int8") / "model.onnx"
-    export_onnx(model, path, form="qdq")
-    return OrtModel(path, threads=1)
+    export_onnx(model, path, form="qdq", plain=request.param == "standard")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "body":
+            patch.setenv("JPQ_KERNELS", "off")
+        runtime = OrtModel(path, threads=1)
+    assert runtime.cache.time_first == (request.param != "standard")
+    return runtime
 
 
 def test_logits_and_cache_are_pytorchs(model: CompressedModel, runtime: OrtModel) -> None:
@@ -51,7 +58,8 @@ def test_logits_and_cache_are_pytorchs(model: CompressedModel, runtime: OrtModel
     assert rel_rms(expected, out.logits) < CLOSE
     for layer, pair in cache.layers.items():
         for part, kept in zip(("key", "value"), pair, strict=True):
-            codes, scales = out.past[f"{layer}.{part}"], out.past[f"{layer}.{part}_scale"]
+            stored = (out.past[f"{layer}.{name}"] for name in (part, f"{part}_scale"))
+            codes, scales = (runtime.cache.rows(tensor).swapaxes(1, 2) for tensor in stored)
             assert codes.dtype == np.int8
             assert np.abs(codes).max() == 127  # every row uses the whole range
             np.testing.assert_allclose(codes * scales, kept.numpy(), rtol=0, atol=CLOSE * float(kept.abs().max()))
@@ -103,18 +111,20 @@ def test_codes_are_pytorchs_bit_for_bit() -> None:
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(4, 3, 50, 64)) * np.exp(rng.normal(size=(4, 3, 50, 1)) * 8)).astype(np.float32)
     expected, scales = (part.numpy() for part in pytorch.to_codes(torch.from_numpy(x)))
-    codes, steps = run(int8_cache._to_codes, x)
+    codes, steps = run(int8_cache.to_codes, x)
     assert np.array_equal(codes, expected)
     assert np.array_equal(steps, scales)
+    for got, wanted in zip(reference.int8_codes(x), (codes, steps), strict=True):
+        assert np.array_equal(got, wanted)
     assert np.abs(codes.astype(int)).max() == 127
-    assert not np.array_equal(run(int8_cache._to_codes, x * np.float32(1.001))[1], scales)
+    assert not np.array_equal(run(int8_cache.to_codes, x * np.float32(1.001))[1], scales)
 
 
 def test_ties_go_to_even_and_zeros_stay_zero() -> None:
     x = np.zeros((1, 1, 3, 8), np.float32)
     x[0, 0, 0] = [127, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 3]
     x[0, 0, 2] = np.float32(1e-44)  # below the smallest normal number
-    codes, scales = run(int8_cache._to_codes, x)
+    codes, scales = run(int8_cache.to_codes, x)
     expected, _ = pytorch.to_codes(torch.from_numpy(x))
     assert codes[0, 0, 0].tolist() == [127, 0, 2, 2, 0, -2, -126, 3]  # half up: 1, 2, 3, ...
     assert np.array_equal(codes[0, 0, :2], expected[0, 0, :2].numpy())

@@ -63,7 +63,7 @@ def test_what_int8_cannot_hold_is_refused_by_name(tiny, scheme):
         signed("layers.0.attn.q", weight)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "biases", "pruned"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "gpt2", "biases", "pruned"])
 def test_onnxruntime_computes_the_model_in_fp16(write, tiny, family):
     model, path = write(family)
     ours, theirs = TorchRunner(model), OrtRunner(path, with_points=True)

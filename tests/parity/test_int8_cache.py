@@ -61,6 +61,17 @@ def test_a_right_cache_passes_with_the_bounds_of_a_float_one(
     assert json.loads(report.to_json())["runtimes"][0]["cache"]["place"] is None
 
 
+def test_the_older_layout_passes_too(int8_models: Any, prompts: Any, tmp_path: Path, conftest_of: Any) -> None:
+    path = tmp_path / "model.onnx"
+    export_onnx(int8_models["llama"], path, form="custom_op", plain=True)
+    assert "Int8Attention" not in {node.op_type for node in OrtRunner(path).proto.graph.node}
+    report = check_parity(int8_models["llama"], path, prompts=prompts, steps=16)
+    assert report.passed, report.first_diverging
+    record_vectors(int8_models["llama"], tmp_path / "vectors.safetensors", prompts=prompts, steps=12)
+    write_manifest(tmp_path, conftest_of("parity").manifest_of(int8_models["llama"]).with_contents(tmp_path))
+    assert verify_bundle(tmp_path).passed
+
+
 def larger_scale(nodes: Nodes, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Codes and scales that fit each other, one percent off."""
     wide = nodes("Mul", x, nodes.const(1.0, np.float32))
@@ -81,7 +92,7 @@ def cut_off(nodes: Nodes, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 def shared_scale(nodes: Nodes, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """One scale for all heads of a position."""
-    peak = nodes("ReduceMax", nodes("Abs", x), nodes.ints(1, -1), keepdims=1)
+    peak = nodes("ReduceMax", nodes("Abs", x), nodes.ints(2, -1), keepdims=1)
     scale = nodes("Div", peak, nodes.const(127, np.float32))
     shape = nodes("Shape", nodes("ReduceMax", x, nodes.ints(-1), keepdims=1))
     return nodes("Cast", nodes("Round", nodes("Div", x, scale)), to=graphs.INT8), nodes("Expand", scale, shape)
@@ -91,40 +102,46 @@ def shared_scale(nodes: Nodes, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 def test_a_wrong_code_or_scale_is_named(
     int8_models: Any, prompts: Any, tmp_path: Path, monkeypatch: Any, wrong: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(graphs, "_to_codes", wrong)
+    monkeypatch.setattr(graphs, "to_codes", wrong)
     export_onnx(int8_models["llama"], tmp_path / "model.onnx", form="custom_op")
     report = check_parity(int8_models["llama"], tmp_path / "model.onnx", prompts=prompts, steps=4)
     found = report.first_diverging
     assert not report.passed
     assert found is not None
     assert found.place == "layers.0.attn int8 cache (key)"
-    assert found.node == "Concat 'present.0.key'"
+    assert found.node == "Int8Attention 'layers.0.attn.core'"
     # What attention reads is what was written, so all else is right: only the comparison of codes can see it.
     assert report.runtimes[0].logits.rel_rms <= tolerance.LOGITS_REL_RMS
 
 
-def read_wrongly(model: CompressedModel, path: Path) -> None:
-    """The graph with attention reading values one percent too large."""
+def read_wrongly(model: CompressedModel, path: Path, *, plain: bool) -> None:
+    """The graph with attention reading values one percent too large: in layer 1, or where layers share it in all."""
     import onnx
 
-    export_onnx(model, path, form="custom_op")
+    export_onnx(model, path, form="custom_op", plain=plain)
     proto = onnx.load(path, load_external_data=False)
-    graph = proto.graph
-    at = next(i for i, node in enumerate(graph.node) if node.input[1:2] == ["present.1.value_scale"])
+    graph, name = proto.graph, "present.1.value_scale"
+    if not plain:
+        graph = next(each for each in proto.functions if each.name == "Int8Attention")
+        name = next(node.output[0] for node in graph.node if [*node.input][:1] == ["present_value_scale"])
+    at = next(i for i, node in enumerate(graph.node) if node.input[1:2] == [name])
     constant = onnx.helper.make_node("Constant", [], ["factor"], value_float=1.01)
-    scaled = onnx.helper.make_node("Mul", ["present.1.value_scale", "factor"], ["scaled"])
+    scaled = onnx.helper.make_node("Mul", [name, "factor"], ["scaled"])
     graph.node[at].input[1] = "scaled"
     graph.node.insert(at, scaled)
     graph.node.insert(at, constant)
     onnx.save(proto, path)
 
 
-def test_reading_with_another_scale_is_named(int8_models: Any, prompts: Any, tmp_path: Path) -> None:
-    read_wrongly(int8_models["llama"], tmp_path / "model.onnx")
+@pytest.mark.parametrize(("plain", "place"), [(True, "layers.1.attn.core"), (False, "layers.0.attn.core")])
+def test_reading_with_another_scale_is_named(
+    int8_models: Any, prompts: Any, tmp_path: Path, plain: bool, place: str
+) -> None:
+    read_wrongly(int8_models["llama"], tmp_path / "model.onnx", plain=plain)
     report = check_parity(int8_models["llama"], tmp_path / "model.onnx", prompts=prompts, steps=4)
     assert not report.passed
     assert report.first_diverging is not None
-    assert report.first_diverging.place.startswith("layers.1.attn.core")
+    assert report.first_diverging.place.startswith(place)
 
 
 def test_a_float_graph_is_not_the_int8_model(models: Any, int8_models: Any, prompts: Any, tmp_path: Path) -> None:

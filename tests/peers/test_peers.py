@@ -76,6 +76,13 @@ def test_groups_are_divisors_that_the_peers_kernels_take():
     assert sizes["hqq"] == sizes["auto-round"] == [144, 128, 128]
 
 
+def test_a_table_of_positions_is_refused_by_name(tiny_folder, tmp_path):
+    teacher = load_model(str(tiny_folder("gpt2"))).model
+    for name in PEERS:
+        with pytest.raises(PeerError, match=f"{name}: gpt2 has a table of positions"):
+            peer_model(name, teacher, np.zeros((1, 4), np.int64), 100_000, tmp_path)
+
+
 def test_a_peer_that_is_not_installed_says_so(loaded, tmp_path, monkeypatch):
     monkeypatch.setitem(PEERS, "magic", Peer("magic-quantizer", (3, 4), None))
     with pytest.raises(PeerError, match=r"magic-quantizer is not installed; pip install 'jpq-export\[peers\]'"):

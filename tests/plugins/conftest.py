@@ -43,9 +43,13 @@ class Product(ctypes.Structure):
     )
 
 
+INT8 = ("key_codes", "value_codes", "key_scales", "value_scales")
+
+
 class Attention(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cos", "sin", "mask", "keys", "values", "y")),
+        *((name, ctypes.c_void_p) for name in (*(f"fresh_{part}" for part in INT8), *INT8)),
         *((name, ctypes.c_int64) for name in ("batch", "seq", "total", "heads", "kv_heads", "dim")),
         ("scale", ctypes.c_float),
         ("implementation", ctypes.c_char_p),
@@ -128,15 +132,39 @@ class Core:
         """Status, y, keys, values. `arrays`: q, k, v, cos, sin, mask, keys, values; `sizes`: batch ... dim, scale."""
         y = np.full(arrays[0].size + GUARD, np.nan, np.float32)
         keys, values = arrays[6].copy(), arrays[7].copy()
-        request = Attention(*(address(a) for a in (*arrays[:6], keys, values, y)), *sizes, name.encode())
+        given = *arrays[:6], keys, values, y, *[None] * 8
+        status = self._attend(Attention(*(address(a) for a in given), *sizes, name.encode()))
+        assert np.isnan(y[-GUARD:]).all(), "written past the end"
+        return status, y[:-GUARD].reshape(arrays[0].shape), keys, values
+
+    def attend_int8(self, arrays, sizes, name):
+        """Status, y, the cache. `arrays`: q, cos, sin, mask, then codes and scales, four that are new, four cached."""
+        q, cos, sin, mask, *parts = arrays
+        y = np.full(q.size + GUARD, np.nan, np.float32)
+        cache = [part.copy() for part in parts[4:]]
+        given = q, None, None, cos, sin, mask, None, None, y, *parts[:4], *cache
+        status = self._attend(Attention(*(address(a) for a in given), *sizes, name.encode()))
+        assert np.isnan(y[-GUARD:]).all(), "written past the end"
+        return status, y[:-GUARD].reshape(q.shape), cache
+
+    def to_int8(self, key, value, rotary, *, kv_heads):
+        """Status, codes and scales of keys and values [batch, seq, kv_heads * dim]."""
+        batch, seq, width = key.shape
+        shape = batch, seq, kv_heads, width // kv_heads
+        out = [np.full(shape, 99, np.int8) for _ in range(2)]
+        out += [np.full((*shape[:3], 1), np.nan, np.float32) for _ in range(2)]
+        places = (ctypes.c_void_p * 4)(*(address(a) for a in out))
+        inputs = (ctypes.c_void_p(address(a)) for a in (key, value, *(rotary or (None, None))))
+        return self.c.jpq_to_int8(*inputs, *(ctypes.c_int64(n) for n in (batch * seq, *shape[2:])), places), out
+
+    def _attend(self, request):
         status = self.c.jpq_attention_begin(ctypes.byref(request))
         for i in range(request.tasks if status == OK else 0):
             status = status or self.c.jpq_attention_task(ctypes.byref(request), i)
         if status == OK:
             self.c.jpq_attention_finish(ctypes.byref(request))
         self.c.jpq_attention_end(ctypes.byref(request))
-        assert np.isnan(y[-GUARD:]).all(), "written past the end"
-        return status, y[:-GUARD].reshape(arrays[0].shape), keys, values
+        return status
 
 
 class Emulated:
@@ -181,6 +209,22 @@ class Emulated:
         y, *cache = (np.frombuffer(self.process.stdout.read(4 * count), np.float32) for count in counts)
         assert np.isnan(y[-GUARD:]).all(), "written past the end"
         return status, y[:-GUARD].reshape(arrays[0].shape), *(c.reshape(arrays[6].shape) for c in cache)
+
+    def attend_int8(self, arrays, sizes, name):
+        batch, seq, total, heads, kv_heads, dim, scale = sizes
+        q, cos, parts = *arrays[:2], arrays[4:]
+        kind, room = 3, len(parts[4])
+        head = struct.pack(
+            "10q16s", kind, seq, dim, heads, kv_heads, batch, total, cos is not None, room, 0, name.encode()
+        )
+        body = struct.pack("f", scale) + b"".join(a.tobytes() for a in arrays if a is not None)
+        self.process.stdin.write(head + body)
+        self.process.stdin.flush()
+        status = struct.unpack("q", self.process.stdout.read(8))[0]
+        y = np.frombuffer(self.process.stdout.read(4 * (q.size + GUARD)), np.float32)
+        cache = [np.frombuffer(self.process.stdout.read(a.nbytes), a.dtype).reshape(a.shape) for a in parts[4:]]
+        assert np.isnan(y[-GUARD:]).all(), "written past the end"
+        return status, y[:-GUARD].reshape(q.shape), cache
 
     def _ask(self, weight, name, x, kind, bias, ranges, count):
         gather, activations = kind

@@ -2,7 +2,7 @@
  * conftest.py writes them, a status and the output on stdout, until stdin ends.
  *
  * A request: 10 int64 (see `request`), a name of 16 bytes, then packed, scales, zeros, X or indices, bias, ranges; of an attention
- * (gather is 2) in the same fields seq, dim, heads, kv_heads, batch, total, rotary, room, then what `attend` takes. */
+ * (gather is 2, with an int8 cache 3) in the same fields seq, dim, heads, kv_heads, batch, total, rotary, room, then what `attend` takes. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,17 +30,38 @@ static int64_t multiply(const request *r, jpq_product *p, const int64_t *ranges)
   return status;
 }
 
+static jpq_int8_cache take_codes(size_t heads, size_t dim) {
+  jpq_int8_cache out;
+  out.keys = take(heads * dim), out.values = take(heads * dim);
+  out.key_scales = take(4 * heads), out.value_scales = take(4 * heads);
+  return out;
+}
+
+static void give_codes(const jpq_int8_cache *c, size_t heads, size_t dim, FILE *to) {
+  if (to) {
+    fwrite(c->keys, 1, heads * dim, to), fwrite(c->values, 1, heads * dim, to);
+    fwrite(c->key_scales, 4, heads, to), fwrite(c->value_scales, 4, heads, to);
+  }
+  free(c->keys), free(c->values), free(c->key_scales), free(c->value_scales);
+}
+
 static void attend(const request *r) {
   jpq_attention a = {.seq = r->n, .dim = r->k, .heads = r->bits, .kv_heads = r->group_size, .batch = r->rows,
                      .total = r->activations, .implementation = r->name};
+  const int coded = r->gather == 3;
   size_t q = (size_t)(a.batch * a.seq * a.heads * a.dim), k = (size_t)(a.batch * a.seq * a.kv_heads * a.dim);
   size_t table = (size_t)(a.batch * a.seq * a.dim / 2), cache = (size_t)(r->bias * a.batch * a.kv_heads * a.dim);
+  size_t dim = (size_t)a.dim;
   float *scale = take(sizeof *scale), *y = malloc(sizeof *y * (q + GUARD));
   a.scale = *scale, a.y = y;
-  a.q = take(4 * q), a.k = take(4 * k), a.v = take(4 * k);
+  a.q = take(4 * q);
+  if (!coded) a.k = take(4 * k), a.v = take(4 * k);
   a.cos = r->zeros ? take(4 * table) : NULL, a.sin = r->zeros ? take(4 * table) : NULL;
   a.mask = take((size_t)(a.batch * a.seq * a.total));
-  a.keys = take(4 * cache), a.values = take(4 * cache);
+  if (coded)
+    a.fresh = take_codes(k / dim, dim), a.codes = take_codes(cache / dim, dim);
+  else
+    a.keys = take(4 * cache), a.values = take(4 * cache);
   for (size_t i = 0; i < q + GUARD; i++) y[i] = NAN;
   int64_t status = jpq_attention_begin(&a);
   for (int64_t i = 0; i < a.tasks && !status; i++) status = jpq_attention_task(&a, i);
@@ -48,7 +69,10 @@ static void attend(const request *r) {
   jpq_attention_end(&a);
   fwrite(&status, sizeof status, 1, stdout);
   fwrite(y, sizeof *y, q + GUARD, stdout);
-  fwrite(a.keys, 4, cache, stdout), fwrite(a.values, 4, cache, stdout);
+  if (coded)
+    give_codes(&a.fresh, 0, 0, NULL), give_codes(&a.codes, cache / dim, dim, stdout);
+  else
+    fwrite(a.keys, 4, cache, stdout), fwrite(a.values, 4, cache, stdout);
   fflush(stdout);
   free(scale), free(y), free((void *)a.q), free((void *)a.k), free((void *)a.v), free((void *)a.cos), free((void *)a.sin);
   free((void *)a.mask), free(a.keys), free(a.values);
@@ -57,7 +81,7 @@ static void attend(const request *r) {
 int main(void) {
   request r;
   while (fread(&r, sizeof r, 1, stdin) == 1) {
-    if (r.gather == 2) {
+    if (r.gather >= 2) {
       attend(&r);
       continue;
     }

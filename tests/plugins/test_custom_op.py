@@ -44,7 +44,7 @@ def distance(got, expected):
     return float(np.sqrt(np.mean(np.square(got - expected)) / np.mean(np.square(expected))))
 
 
-@pytest.fixture(scope="module", params=["llama", "biases", "gemma3"])
+@pytest.fixture(scope="module", params=["llama", "biases", "gemma3", "gpt2"])
 def exported(request, tmp_path_factory, conftest_of):
     """All widths, both kinds of zero, with and without bias: (path, number of matrices)."""
     tiny = conftest_of("lower")

@@ -1,6 +1,7 @@
 """A tiny bundle: a random model, a word-level tokenizer, a manifest."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,6 +30,17 @@ SPEC = ModelSpec(
     max_positions=24,
     bos_id=0,
     eos_ids=(1,),
+)
+
+# A model whose positions are a table instead of rotations: what lies beyond its last row must never be read.
+GPT2 = replace(
+    SPEC,
+    family="gpt2",
+    heads_per_group=1,
+    ropes=(),
+    activation="gelu_tanh",
+    **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "layer_norm", "learned_positions"), True),
+    gated=False,
 )
 
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from jpq_export.errors import UsageError
+from jpq_export.errors import CapacityError, UsageError
 from jpq_export.runtime.generate import generate
 from jpq_export.runtime.sampling import choose
+from jpq_export.runtime.session import OrtModel
 
 LOGITS = np.log(np.array([0.05, 0.5, 0.15, 0.3], np.float32))
 
@@ -27,6 +28,20 @@ def test_greedy_is_the_argmax_of_the_whole_pass_again_and_again(model):
         expected.append(int(model.forward(np.array([expected])).logits[0, -1].argmax()))
     assert got == expected[3:]
     assert len(set(got)) > 1
+
+
+def test_learned_positions_are_followed_to_the_last_and_no_further(make_bundle, conftest_of):
+    model = OrtModel(make_bundle(spec=conftest_of("runtime").GPT2) / "model.onnx", threads=1)
+    prompt = [3, 4, 5]
+    got = list(generate(model, prompt, max_new_tokens=21, stop_ids=[]))
+    expected = list(prompt)
+    for _ in range(21):
+        expected.append(int(model.forward(np.array([expected])).logits[0, -1].argmax()))
+    assert got == expected[3:]
+    again = model.forward(np.array([prompt]), position_ids=np.array([[0, 0, 0]])).logits
+    assert np.abs(again - model.forward(np.array([prompt])).logits).max() > 1e-2
+    with pytest.raises(CapacityError, match="capacity of 24 tokens"):
+        list(generate(model, prompt, max_new_tokens=22, stop_ids=[]))
 
 
 def test_a_stop_token_ends_it_and_is_not_given(model):

@@ -15,8 +15,10 @@ from jpq_export.compress.decoder import KVCache
 from jpq_export.compress.student import dequantized
 from jpq_export.errors import BundleError, CapacityError
 from jpq_export.format.spec import INT8_CACHE
+from jpq_export.lower.export import export_onnx
 from jpq_export.runtime.batching import Batcher, Sequence
 from jpq_export.runtime.bundle import load
+from jpq_export.runtime.cache import GrowingCache, PassedCache
 from jpq_export.runtime.generate import generate
 from jpq_export.runtime.sampling import Sampling
 from jpq_export.runtime.session import OrtModel
@@ -34,9 +36,19 @@ def int8_folder(tiny: Any, tmp_path_factory: Any) -> Path:
     return tiny.write_bundle(tmp_path_factory.mktemp("int8") / "tiny", replace(tiny.SPEC, kv_cache=INT8_CACHE))
 
 
-@pytest.fixture(scope="module")
-def int8(int8_folder: Path) -> OrtModel:
-    return OrtModel(int8_folder / "model.onnx", threads=1)
+@pytest.fixture(scope="module", params=["growing", "body", "standard"])
+def int8(request: Any, tiny: Any, int8_folder: Path, tmp_path_factory: Any) -> OrtModel:
+    """With our kernels where there are any, without them, and in the older layout, passed in and out."""
+    path = int8_folder / "model.onnx"
+    if request.param == "standard":
+        path = tmp_path_factory.mktemp("older") / "model.onnx"
+        export_onnx(tiny.random_model(replace(tiny.SPEC, kv_cache=INT8_CACHE)), path, form="custom_op", plain=True)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "body":
+            patch.setenv("JPQ_KERNELS", "off")
+        model = OrtModel(path, threads=1)
+    assert isinstance(model.new_cache(), PassedCache if request.param == "standard" else GrowingCache)
+    return model
 
 
 def greedy_in_pytorch(decoder: Any, prompt: list[int], steps: int) -> list[int]:

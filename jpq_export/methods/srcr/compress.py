@@ -23,6 +23,7 @@ from jpq_export.methods.srcr.points import DENSE, Cell, neighbours
 from jpq_export.methods.srcr.structure import choose_structure, layer_weights
 from jpq_export.methods.srcr.sweep import prune_and_round, prune_then_round
 from jpq_export.numerics.affine import QuantizedWeight
+from jpq_export.numerics.row_blocks import RowLayout
 from jpq_export.numerics.scheme import Scheme, choose_group_size
 
 GROUP_SIZE = 64
@@ -76,8 +77,9 @@ class SparseCompressor(Compressor):
         super()._linear(i, part, old_in, new_in)
         self.part, self.refits = "", refits
 
-    def _round(self, W: Tensor, H: Tensor, scheme: Scheme) -> Rounded:
-        if not self.part or self.cell.zeros.share == 0:  # a table, or nothing to prune
+    def _round(self, W: Tensor, H: Tensor, scheme: Scheme | RowLayout) -> Rounded:
+        # a table, or nothing to prune; no cell has rows of several widths
+        if not self.part or self.cell.zeros.share == 0 or isinstance(scheme, RowLayout):
             return super()._round(W, H, scheme)
         return (prune_then_round if self.cell.case == "A" else prune_and_round)(W, H, self.cell.zeros, scheme)
 
@@ -110,7 +112,7 @@ def compress_cell(
         type(old)(len(new.kv_heads), len(new.channels), old.window, old.rope)
         for old, new in zip(teacher.spec.layers, layers, strict=True)
     )
-    schemes = schemes_for(teacher.spec.with_layers(shapes), cell.bits)
+    schemes: dict[str, Scheme | RowLayout] = {**schemes_for(teacher.spec.with_layers(shapes), cell.bits)}
     compressor = SparseCompressor(teacher, cell, Recipe(layers, schemes, "gptq"), stats, sequences)
     return to_compressed(compressor.run(progress), schemes)
 
@@ -129,7 +131,11 @@ def check_columns(spec: ModelSpec, cells: tuple[Cell, ...]) -> None:
 
 def sizes(compressed: CompressedModel, teacher: ModelSpec, cell: Cell) -> Sizes:
     """Counted on the model, not taken from the cell's name."""
-    layers = {name: weight for name, weight in compressed.quantized.items() if not is_table(name)}
+    layers = {
+        name: weight
+        for name, weight in compressed.quantized.items()
+        if not is_table(name) and isinstance(weight, QuantizedWeight)
+    }
     total = layer_weights(teacher)
     kept = sum(int(np.count_nonzero(_nonzero(weight))) for weight in layers.values())
     held = sum(weight.shape[0] * weight.shape[1] for weight in layers.values())

@@ -96,6 +96,11 @@ def check(loaded: LoadedModel, cost: CostModel, budget: Budget, widths: tuple[fl
     """What cannot be asked of this method, said before anything is computed."""
     if not isinstance(loaded.model, Decoder):
         raise UsageError("--method toga: an encoder has no next-token loss to train masks with; use --method jpq")
+    if not loaded.model.spec.gated:
+        raise UsageError(
+            f"--method toga: {loaded.spec.name} has an MLP without a gate, whose channels its masks order by; "
+            "use --method jpq"
+        )
     if budget.bytes is None:
         raise UsageError("--method toga: its penalty is on bytes; give --size, --bits or --ratio")
     if widths is not None and len(widths) != 2:

@@ -75,8 +75,8 @@ typedef struct jpq_model_info {
   const char *path;      /* what computes, for people; lives as long as the model */
 } jpq_model_info;
 
-/* Greedy when temperature is 0. The same seed gives the same tokens as `jpq_export.runtime` in Python, except with
- * top_k below the vocabulary and top_p 1: there it only repeats itself. */
+/* Greedy when temperature is 0. The same seed gives the same tokens as `jpq_export.runtime` in Python. top_p counts what
+ * top_k left; of equal logits the lower ids are kept. */
 typedef struct jpq_sampling {
   size_t size;
   double temperature;

@@ -1,5 +1,5 @@
-/* Choosing a token from logits: as jpq_export/runtime/sampling.py, with the same random numbers. With top_k alone Python
- * goes through the kept tokens in the order of numpy's argpartition, which is nobody's promise: here the likeliest first. */
+/* Choosing a token from logits: as jpq_export/runtime/sampling.py, with the same random numbers and, where not all tokens
+ * are kept, through them in the same order: the likeliest first, of equals the lower id. top_k is applied before top_p. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>

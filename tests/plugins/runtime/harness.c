@@ -4,6 +4,7 @@
  *     harness text LIBRARY KERNELS FOLDER                ids of every text on standard input and the text of those ids
  *     harness sample LIBRARY KERNELS FOLDER COUNT SEED ID...    COUNT drawn tokens by jpq_generate_ids
  *     harness pair LIBRARY KERNELS FOLDER COUNT ID ID... two threads: COUNT greedy tokens after the first ID, after the others
+ *     harness choose LIBRARY KERNELS SEED TEMPERATURE TOP_K TOP_P VOCAB    a token of every VOCAB floats on standard input
  *     harness load LIBRARY KERNELS FOLDER TIMES          load, run and free; prints the resident kB after each
  *
  * LIBRARY and KERNELS may be empty. In the environment: BACKEND, the number of a jpq_backend_kind; ENGINE, options.engine.
@@ -183,12 +184,33 @@ static int run_text(char **arguments) {
   return result ? refuse(&error) : 0;
 }
 
+static int run_choose(char **arguments) {
+  static float logits[1 << 16];
+  const int64_t vocab = atoll(arguments[6]);
+  jpq_sampling sampling;
+  jpq_sampler *sampler;
+  jpq_error error;
+  int64_t token;
+  jpq_sampling_defaults(&sampling);
+  sampling.seed = strtoull(arguments[2], NULL, 10), sampling.temperature = atof(arguments[3]);
+  sampling.top_k = atoll(arguments[4]), sampling.top_p = atof(arguments[5]);
+  if (vocab < 1 || vocab > 1 << 16) return 2;
+  jpq_result result = jpq_sampler_new(&sampling, vocab, &sampler, &error);
+  while (!result && fread(logits, sizeof *logits, (size_t)vocab, stdin) == (size_t)vocab) {
+    result = jpq_sample(sampler, logits, &token, &error);
+    if (!result) printf("%" PRId64 "\n", token);
+  }
+  jpq_sampler_free(sampler);
+  return result ? refuse(&error) : 0;
+}
+
 int main(int count, char **arguments) {
   const char *what = count > 1 ? arguments[1] : "";
   if (!strcmp(what, "ids") && count > 6) return run_ids(arguments + 2, count - 2);
   if (!strcmp(what, "sample") && count > 7) return run_sample(arguments + 2, count - 2);
   if (!strcmp(what, "pair") && count > 7) return run_pair(arguments + 2, count - 2);
   if (!strcmp(what, "text") && count == 5) return run_text(arguments + 2);
+  if (!strcmp(what, "choose") && count == 9) return run_choose(arguments + 2);
   if (!strcmp(what, "load") && count == 6) return run_load(arguments + 2);
   return 2;
 }

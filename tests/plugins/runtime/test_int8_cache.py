@@ -36,6 +36,17 @@ def test_greedy_tokens_are_those_of_python(harness: Any, int8_folder: Path) -> N
     assert b"24 positions" in full.stderr
 
 
+def test_a_model_without_rotation_gives_the_tokens_of_python(harness: Any, tmp_path: Path, conftest_of: Any) -> None:
+    tiny = conftest_of("runtime")
+    folder = tiny.write_bundle(tmp_path / "gpt2", replace(tiny.GPT2, kv_cache=INT8_CACHE))
+    expected = list(generate(OrtModel(folder / "model.onnx", threads=1), PROMPT, max_new_tokens=18, stop_ids=[]))
+    done = harness("ids", "none", folder, 18, *PROMPT)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert [int(line) for line in done.stdout.split()] == expected
+    other = harness("ids", "none", folder, 18, *PROMPT[::-1])
+    assert [int(line) for line in other.stdout.split()] != expected
+
+
 def test_a_cache_tensor_of_another_type_is_refused_by_name(harness: Any, int8_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(int8_folder, tmp_path / "own"))
     graph = onnx.load(folder / "model.onnx", load_external_data=False)

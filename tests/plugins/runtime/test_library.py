@@ -36,6 +36,19 @@ def test_greedy_tokens_are_those_of_python(harness, bundle_folder, library, with
     assert [int(line) for line in other.stdout.split()] != expected
 
 
+@pytest.mark.parametrize("with_kernels", [False, True])
+def test_learned_positions_give_the_tokens_of_python(harness, tmp_path, conftest_of, library, with_kernels):
+    tiny, prompt, kernels = conftest_of("runtime"), [3, 4, 5, 6, 2, 9], str(library.path) if with_kernels else "none"
+    folder = tiny.write_bundle(tmp_path / "gpt2", spec=tiny.GPT2)
+    expected = list(generate(OrtModel(folder / "model.onnx", threads=1), prompt, max_new_tokens=18, stop_ids=[]))
+    done = harness("ids", kernels, folder, 18, *prompt)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert [int(line) for line in done.stdout.split()] == expected
+    assert (b"jpq kernels" in done.stderr) == with_kernels
+    code, text = refused(harness("ids", kernels, folder, 2, *([3] * 24)))
+    assert (code, "1 tokens after 24 need more" in text) == (BAD_ARGUMENT, True)
+
+
 @pytest.mark.parametrize(
     ("ids", "count", "said"),
     [
