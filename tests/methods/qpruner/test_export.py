@@ -78,6 +78,13 @@ def test_the_plan_is_the_best_of_its_trials(bundle: Path) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+def test_the_report_shows_every_trial_and_the_front(bundle: Path) -> None:
+    page, plan = (bundle / "parity.html").read_text(), plan_of(bundle)
+    assert page.count('class="trial"') == len(plan["search"]["trials"])
+    assert page.count('class="point"') == len(plan["front"])
+    assert "Bayesian search" in page
+
+
 def test_twin_a_flipped_byte_is_named(bundle: Path) -> None:
     codes = bundle / "model.onnx.data"
     whole = codes.read_bytes()
