@@ -150,7 +150,8 @@ def front(plan: Raw, *, words: Mapping[str, str]) -> Markup:
     if chosen.get(key):
         parts += _chosen(chosen, x.at(chosen[key] * factor), y.at(chosen["kl"]), words["short"], by_latency=by_latency)
     unit = f"{words['time']}, milliseconds" if by_latency else "weights as stored, megabytes"
-    parts.append(text(WIDTH / 2, 338, f"{unit} (vertical: {words['long']})", "axis", text_anchor="middle"))
+    long = f"{words['short']} as measured in each trial, nats a token" if tried else words["long"]
+    parts.append(text(WIDTH / 2, 338, f"{unit} (vertical: {long})", "axis", text_anchor="middle"))
     return svg(WIDTH, 344, *parts, label=f"front of {unit} against predicted {words['short']}")
 
 

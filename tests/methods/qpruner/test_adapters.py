@@ -135,3 +135,14 @@ def test_a_damaged_rank_is_named(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(raw))
     with pytest.raises(PlanError, match="adapter_rank"):
         load_plan(tmp_path / "plan.json")
+
+
+def test_the_comparison_has_a_row_with_and_one_without(shelf: Path) -> None:
+    (shelf / "text.txt").write_text("the weight of the thing there and the rest of what they then thought " * 4)
+    options = "--target jetson --effort quick --budgets 5.5 --windows 2 --window-context 32 --text text.txt"
+    run(f"compare m --methods qpruner,qpruner-lora {options} --out {shelf / 'table'}")
+    rows = json.loads((shelf / "table" / "comparison.json").read_text())
+    assert [row["method"] for row in rows] == ["qpruner", "qpruner-lora"]
+    assert all(row["bits_per_weight"] <= 5.5 for row in rows)
+    ranks = [json.loads((shelf / "table" / f"{row['method']}-5.5" / "plan.json").read_text()) for row in rows]
+    assert [plan.get("adapter_rank", 0) for plan in ranks] == [0, 8]
