@@ -93,7 +93,7 @@ def search(
     has no combination left.
     """
     begin = tuple(dict.fromkeys(space.fitted(levels) for levels in start))[:trials]
-    done = _read(space, journal)[:trials]
+    done = finished(space, journal)[:trials]
     while len(done) < trials:
         if progress and done:
             progress(len(done), trials)
@@ -172,8 +172,8 @@ def _most_promising(space: Space, done: Sequence[Trial], candidates: Sequence[Le
             return int(gain(points[:, None]).argmax())
 
 
-def _read(space: Space, journal: Path | None) -> list[Trial]:
-    """Finished trials; a last line that was cut off is dropped."""
+def finished(space: Space, journal: Path | None) -> list[Trial]:
+    """Trials of the journal in order; a last line that was cut off is dropped."""
     if journal is None or not journal.exists():
         return []
     lines = journal.read_text(encoding="utf-8").splitlines()

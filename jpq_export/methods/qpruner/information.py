@@ -53,18 +53,19 @@ ESTIMATES: dict[str, Estimate] = {"neighbours": by_neighbours, "histogram": by_h
 
 
 def layer_information(
-    model: Decoder, sequences: np.ndarray, estimate: Estimate, *, progress: Progress | None = None
-) -> tuple[float, ...]:
-    """Mutual information of every layer, nats; `sequences` int64 [n, length]. A layer without sub-layers has none."""
+    model: Decoder, sequences: np.ndarray, *, progress: Progress | None = None
+) -> dict[str, list[float]]:
+    """Mutual information of every layer, nats, by every estimate; `sequences` int64 [n, length]."""
     outputs, predictions = _observe(model, sequences)
     aims = predictions.T.numpy()
-    found = []
+    found: dict[str, list[float]] = {name: [] for name in ESTIMATES}
     for i, output in enumerate(outputs):
         parts = principal(output, LAYER_COMPONENTS).T.numpy()
-        found.append(float(np.mean([estimate(part, aim) for part in parts for aim in aims])))
+        for name, estimate in ESTIMATES.items():
+            found[name].append(float(np.mean([estimate(part, aim) for part in parts for aim in aims])))
         if progress:
             progress(i + 1, len(outputs))
-    return tuple(found)
+    return found
 
 
 @torch.no_grad()

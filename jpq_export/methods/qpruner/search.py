@@ -26,10 +26,10 @@ from jpq_export.compress.prepared import check_cache, prepared_folder
 from jpq_export.errors import UsageError
 from jpq_export.format.plan import Budget, Plan
 from jpq_export.format.spec import ModelSpec
-from jpq_export.methods.qpruner.bayes import Levels, Space, Trial, search
+from jpq_export.methods.qpruner.bayes import Levels, Space, Trial, finished, search
 from jpq_export.methods.qpruner.choose import Frame, by_information, frame, plan_of
 from jpq_export.methods.qpruner.importance import derivatives, keep
-from jpq_export.methods.qpruner.information import ESTIMATES, layer_information
+from jpq_export.methods.qpruner.information import layer_information
 from jpq_export.methods.qpruner.trials import TrialModel
 from jpq_export.progress import Stages
 from jpq_export.revision import revision
@@ -90,7 +90,7 @@ def qpruner_plan(
     }
     inputs |= {"target": cost.target.stored_bits, "sequences": len(sequences)}
     trials, space, information = _search(teacher, sequences, heldout, found, budget, inputs, stages)
-    told = {"information": information, "order": ORDER, "estimate": ESTIMATE}
+    told = {"order": ORDER, "estimate": ESTIMATE, "information": information[ESTIMATE], "estimates": information}
     return plan_of(found, space, trials, budget, sha256=loaded.sha256, search=told)
 
 
@@ -129,26 +129,32 @@ def _search(
     budget: Budget,
     inputs: dict[str, Any],
     stages: Stages,
-) -> tuple[list[Trial], Space, list[float]]:
-    """All trials, the space they are from, and every layer's mutual information."""
+) -> tuple[list[Trial], Space, dict[str, list[float]]]:
+    """All trials, the space they are from, and every layer's mutual information by estimate."""
     assert budget.bytes is not None
     folder = prepared_folder(**inputs)
     pruned = prune(teacher, found.kept)
 
-    def made() -> list[float]:
+    def made() -> dict[str, list[float]]:
         with stages.stage("information", "mutual information of layers and prediction") as report:
-            return list(layer_information(pruned, sequences, ESTIMATES[ESTIMATE], progress=report))
+            return layer_information(pruned, sequences, progress=report)
 
     path = folder / "information.json"
     information = _cached(path, made, lambda: stages.resumed("information", "mutual information"))
-    space = found.space(budget.bytes, sorted(range(len(information)), key=lambda i: information[i]))
+    ranked = information[ESTIMATE]
+    space = found.space(budget.bytes, sorted(range(len(ranked)), key=lambda i: ranked[i]))
+    journal, count = folder / "trials.jsonl", inputs["trials"]
+    trials = finished(space, journal)
+    if len(trials) >= count:
+        stages.resumed("plan", f"searching the bits of every layer, {count} trials")
+        return trials[:count], space, information
     told = ", ".join(f"{bits:g}" for bits in found.widths)
     with stages.stage("round", f"rounding every layer at {told} bits") as report:
         ids = torch.from_numpy(sequences).to(teacher.embed.weight.device)
         model = TrialModel(pruned, ids, found.widths, Heldout(teacher, heldout), report)
-    start = starts(space, found.widths, information)
-    kind = {"trials": inputs["trials"], "seed": inputs["seed"], "journal": folder / "trials.jsonl"}
-    with stages.stage("plan", f"searching the bits of every layer, {inputs['trials']} trials") as report:
+    start = starts(space, found.widths, ranked)
+    with stages.stage("plan", f"searching the bits of every layer, {count} trials") as report:
+        kind = {"trials": count, "seed": inputs["seed"], "journal": journal}
         trials = search(space, start, model.loss, **kind, progress=report)
     return trials, space, information
 

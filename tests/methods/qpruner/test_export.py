@@ -115,6 +115,10 @@ def test_a_stopped_search_goes_on_and_ends_the_same(
     total = len(plan_of(bundle)["search"]["trials"])
     assert len(measured) == total - 3
     assert (tmp_path / "again" / "plan.json").read_bytes() == (bundle / "plan.json").read_bytes()
+    measured.clear()  # and once more, with every trial found
+    assert "resumed" in run(f"{command}/third")
+    assert not measured
+    assert (tmp_path / "third" / "plan.json").read_bytes() == (bundle / "plan.json").read_bytes()
     # The twin: another seed ends elsewhere, so equality is not for want of a choice.
     run(f"{EXPORT} --bits 3.6 --seed 1 --until plan --out {tmp_path / 'seed'}")
     assert (tmp_path / "seed" / "plan.json").read_bytes() != (bundle / "plan.json").read_bytes()
