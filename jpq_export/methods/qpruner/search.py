@@ -35,8 +35,8 @@ from jpq_export.progress import Stages
 from jpq_export.revision import revision
 
 WIDTHS = (2, 4, 8)  # as published
-RATES = (0.2, 0.3, 0.5)  # of units removed, as published; the least that the budget allows
-ORDER = 2  # of the Taylor series: the second as published, "first" ranks by slope alone
+RATES = (0.2, 0.3, 0.5)  # of all units that go; the least that the budget allows
+ORDER = 2  # of the Taylor series; 1 ranks by slope alone
 ESTIMATE = "neighbours"
 TRIALS = {"quick": 16, "standard": 40, "max": 100}
 SEQUENCES = {"quick": 8, "standard": 24, "max": 96}  # of the calibration text, for the gradients
