@@ -54,7 +54,7 @@ def test_facts_that_other_parts_rely_on() -> None:
     assert (jetson.default_bits, jetson.memory_bytes) == (4.0, 8 * 2**30)
     assert (jetson.bandwidth_gb_s, jetson.fp16_tflops) == (nano.bandwidth_gb_s, nano.fp16_tflops) == (102.0, 17.0)
     assert (thor.sm, thor.tensorrt) == (110, "10.13")
-    assert (cpu.kind, cpu.graph, cpu.sm, cpu.tensorrt) == ("cpu", "qdq", None, None)
+    assert (cpu.kind, cpu.graph, cpu.sm, cpu.tensorrt) == ("cpu", "custom_op", None, None)
 
 
 def test_a_file_of_the_users_own(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_wrong_code_or_scale_is_named(
     assert not report.passed
     assert found is not None
     assert found.place == "layers.0.attn int8 cache (key)"
-    assert found.node == "Int8Attention 'layers.0.attn.core'"
+    assert found.node == "Int8Attention 'layers.0.attn.core', output 'present.0.key'"
     # What attention reads is what was written, so all else is right: only the comparison of codes can see it.
     assert report.runtimes[0].logits.rel_rms <= tolerance.LOGITS_REL_RMS
 
