@@ -130,6 +130,12 @@ def test_only_qpruner_has_them(shelf: Path) -> None:
     assert "--method qpruner" in out
 
 
+def test_a_plan_of_another_rank_is_refused(shelf: Path, bundle: Path) -> None:
+    options = f"--method qpruner --target jetson --effort quick --plan {bundle / 'plan.json'}"
+    assert "has rank 4" in run(f"export m {options} --adapters 5 --out {shelf / 'no'}", expected=2)
+    run(f"export m {options} --adapters 4 --until compress --out {shelf / 'same'}")
+
+
 def test_a_damaged_rank_is_named(bundle: Path, tmp_path: Path) -> None:
     raw = json.loads((bundle / "plan.json").read_text()) | {"adapter_rank": -1}
     (tmp_path / "plan.json").write_text(json.dumps(raw))
