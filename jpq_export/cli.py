@@ -33,7 +33,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some microseconds: a recovery step takes 2.4 s, without 2.8
 
 COMPARED = ("gptq-uniform", "prune-then-quantize", "bits-only", "joint")
-COMPARABLE = (*COMPARED, "rtn-uniform", "toga", "hqq", "auto-round-rtn", "auto-round", "gptqmodel", "llama.cpp")
+PEERS = ("hqq", "auto-round-rtn", "auto-round", "gptqmodel", "llama.cpp")
+COMPARABLE = (*COMPARED, "rtn-uniform", "toga", "qpruner", "qpruner-lora", *PEERS)
 STOPS = ("plan", "compress", "onnx")
 EXAMPLES = """
 \b

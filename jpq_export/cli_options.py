@@ -14,7 +14,7 @@ from jpq_export.numerics.scheme import read_width
 
 WIDTHS_HELP = "Bits a matrix may have, by commas; default 2,3,4,5,6,8. Also 1 and 1.6 (ternary)."
 EFFORTS = ("quick", "standard", "max")
-METHODS = ("jpq", "gptq", "rtn", "toga")
+METHODS = ("jpq", "gptq", "rtn", "toga", "qpruner")
 LARGEST_SEED = 2**63 - 1  # torch takes no larger one
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -111,6 +111,13 @@ def search_options(command: Any) -> Any:
             click.option(
                 "--prune/--no-prune", default=True, show_default=True, help="Let the search remove structure."
             ),
+            click.option(
+                "--adapters",
+                type=click.IntRange(0),
+                metavar="RANK",
+                default=0,
+                help="Low-rank branches of that rank beside every linear, trained (LoftQ, LoRA); of --method qpruner.",
+            ),
             click.option("--seed", type=int, default=0, show_default=True),
             click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),
             click.option(
@@ -156,6 +163,8 @@ def make_request(options: dict[str, Any], **extra: Any) -> Any:
         raise UsageError(
             f"--method {options['method']}: one width for all cannot meet --latency; give --size, --bits or --ratio"
         )
+    if options.get("adapters") and options["method"] != "qpruner":
+        raise UsageError(f"--adapters: --method {options['method']} trains none; use --method qpruner")
     budget = budget_request(options["size"], options["bits"], options["ratio"], options["latency"], target.default_bits)
     name = Path(options["model"]).name.removesuffix(".gguf") if options["model"] else "smollm2-135m"
     suffix = f"-{budget.kind}{budget.value:g}"

@@ -35,6 +35,11 @@ def _check_options(given: Plan, request: Request) -> None:
         )
     if request.widths:
         raise UsageError(f"--widths: {request.plan} has its widths already; keep one of --plan and --widths")
+    if request.adapters not in (0, given.adapter_rank):
+        raise UsageError(
+            f"--adapters {request.adapters}: {request.plan} has rank {given.adapter_rank}; leave the option out or "
+            "make a new plan"
+        )
     if not request.prune and given.removed:
         raise UsageError(
             f"--no-prune: {request.plan} removes {given.removed[0].name}; leave --no-prune out or make a new plan"

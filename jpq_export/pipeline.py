@@ -145,6 +145,8 @@ class Export:
                 write_atomic(self.work.path(f"finalist-{i}.json"), each.to_json())
         elif self.request.method == "toga":
             plan = self.toga(loaded, texts, cost)
+        elif self.request.method == "qpruner":
+            plan = self.qpruner(loaded, texts, cost)
         else:
             kind = {"method": self.request.method, "widths": self.request.widths or BIT_WIDTHS}
             plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, **kind)
@@ -225,6 +227,15 @@ class Export:
         kind = {"effort": request.effort, "prune": request.prune, "widths": request.widths, "seed": request.seed}
         return toga_plan(loaded, texts.calibration, cost, budget, **kind, stages=self.stages)
 
+    def qpruner(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
+        """Taylor pruning, then the best trial of the search over bits."""
+        from jpq_export.methods.qpruner.search import qpruner_plan
+
+        request, budget = self.request, self.request.budget.resolve(loaded.spec)
+        kind = {"effort": request.effort, "prune": request.prune, "widths": request.widths, "seed": request.seed}
+        kind |= {"rank": request.adapters, "stages": self.stages}
+        return qpruner_plan(loaded, texts.calibration, texts.heldout, cost, budget, **kind)
+
     def round(self, loaded: LoadedModel, texts: Texts, plan: Plan) -> tuple[Plan, CompressedModel]:
         """Round every finalist; the plan that is best then, and its model."""
         from jpq_export.format.compressed import CompressedModel
@@ -288,24 +299,23 @@ class Export:
         return winner
 
     def recover(self, loaded: LoadedModel, texts: Texts, plan: Plan, rounded: CompressedModel) -> CompressedModel:
-        """Tune scales and norms; kept only if the held-out KL says so."""
+        """Tune scales and norms, or low-rank branches; kept only if the held-out KL says so."""
         from jpq_export.compress.stages import recover
         from jpq_export.format.compressed import CompressedModel
+        from jpq_export.methods.qpruner.adapters import adapt
 
-        if plan.method != "jpq" or self.effort.tune_steps == 0:
+        if not (plan.method == "jpq" or plan.adapter_rank) or self.effort.tune_steps == 0:
             shutil.copyfile(self.work.path("rounded.safetensors"), self.work.path("compressed.safetensors"))
             return rounded
         if not self.work.has("recovered.safetensors"):
-            with self.stages.stage("recover", "end-to-end recovery of scales and norms") as report:
-                tuned, fresh = recover(
-                    loaded.model,
-                    rounded,
-                    texts.calibration[: self.effort.tune_sequences],
-                    texts.heldout,
-                    steps=self.effort.tune_steps,
-                    seed=self.request.seed,
-                    progress=report,
-                )
+            what = "low-rank branches" if plan.adapter_rank else "scales and norms"
+            with self.stages.stage("recover", f"end-to-end recovery of {what}") as report:
+                sequences, heldout = texts.calibration[: self.effort.tune_sequences], texts.heldout
+                kind = {"steps": self.effort.tune_steps, "seed": self.request.seed, "progress": report}
+                if plan.adapter_rank:
+                    tuned, fresh = adapt(loaded.model, rounded, plan, sequences, heldout, **kind)
+                else:
+                    tuned, fresh = recover(loaded.model, rounded, sequences, heldout, **kind)
                 self._save(tuned, "recovered.safetensors", fresh)
         else:
             self.stages.resumed("recover", "end-to-end recovery")

@@ -40,6 +40,7 @@ class Request:
     prune: bool = True
     widths: tuple[float, ...] | None = None
     kv_cache: str = FLOAT_CACHE
+    adapters: int = 0
     force: bool = False
 
     def key(self, model_sha256: str, calibration_sha256: str) -> str:

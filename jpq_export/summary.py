@@ -104,6 +104,9 @@ def _show_plan(console: Console, plan: Plan, out: Path) -> None:
     if plan.method == "jpq":
         gap = f"within {plan.predicted.gap:.2%} of the best possible"
         table.add_row("predicted KL", f"{plan.predicted.kl:.4f} nats a token, {gap}")
+    elif plan.method == "qpruner":
+        told = f"{plan.predicted.kl:.4f} nats a token, the best of {len(plan.search['trials'])} trials"
+        table.add_row("measured KL", f"{told}, before the final rounding")
     else:
         table.add_row("predicted KL", f"not predicted: {plan.method} does not search")
     table.add_row("matrices by bits", ", ".join(f"{bits}: {widths[bits]}" for bits in sorted(widths)))

@@ -62,6 +62,7 @@ class QuantLinear(nn.Module):
         self.scales = nn.Parameter(rounded.scales.clone(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
         self.centred: Tensor | None = None
+        self.branch: tuple[Tensor, Tensor] | None = None  # frozen, low-rank: [K, rank] and [rank, N]
 
     @property
     def weight(self) -> Tensor:
@@ -81,6 +82,10 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]; in the training type while training."""
+        y = self._product(x)
+        return y if self.branch is None else y + (x @ self.branch[0].to(x.dtype)) @ self.branch[1].to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.centred is not None and torch.is_grad_enabled():
             y: Tensor = _ScaledMatMul.apply(x, self.centred, self.scales)  # pyright: ignore[reportAssignmentType]
             return y if self.bias is None else y + self.bias

@@ -54,7 +54,11 @@ def to_student(compressed: CompressedModel, *, device: str = "cpu") -> Any:
             setattr(model, name, (QuantLinear if name == "head" else QuantEmbedding)(rounded, None))
             continue
         _, i, sub, part = name.split(".")
-        setattr(getattr(model.layers[int(i)], sub), part, QuantLinear(rounded, vectors.get(f"{name}.bias")))
+        linear = QuantLinear(rounded, vectors.get(f"{name}.bias"))
+        if (branch := compressed.adapters.get(name)) is not None:
+            down, up = (torch.from_numpy(part).to(device, torch.float32) for part in (branch.down, branch.up))
+            linear.branch = down, up
+        setattr(getattr(model.layers[int(i)], sub), part, linear)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
@@ -70,5 +74,5 @@ def dequantized(compressed: CompressedModel) -> Any:
 
 def dequantized_weights(compressed: CompressedModel) -> dict[str, torch.Tensor]:
     """All weights as float32 tensors by canonical name."""
-    weights = {name: torch.from_numpy(w.dequantize()) for name, w in compressed.quantized.items()}
+    weights = {name: torch.from_numpy(compressed.weight(name)) for name in compressed.quantized}
     return weights | {name: torch.from_numpy(v) for name, v in compressed.vectors.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +17,37 @@ from jpq_export.numerics.row_blocks import RowBlocks, StoredWeight
 from jpq_export.numerics.scheme import Scheme
 
 FORMAT = "jpq-compressed/1"
+DOWN, UP = ".adapter.down", ".adapter.up"  # after the name of the linear that has the branch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """A low-rank branch beside a linear y = x Wᵀ: + (x down) up; float16 [K, rank] and [rank, N]."""
+
+    down: np.ndarray
+    up: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return self.down.nbytes + self.up.nbytes
+
+    def product(self) -> np.ndarray:
+        """What it adds to the weight: float32 [N, K]."""
+        return (self.down.astype(np.float32) @ self.up.astype(np.float32)).T
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompressedModel:
-    """`quantized`: every matrix of `spec.matrices()`; `vectors`: every vector of `spec.vectors()`, float32."""
+    """`quantized`: every matrix of `spec.matrices()`; `vectors`: every vector of `spec.vectors()`, float32.
+
+    `adapters`: low-rank branches of the linears that have one.
+    """
 
     spec: Spec
     quantized: dict[str, StoredWeight]
     vectors: dict[str, np.ndarray]
+    adapters: dict[str, Adapter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check: shapes that do not fit the spec are a ValueError."""
@@ -37,11 +59,22 @@ class CompressedModel:
             got = self.vectors[name].shape if name in self.vectors else None
             if got != (length,):
                 raise ValueError(f"{name}: expected a vector ({length},), got {got}")
+        for name, adapter in self.adapters.items():
+            n, k = self.quantized[name].shape
+            rank = adapter.up.shape[0]
+            if (adapter.down.shape, adapter.up.shape) != ((k, rank), (rank, n)):
+                raise ValueError(f"{name}: expected a branch of {k} inputs and {n} outputs, got {adapter.down.shape}")
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights as stored: codes, scales, zero points, norms and biases (float32)."""
-        return sum(w.nbytes for w in self.quantized.values()) + sum(v.nbytes for v in self.vectors.values())
+        """Bytes of all weights as stored: codes, scales, zero points, norms and biases (float32), low-rank branches."""
+        parts = (*self.quantized.values(), *self.vectors.values(), *self.adapters.values())
+        return sum(part.nbytes for part in parts)
+
+    def weight(self, name: str) -> np.ndarray:
+        """What a matrix multiplies by, its low-rank branch added: float32 [N, K]."""
+        whole = self.quantized[name].dequantize()
+        return whole + self.adapters[name].product() if name in self.adapters else whole
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
@@ -55,6 +88,8 @@ class CompressedModel:
                 schemes[part] = {**asdict(block.scheme), "shape": block.shape}
             if isinstance(weight, RowBlocks) and weight.positions is not None:
                 tensors[f"{name}.positions"] = weight.positions
+        for name, adapter in self.adapters.items():
+            tensors[f"{name}{DOWN}"], tensors[f"{name}{UP}"] = adapter.down, adapter.up
         save_tensors(path, tensors, meta={"format": FORMAT, "spec": self.spec.to_json(), "schemes": schemes})
 
     @staticmethod
@@ -71,7 +106,9 @@ class CompressedModel:
                 packed, scales = tensors.pop(f"{name}.packed"), tensors.pop(f"{name}.scales")
                 zeros = tensors.pop(f"{name}.zeros", None)
                 blocks[name] = QuantizedWeight(scheme, tuple(raw["shape"]), packed, scales, zeros)
-            return CompressedModel(spec, _joined(blocks, tensors), tensors)
+            owners = [name.removesuffix(DOWN) for name in tensors if name.endswith(DOWN)]
+            adapters = {name: Adapter(tensors.pop(f"{name}{DOWN}"), tensors.pop(f"{name}{UP}")) for name in owners}
+            return CompressedModel(spec, _joined(blocks, tensors), tensors, adapters)
         except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             raise BundleError(f"{path}: not a readable compressed model ({error}); export it again") from error
 

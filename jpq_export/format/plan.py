@@ -13,7 +13,7 @@ from jpq_export.numerics.row_blocks import RowLayout
 from jpq_export.numerics.scheme import TERNARY, Scheme
 
 FORMAT = "jpq-plan/1"
-METHODS = ("jpq", "gptq", "rtn", "toga", "srcr")
+METHODS = ("jpq", "gptq", "rtn", "toga", "srcr", "qpruner")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class FrontPoint:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """plan.json."""
+    """plan.json; `adapter_rank`: of the low-rank branch beside every linear, 0 without."""
 
     model_name: str
     model_sha256: str
@@ -134,10 +134,13 @@ class Plan:
     predicted: Predicted
     front: tuple[FrontPoint, ...]
     search: dict[str, Any]
+    adapter_rank: int = 0
 
     def to_json(self) -> str:
         """Readable, stable JSON."""
         raw = asdict(self)
+        if not self.adapter_rank:
+            del raw["adapter_rank"]
         model = {"name": raw.pop("model_name"), "sha256": raw.pop("model_sha256")}
         return json.dumps({"format": FORMAT, "model": model, **raw}, indent=1) + "\n"
 
@@ -214,9 +217,16 @@ def load_plan(path: Path) -> Plan:
             predicted=Predicted(**raw["predicted"]),
             front=tuple(FrontPoint(**point) for point in raw["front"]),
             search=dict(raw["search"]),
+            adapter_rank=_rank(raw.get("adapter_rank", 0)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(f"{path}: damaged plan ({error!r}); make it again with `jpq-export plan`") from error
+
+
+def _rank(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"adapter_rank {value!r}: expected a whole number from 0")
+    return value
 
 
 def _layer(raw: dict[str, Any], position: int) -> LayerPlan:

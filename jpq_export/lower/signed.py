@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.errors import PlanError, TargetError
-from jpq_export.format.compressed import CompressedModel
+from jpq_export.format.compressed import DOWN, UP, CompressedModel
 from jpq_export.format.target import SIGNED_BITS
 from jpq_export.lower.nodes import Nodes
 from jpq_export.numerics.affine import QuantizedWeight
@@ -88,6 +88,8 @@ class SignedWeights:
             matrix = nodes("Transpose", matrix, perm=[1, 0])
         biased = f"{weight}.bias" in self._model.vectors
         y = nodes("MatMul", self._half(x), matrix)
+        if weight in self._model.adapters:
+            y = nodes("Add", y, self._branch(self._half(x), weight))
         y = nodes("Cast", y, to=FLOAT, name=None if biased else name)
         if not biased:
             return y
@@ -111,6 +113,13 @@ class SignedWeights:
         """None: every operator is standard."""
         del opset
         return []
+
+    def _branch(self, x: ir.Value, weight: str) -> ir.Value:
+        """The low-rank branch of x in fp16: two small products."""
+        adapter = self._model.adapters[weight]
+        for part, values in ((DOWN, adapter.down), (UP, adapter.up)):
+            x = self._nodes("MatMul", x, self._store(f"{weight}{part}", ir.tensor(values)))
+        return x
 
     def _half(self, x: ir.Value) -> ir.Value:
         """X in fp16, cast once for all matrices that read it."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from jpq_export.format.compressed import CompressedModel, stored_blocks
+from jpq_export.format.compressed import DOWN, UP, CompressedModel, stored_blocks
 from jpq_export.lower import functions
 from jpq_export.lower.functions import Several, Variant
 from jpq_export.lower.nodes import Nodes
@@ -51,14 +51,28 @@ class Weights:
         """X [batch, seq, K] times matrix `weight` (by default the one called `name`), plus its bias: value `name`."""
         weight = weight or name
         bias = self._bias(f"{weight}.bias")
-        stored = self._model.quantized[weight]
+        if self._form != "fp32" and weight in self._model.adapters:
+            return self._nodes("Add", self._stored_product(x, None, weight, bias), self._branch(x, weight), name=name)
         if self._form == "fp32":
-            matrix = self._store(f"{weight}.transposed", ir.tensor(np.ascontiguousarray(stored.dequantize().T)))
+            matrix = self._store(f"{weight}.transposed", ir.tensor(np.ascontiguousarray(self._model.weight(weight).T)))
             y = self._nodes("MatMul", x, matrix, name=None if bias else name)
             return self._nodes("Add", y, bias, name=name) if bias else y
+        return self._stored_product(x, name, weight, bias)
+
+    def _stored_product(self, x: ir.Value, name: str | None, weight: str, bias: ir.Value | None) -> ir.Value:
+        """X times the codes of a matrix."""
+        stored = self._model.quantized[weight]
         if isinstance(stored, RowBlocks):
             return self._row_blocks(x, name, weight, bias)
         return self._product(x, name, weight, with_stored_zeros(stored), bias)
+
+    def _branch(self, x: ir.Value, weight: str) -> ir.Value:
+        """The low-rank branch: two small products."""
+        adapter = self._model.adapters[weight]
+        for part, values in ((DOWN, adapter.down), (UP, adapter.up)):
+            factor = self._store(f"{weight}{part}", ir.tensor(values))
+            x = self._nodes("MatMul", x, self._nodes("Cast", factor, to=ir.DataType.FLOAT))  # folded at load
+        return x
 
     def _product(
         self, x: ir.Value, name: str | None, weight: str, stored: QuantizedWeight, bias: ir.Value | None
@@ -73,7 +87,7 @@ class Weights:
             self.unfused.add(weight)
         return self._custom(variant, inputs, name, stored)
 
-    def _row_blocks(self, x: ir.Value, name: str, weight: str, bias: ir.Value | None) -> ir.Value:
+    def _row_blocks(self, x: ir.Value, name: str | None, weight: str, bias: ir.Value | None) -> ir.Value:
         """A product for every block of rows, one after the other, then each output at its place."""
         nodes, whole = self._nodes, self._model.quantized[weight]
         assert isinstance(whole, RowBlocks)
@@ -91,7 +105,8 @@ class Weights:
 
     def linears(self, x: ir.Value, names: Sequence[str]) -> tuple[ir.Value, ...]:
         """`linear` of every name, as one operator where all of them may be."""
-        mixed = any(isinstance(self._model.quantized[name], RowBlocks) for name in names)
+        model = self._model
+        mixed = any(name in model.adapters or isinstance(model.quantized[name], RowBlocks) for name in names)
         if not self._together or self._form != "custom_op" or mixed or len(names) == 1:
             return tuple(self.linear(x, name) for name in names)
         inputs, parts, columns = [x], [], 0

@@ -63,7 +63,7 @@ def _local_error(model: CompressedModel, name: str, values: Mapping[str, np.ndar
     source = linear_input(name, model.spec) if name in model.quantized and not is_table(name) else None
     if source is None or source not in values or name not in values:
         return None
-    x, weight = values[source].astype(np.float64), model.quantized[name].dequantize().astype(np.float64)
+    x, weight = values[source].astype(np.float64), model.weight(name).astype(np.float64)
     expected = x @ weight.T
     if f"{name}.bias" in model.vectors:
         expected = expected + model.vectors[f"{name}.bias"]

@@ -121,22 +121,28 @@ def _layer_labels(rows: Sequence[Raw], at: Sequence[float]) -> list[Markup]:
 
 
 def front(plan: Raw, *, words: Mapping[str, str]) -> Markup:
-    """The size-quality (or latency-quality) front with the chosen point; `words` name what is predicted."""
+    """The size-quality (or latency-quality) front with the chosen point; `words` name what is predicted.
+
+    Measured trials of a search that lists them by bytes are dots beside it.
+    """
     by_latency = plan["budget"].get("kind") == "latency"
     key = "latency_ms" if by_latency else "bytes"
     points = sorted((p for p in plan["front"] if p.get(key)), key=lambda p: p[key])
     chosen = plan["predicted"]
     factor = 1.0 if by_latency else 1e-6
     xs, ys = [p[key] * factor for p in points], [p["predicted_kl"] for p in points]
-    low, high = decades([*ys, chosen["kl"]])
-    margin = (xs[-1] - xs[0]) * 0.03 or 1.0
-    x, y = Axis(xs[0] - margin, xs[-1] + margin, 62, WIDTH - 16), Axis(low, high, 300, 14, log=True)
+    tried = [] if by_latency else [t for t in plan["search"].get("trials", ()) if "bytes" in t]
+    low, high = decades([*ys, chosen["kl"], *(t["kl"] for t in tried)])
+    left, right = (end([*xs, *(t["bytes"] * factor for t in tried)]) for end in (min, max))
+    margin = (right - left) * 0.03 or 1.0
+    x, y = Axis(left - margin, right + margin, 62, WIDTH - 16), Axis(low, high, 300, 14, log=True)
     parts = [_horizontal(y, 62, WIDTH - 16, lambda v: f"{v:g}")]
     for value in x.ticks(10):
         parts += [
             line(x.at(value), 14, x.at(value), 300, "grid"),
             text(x.at(value), 318, f"{value:g}", text_anchor="middle"),
         ]
+    parts += [_trial_dot(t, i, x.at(t["bytes"] * factor), y.at(t["kl"]), words["short"]) for i, t in enumerate(tried)]
     path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in zip(xs, ys, strict=True))
     parts.append(element("polyline", points=path, class_="front"))
     parts += [_front_dot(p, x.at(a), y.at(b), words["short"]) for p, a, b in zip(points, xs, ys, strict=True)]
@@ -144,7 +150,8 @@ def front(plan: Raw, *, words: Mapping[str, str]) -> Markup:
     if chosen.get(key):
         parts += _chosen(chosen, x.at(chosen[key] * factor), y.at(chosen["kl"]), words["short"], by_latency=by_latency)
     unit = f"{words['time']}, milliseconds" if by_latency else "weights as stored, megabytes"
-    parts.append(text(WIDTH / 2, 338, f"{unit} (vertical: {words['long']})", "axis", text_anchor="middle"))
+    long = f"{words['short']} as measured in each trial, nats a token" if tried else words["long"]
+    parts.append(text(WIDTH / 2, 338, f"{unit} (vertical: {long})", "axis", text_anchor="middle"))
     return svg(WIDTH, 344, *parts, label=f"front of {unit} against predicted {words['short']}")
 
 
@@ -153,6 +160,12 @@ def _front_dot(point: Raw, x: float, y: float, measure: str) -> Markup:
     told = f"{size(point['bytes'])}, {point['bits_per_weight']:.2f} bits a weight{latency}: "
     told += f"{measure} {number(point['predicted_kl'])}"
     return element("circle", element("title", told), cx=x, cy=y, r=2.6, class_="point")
+
+
+def _trial_dot(trial: Raw, index: int, x: float, y: float, measure: str) -> Markup:
+    bits = " ".join(f"{bits:g}" for bits in trial["bits"])
+    told = f"trial {index + 1}, {size(trial['bytes'])}: {measure} {number(trial['kl'])}; bits by layer {bits}"
+    return element("circle", element("title", told), cx=x, cy=y, r=4.0, class_="trial")
 
 
 def _budget_line(budget: float | None, factor: float, x: Axis, by_latency: bool) -> list[Markup]:

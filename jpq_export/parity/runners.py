@@ -49,7 +49,7 @@ class TorchRunner:
 
         from jpq_export.compress.model import build_model
 
-        weights = {name: torch.from_numpy(weight.dequantize()) for name, weight in model.quantized.items()}
+        weights = {name: torch.from_numpy(model.weight(name)) for name in model.quantized}
         weights |= {name: torch.from_numpy(vector) for name, vector in model.vectors.items()}
         self.spec = model.spec
         self.decoder: Any = build_model(model.spec, weights)
