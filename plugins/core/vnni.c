@@ -170,15 +170,23 @@ JPQ_INLINE void start_rows(const jpq_product *p, const prepared *x, int64_t n, i
   }
 }
 
-/* Sums of the products of four rows' codes, `count` vectors each, with a row of X. */
-JPQ_INLINE void products(__m512i codes[4][4], int count, const int8_t *q, int64_t columns, int parts, __m512i d[4]) {
-  for (int i = 0; i < 4; i++) d[i] = _mm512_setzero_si512();
+/* Sums of the products of four rows' codes, `count` vectors each, with a row of X. With `apart` each part is summed by
+ * itself: the processor waits for every addition of one long chain, but a few vectors (1 bit, ternary) are not worth it. */
+JPQ_INLINE void products(__m512i codes[4][4], int count, const int8_t *q, int64_t columns, int parts, int apart,
+                         __m512i d[4]) {
+  __m512i sums[3][4];
   for (int part = 0; part < parts; part++) {
-    for (int i = 0; part && i < 4; i++) d[i] = _mm512_slli_epi32(d[i], 7);
+    for (int i = 0; i < 4; i++)
+      sums[part][i] = apart || !part ? _mm512_setzero_si512() : _mm512_slli_epi32(sums[part - 1][i], 7);
     for (int v = 0; v < count; v++) {
       __m512i x = _mm512_loadu_si512(q + part * columns + 64 * v);
-      for (int i = 0; i < 4; i++) d[i] = _mm512_dpbusd_epi32(d[i], codes[i][v], x);
+      for (int i = 0; i < 4; i++) sums[part][i] = _mm512_dpbusd_epi32(sums[part][i], codes[i][v], x);
     }
+  }
+  for (int i = 0; i < 4; i++) {
+    d[i] = sums[apart ? 0 : parts - 1][i];
+    for (int part = 1; apart && part < parts; part++)
+      d[i] = _mm512_add_epi32(_mm512_slli_epi32(d[i], 7), sums[part][i]);
   }
 }
 
@@ -220,7 +228,7 @@ JPQ_INLINE void blocks(const jpq_product *p, const prepared *x, const uint8_t *c
     for (int i = 0; i < 4; i++) unpack_block(codes + i * bytes, j, bits, block, c[i]);
     for (int r = 0; r < rows; r++) {
       __m512i d[4];
-      products(c, block / 64, q + r * parts * columns + j, columns, parts, d);
+      products(c, block / 64, q + r * parts * columns + j, columns, parts, block > 64 && bits > 1, d);
       for (int i = 0; i < 4; i++) {
         __m512 s = scales_at(scale + (i * FEW + r) * stride, x, j, g, layout, block);
         total[r][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d[i]), s, total[r][i]);
