@@ -161,7 +161,7 @@ def make_request(options: dict[str, Any], **extra: Any) -> Any:
         )
     if options["latency"] is not None and options["method"] != "jpq":
         raise UsageError(
-            f"--method {options['method']}: one width for all cannot meet --latency; give --size, --bits or --ratio"
+            f"--latency: --method {options['method']} knows budgets of bytes only; give --size, --bits or --ratio"
         )
     if options.get("adapters") and options["method"] != "qpruner":
         raise UsageError(f"--adapters: --method {options['method']} trains none; use --method qpruner")

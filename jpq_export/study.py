@@ -7,6 +7,7 @@ stopped, and a wider one keeps what is there.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -98,8 +99,14 @@ class Study:
 
     def run(self) -> Row:
         """study.json as a value, written with study.html to `out`."""
+        new = not self.settings.out.exists()
         self._open_folder()
-        self._load()
+        try:
+            self._load()
+        except BaseException:
+            if new:  # nothing was made yet
+                shutil.rmtree(self.settings.out, ignore_errors=True)
+            raise
         rows, started, made = [], time.perf_counter(), 0
         for number, cell in enumerate(self.cells):
             path = self.settings.out / "cells" / f"{cell.name}.json"

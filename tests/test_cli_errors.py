@@ -380,6 +380,8 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
         "eval b --text e.txt --windows 3 --context 32", 2, ("e.txt", "needed 96", "--windows 1"),
         write("e.txt", "ab " * 20),
     ),
+    "study no model": ("study nowhere --out out", 1, ("'nowhere'", "no such file or folder"), None),
+    "latency of another method": (export("--method toga --latency 2ms"), 2, ("--latency", "toga", "--bits"), None),
     "eval no model": ("eval nowhere --text plan.json", 1, ("'nowhere'", "no such file or folder"), None),
     "eval without its teacher": (
         "eval b --text plan.json --windows 1 --context 32", 1, ("'gone'", "no such file or folder"),
