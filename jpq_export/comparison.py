@@ -92,8 +92,11 @@ class Remembered:
                 batch = torch.from_numpy(ids)[None].to(self.model.embed.weight.device)
                 with autocast(batch.device):
                     self.states[key] = self.model.hidden(batch, self.model.context(batch))[0].float()
-            for part in self.states[key].split(size):
-                yield self.model.logits(part).float().cpu().numpy()
+        for part in self.states[key].split(size):
+            # Left before each yield: two such generators side by side would leave gradients off for the whole process.
+            with torch.no_grad():
+                values = self.model.logits(part).float().cpu().numpy()
+            yield values
 
 
 def compare(comparison: Comparison, stages: Stages) -> list[dict[str, Any]]:

@@ -54,8 +54,10 @@ class TorchPredictor:
         mine.layers = {i: (key[taken], value[taken]) for i, (key, value) in cache.layers.items()}
         with torch.no_grad():
             hidden = self._hidden(ids, mine)
-            for part in hidden.split(_columns(len(ids), self._model.spec.vocab), 1):
-                yield self._model.logits(part).float().cpu().numpy()
+        for part in hidden.split(_columns(len(ids), self._model.spec.vocab), 1):
+            with torch.no_grad():  # left before each yield, so that it never outlives this generator
+                values = self._model.logits(part).float().cpu().numpy()
+            yield values
 
     def _hidden(self, ids: np.ndarray, cache: Any) -> Any:
         import torch

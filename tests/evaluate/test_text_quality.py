@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import jpq_export.evaluate.text_quality as text_quality
+from jpq_export.comparison import Remembered
 from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
 from jpq_export.errors import ModelError
 from jpq_export.evaluate.text_quality import LogitSource, TextQuality, evaluate_text
@@ -169,6 +170,12 @@ def test_decoders_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert quality.kl_mean == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
     assert quality.kl_mean != pytest.approx(evaluate_text(student, small_decoder(2), sequences()).kl_mean, rel=1e-2)
     assert torch.is_grad_enabled()  # two sources side by side once left gradients off for the whole process
+
+
+def test_remembered_models_side_by_side_leave_gradients_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_quality, "CHUNK_VALUES", 6 * VOCAB)
+    evaluate_text(Remembered(small_decoder(0)), Remembered(small_decoder(1)), sequences())
+    assert torch.is_grad_enabled()
 
 
 def test_sources_may_give_chunks_of_different_sizes() -> None:
