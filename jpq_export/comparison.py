@@ -1,16 +1,17 @@
 """`jpq-export compare`: joint search against separate ones at equal stored bytes, one table.
 
 Rows: uniform-bit rounding and GPTQ; pruning first, then one width for what is left; bits-only search; the joint search;
-and other people's quantizers (see `peers`). All see the same calibration tokens (GPTQ rounds with all of them, the
-searched ones spend most on the same recovery). The teacher is the permuted model (see `permute`). Every cell is a JSON
-file: a run that was killed goes on where it stopped. A peer that cannot run stays in the table with its error.
+the published systems (see `methods`); and other people's quantizers (see `peers`). All see the same calibration tokens
+(GPTQ rounds with all of them, the searched ones spend most on the same recovery). The teacher is the permuted model
+(see `permute`). Every cell is a JSON file: a run that was killed goes on where it stopped. A peer that cannot run stays
+in the table with its error.
 Zero-shot tasks are a second step over the finished cells: they can be asked for later, and nothing is compressed anew.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -22,6 +23,7 @@ from rich.markup import escape
 
 from jpq_export.comparison_report import page
 from jpq_export.compress.decoder import Decoder
+from jpq_export.compress.effort import EFFORTS
 from jpq_export.compress.precision import autocast
 from jpq_export.compress.prepare import GROUP_SIZE
 from jpq_export.errors import BudgetError, UsageError
@@ -41,6 +43,7 @@ from jpq_export.workspace import write_atomic
 
 if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
+    from jpq_export.format.compressed import CompressedModel
 
 LORA_RANK = 8  # of qpruner-lora's branches: a tenth of SmolLM2-135M's bytes at 3 bits
 
@@ -119,7 +122,7 @@ def compare(comparison: Comparison, stages: Stages) -> list[dict[str, Any]]:
             row = json.loads(cell.read_text(encoding="utf-8")) if cell.is_file() else {}
             if row.get("key") != key or (questions and questions.need_another(row, request)):
                 stages.console.rule(f"{method}, {bits:g} bits")
-                make = partial(_peer_cell, method, loaded, texts_of_run) if method in PEERS else _cell
+                make = _maker(method, loaded, texts_of_run)
                 row = {"key": key, "method": method, "asked_bits": bits} | make(request, teacher, windows, stages)
                 write_atomic(cell, json.dumps(row, indent=1))
             if questions and questions.missing(row):
@@ -206,6 +209,12 @@ def pruned_width(bits: float, widths: tuple[float, ...] = BIT_WIDTHS) -> float:
     return min((b for b in widths if b + 16 / GROUP_SIZE > bits), default=max(widths))
 
 
+def _maker(method: str, loaded: LoadedModel, texts: Texts) -> Callable[..., dict[str, Any]]:
+    if method in PEERS:
+        return partial(_peer_cell, method, loaded, texts)
+    return partial(_study_cell, loaded, texts) if method == "srcr" else _cell
+
+
 def _cell(request: Request, teacher: Remembered, windows: dict[str, np.ndarray], stages: Stages) -> dict[str, Any]:
     from jpq_export.compress.student import dequantized
     from jpq_export.format.compressed import CompressedModel
@@ -214,13 +223,40 @@ def _cell(request: Request, teacher: Remembered, windows: dict[str, np.ndarray],
     export = PermutedExport(request, stages)
     export.run()
     compressed = CompressedModel.load(request.out / COMPRESSED)
-    row: dict[str, Any] = {
-        "bits_per_weight": compressed.weight_bytes * 8 / teacher.model.spec.parameters(),
+    row = _measured(compressed, teacher.model.spec, stages) | {"staircase": export.staircase}
+    return row | _evaluated(dequantized(compressed), teacher, windows, stages)
+
+
+def _measured(compressed: CompressedModel, teacher: ModelSpec, stages: Stages) -> dict[str, Any]:
+    return {
+        "bits_per_weight": compressed.weight_bytes * 8 / teacher.parameters(),
         "weight_bytes": compressed.weight_bytes,
         "seconds": sum(record.seconds for record in stages.records),
         "peak_rss_bytes": max(record.peak_rss_bytes for record in stages.records),
-        "staircase": export.staircase,
     }
+
+
+def _study_cell(
+    loaded: LoadedModel,
+    texts: Texts,
+    request: Request,
+    teacher: Remembered,
+    windows: dict[str, np.ndarray],
+    stages: Stages,
+) -> dict[str, Any]:
+    from jpq_export.compress.student import dequantized
+    from jpq_export.methods.srcr.at_size import recommended
+
+    assert isinstance(loaded.model, Decoder)
+    assert isinstance(loaded.spec, ModelSpec)
+    stages.records.clear()  # of the cells before
+    budget, effort = request.budget.resolve(loaded.spec).bytes, EFFORTS[request.effort]
+    assert budget is not None
+    calibration = texts.calibration[: effort.sequences]
+    compressed, tried = recommended(loaded.model, calibration, texts.heldout, budget, seed=request.seed, stages=stages)
+    request.out.mkdir(parents=True, exist_ok=True)
+    compressed.save(request.out / COMPRESSED)
+    row = _measured(compressed, loaded.spec, stages) | {"cells": tried}
     return row | _evaluated(dequantized(compressed), teacher, windows, stages)
 
 

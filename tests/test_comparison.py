@@ -165,3 +165,14 @@ def test_tasks_need_data_before_anything_runs(compare: Callable, tmp_path: Path)
     assert result.exit_code == 2
     assert "no file for piqa" in result.output
     assert not rows
+
+
+def test_the_studys_recommendation_is_a_row_at_the_same_bytes(compare: Callable, tmp_path: Path) -> None:
+    result, rows = compare("--methods", "srcr", "--text", str(tmp_path / "text.txt"))
+    assert result.exit_code == 0, result.output
+    assert rows[0]["method"] == "srcr"
+    assert rows[0]["bits_per_weight"] <= 5.5
+    tried = rows[0]["cells"]
+    assert tried
+    assert min(cell["heldout_kl"] for cell in tried) > 0
+    assert (tmp_path / "out" / "srcr-5.5" / "compressed.safetensors").is_file()

@@ -84,10 +84,20 @@ class SparseCompressor(Compressor):
         return (prune_then_round if self.cell.case == "A" else prune_and_round)(W, H, self.cell.zeros, scheme)
 
 
-def schemes_for(spec: ModelSpec, bits: int) -> dict[str, Scheme]:
-    """Layers at `bits` with stored whole zero points, so that a zero weight is exactly zero; tables at 8 bits."""
+def with_structure(spec: ModelSpec, layers: tuple[LayerChoice, ...]) -> ModelSpec:
+    """The model's shapes after pruning."""
+    return spec.with_layers(
+        tuple(
+            type(old)(len(new.kv_heads), len(new.channels), old.window, old.rope)
+            for old, new in zip(spec.layers, layers, strict=True)
+        )
+    )
+
+
+def schemes_for(spec: ModelSpec, bits: int, table_bits: int = TABLE_BITS) -> dict[str, Scheme]:
+    """Layers at `bits` with stored whole zero points, so that a zero weight is exactly zero; tables at `table_bits`."""
     return {
-        name: Scheme(TABLE_BITS if is_table(name) else bits, choose_group_size(columns, GROUP_SIZE), is_table(name))
+        name: Scheme(table_bits if is_table(name) else bits, choose_group_size(columns, GROUP_SIZE), is_table(name))
         for name, (_, columns) in spec.matrices().items()
     }
 
@@ -106,13 +116,12 @@ def compress_cell(
     stats: Statistics,
     sequences: np.ndarray,
     progress: Progress | None = None,
+    *,
+    table_bits: int = TABLE_BITS,
 ) -> CompressedModel:
     """The cell's model from calibration sequences int64 [n, length]; `stats`: plain ones of the teacher."""
-    shapes = tuple(
-        type(old)(len(new.kv_heads), len(new.channels), old.window, old.rope)
-        for old, new in zip(teacher.spec.layers, layers, strict=True)
-    )
-    schemes: dict[str, Scheme | RowLayout] = {**schemes_for(teacher.spec.with_layers(shapes), cell.bits)}
+    kept = with_structure(teacher.spec, layers)
+    schemes: dict[str, Scheme | RowLayout] = {**schemes_for(kept, cell.bits, table_bits)}
     compressor = SparseCompressor(teacher, cell, Recipe(layers, schemes, "gptq"), stats, sequences)
     return to_compressed(compressor.run(progress), schemes)
 
