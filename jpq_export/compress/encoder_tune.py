@@ -33,8 +33,7 @@ def tune(
 ) -> list[float]:
     """Train in place; returns the training error of every step (1 - cosine)."""
     settings = TuneSettings(settings.steps, min(TEXTS, len(sequences)), settings.scale_rate, settings.norm_rate)
-    scales, others = start_training(student)
-    optimizer = RelativeAdam(scales, others, settings)
+    optimizer = RelativeAdam(*start_training(student), settings)
     losses = []
     for step, index in enumerate(schedule(len(sequences), settings, seed)):
         ids = torch.from_numpy(sequences[index]).to(teacher.embed.weight.device)
@@ -51,18 +50,17 @@ def longest(ids: Tensor, pad_id: int) -> int:
     return int((ids != pad_id).sum(-1).max())
 
 
-def start_training(student: Encoder) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(scales, norms and biases), wanting gradients."""
+def start_training(student: Encoder) -> tuple[list[QuantLinear], list[nn.Parameter]]:
+    """(layers with scales; norms and biases), wanting gradients."""
     dtype = torch.bfloat16 if fast_bf16(student.embed_norm.weight.device.type) else torch.float32
     modules = [module for module in student.modules() if isinstance(module, QuantLinear)]
     for module in modules:
         module.start_training(dtype)
-    scales = [module.scales for module in modules]
-    mine = {id(scale) for scale in scales}
+    mine = {id(module.scales) for module in modules}
     others = [parameter for parameter in student.parameters() if id(parameter) not in mine]
     for parameter in others:
         parameter.requires_grad_(True)
-    return scales, others
+    return modules, others
 
 
 def stop_training(student: Encoder) -> None:
