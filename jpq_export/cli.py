@@ -265,7 +265,10 @@ def evaluate(
             "give --text or --tasks for a language model, or --pairs for a sentence encoder. "
             "See `jpq-export eval --help`."
         )
-    result = evaluate_encoder(options["model"], pairs=pairs) if pairs else evaluate_model(**options, tasks=choice)
+    if pairs:
+        result = evaluate_encoder(options["model"], pairs=pairs, teacher=options["teacher"])
+    else:
+        result = evaluate_model(**options, tasks=choice)
     text = json.dumps(result, indent=1)
     if json_out:
         json_out.write_text(text + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ import numpy as np
 
 from jpq_export.errors import UsageError
 from jpq_export.evaluate.embeddings import evaluate_embeddings, read_pairs
+from jpq_export.evaluation import COMPRESSED
 from jpq_export.format.bundle import read_manifest
 from jpq_export.format.encoder_spec import KIND, EncoderSpec
 from jpq_export.progress import Stages
@@ -18,12 +19,20 @@ from jpq_export.progress import Stages
 TEXTS = 32  # embedded at once
 
 
-def evaluate_encoder(model: str | None, *, pairs: Path) -> dict[str, Any]:
-    """A sentence encoder or its bundle on a file of pairs, as JSON values; see `EmbeddingQuality`."""
+def evaluate_encoder(model: str | None, *, pairs: Path, teacher: str | None = None) -> dict[str, Any]:
+    """A sentence encoder or its bundle on a file of pairs, as JSON values; see `EmbeddingQuality`.
+
+    `teacher`: whose tokenizer serves an export that stopped before the bundle.
+    """
     stages, rows = Stages(), read_pairs(pairs)
-    bundle = Path(model) if model and (Path(model) / "manifest.json").is_file() else None
+    folder = Path(model) if model else None
     with stages.stage("load", f"loading {model or 'the default model'}") as report:
-        embed, name = _bundle_embed(bundle) if bundle else _model_embed(model, report)
+        if folder and (folder / "manifest.json").is_file():
+            embed, name = _bundle_embed(folder)
+        elif folder and (folder / COMPRESSED).is_file():
+            embed, name = _stopped_embed(folder, teacher, report)
+        else:
+            embed, name = _model_embed(model, report)
     with stages.stage("evaluate", f"{len(rows.first)} pairs"):
         result = evaluate_embeddings(embed, rows)
     about = {"model": name, "pairs_file": rows.name, "pairs_sha256": rows.sha256}
@@ -31,19 +40,41 @@ def evaluate_encoder(model: str | None, *, pairs: Path) -> dict[str, Any]:
 
 
 def _model_embed(source: str | None, report: Any) -> tuple[Any, str]:
-    import torch
-
     from jpq_export.compress.load import load_model
 
     loaded = load_model(source, progress=report)
-    if not isinstance(loaded.spec, EncoderSpec):
-        raise UsageError(f"--pairs: {loaded.name} is no sentence encoder; give --text for a language model")
+    spec = _encoder_spec(loaded.spec, loaded.name)
+    return _torch_embed(loaded.model, loaded.tokenizer, spec), loaded.name
+
+
+def _stopped_embed(folder: Path, teacher: str | None, report: Any) -> tuple[Any, str]:
+    """The compressed model in PyTorch, of an export that stopped before the bundle (`--until compress`)."""
+    from jpq_export.compress.load import load_model
+    from jpq_export.compress.student import dequantized
+    from jpq_export.format.compressed import CompressedModel
+
+    compressed = CompressedModel.load(folder / COMPRESSED)
+    spec = _encoder_spec(compressed.spec, str(folder))
+    if teacher is None:
+        raise UsageError(f"{folder}: a compressed model without a tokenizer; name its original with --teacher")
+    tokenizer = load_model(teacher, progress=report).tokenizer
+    return _torch_embed(dequantized(compressed), tokenizer, spec), str(folder)
+
+
+def _encoder_spec(spec: Any, name: str) -> EncoderSpec:
+    if not isinstance(spec, EncoderSpec):
+        raise UsageError(f"--pairs: {name} is no sentence encoder; give --text for a language model")
+    return spec
+
+
+def _torch_embed(model: Any, tokenizer: Any, spec: EncoderSpec) -> Any:
+    import torch
 
     @torch.no_grad()
     def vectors(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return loaded.model(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+        return model(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
 
-    return _in_batches(vectors, loaded.tokenizer, loaded.spec.pad_id), loaded.name
+    return _in_batches(vectors, tokenizer, spec.pad_id)
 
 
 def _bundle_embed(folder: Path) -> tuple[Any, str]:

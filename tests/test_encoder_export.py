@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,29 @@ def test_a_bundle_of_an_encoder(export: Callable[..., Any], tmp_path: Path) -> N
     damaged[len(damaged) // 2] ^= 0x55
     data.write_bytes(bytes(damaged))
     assert command("verify", str(out)).exit_code == 1
+
+
+def test_a_stopped_export_has_the_quality_of_its_bundle(export: Callable[..., Any], tmp_path: Path) -> None:
+    pairs, found = tmp_path / "pairs.csv", tmp_path / "found.json"
+    words = ["man", "dog", "cat", "rain", "stock", "tree", "boat", "king", "song", "road"]
+    rows = [f"A {a} is here.,The {b} was there.,{3 * i % 7}" for i, (a, b) in enumerate(itertools.pairwise(words))]
+    pairs.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+    def quality(out: Path, *options: str) -> dict[str, float]:
+        measured = command("eval", str(out), "--pairs", str(pairs), "--json", str(found), *options)
+        assert measured.exit_code == 0, measured.output
+        values = json.loads(found.read_text())
+        return {name: values[name] for name in ("spearman", "recall_at_1", "recall_at_10")}
+
+    done, out = export("cpu-x86", "--bits", "6", "--until", "compress")
+    assert done.exit_code == 0, done.output
+    refused = command("eval", str(out), "--pairs", str(pairs))
+    assert refused.exit_code == 2
+    assert "--teacher" in refused.output
+    stopped = quality(out, "--teacher", str(out.parent / "model"))
+    done, out = export("cpu-x86", "--bits", "6")
+    assert done.exit_code == 0, done.output
+    assert quality(out) == pytest.approx(stopped)
 
 
 def test_for_a_board_the_tensorrt_graph_is_written(export: Callable[..., Any]) -> None:
