@@ -31,7 +31,8 @@ from jpq_export.evaluate.predictors import TorchPredictor
 from jpq_export.evaluate.task_data import TaskChoice
 from jpq_export.evaluate.text_quality import evaluate_text
 from jpq_export.evaluate.texts import EvaluationText, read_text, token_windows
-from jpq_export.evaluation import COMPRESSED, check_tasks, check_window, evaluate_tasks
+from jpq_export.evaluation import check_tasks, check_window, evaluate_tasks
+from jpq_export.format.compressed import COMPRESSED, CompressedModel
 from jpq_export.format.spec import ModelSpec
 from jpq_export.numerics.scheme import BIT_WIDTHS
 from jpq_export.peers.layout import MODEL, PEERS
@@ -43,7 +44,6 @@ from jpq_export.workspace import write_atomic
 
 if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
-    from jpq_export.format.compressed import CompressedModel
 
 LORA_RANK = 8  # of qpruner-lora's branches: a tenth of SmolLM2-135M's bytes at 3 bits
 
@@ -177,7 +177,6 @@ class Questions:
 
     def _reopened(self, folder: Path) -> Any:
         from jpq_export.compress.student import dequantized
-        from jpq_export.format.compressed import CompressedModel
         from jpq_export.peers.run import saved_model
 
         if (folder / COMPRESSED).is_file():
@@ -217,7 +216,6 @@ def _maker(method: str, loaded: LoadedModel, texts: Texts) -> Callable[..., dict
 
 def _cell(request: Request, teacher: Remembered, windows: dict[str, np.ndarray], stages: Stages) -> dict[str, Any]:
     from jpq_export.compress.student import dequantized
-    from jpq_export.format.compressed import CompressedModel
 
     stages.records.clear()  # of the cells before
     export = PermutedExport(request, stages)

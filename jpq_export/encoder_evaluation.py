@@ -11,8 +11,8 @@ import numpy as np
 
 from jpq_export.errors import UsageError
 from jpq_export.evaluate.embeddings import evaluate_embeddings, read_pairs
-from jpq_export.evaluation import COMPRESSED
 from jpq_export.format.bundle import read_manifest
+from jpq_export.format.compressed import COMPRESSED, CompressedModel
 from jpq_export.format.encoder_spec import KIND, EncoderSpec
 from jpq_export.progress import Stages
 
@@ -51,7 +51,6 @@ def _stopped_embed(folder: Path, teacher: str | None, report: Any) -> tuple[Any,
     """The compressed model in PyTorch, of an export that stopped before the bundle (`--until compress`)."""
     from jpq_export.compress.load import load_model
     from jpq_export.compress.student import dequantized
-    from jpq_export.format.compressed import CompressedModel
 
     compressed = CompressedModel.load(folder / COMPRESSED)
     spec = _encoder_spec(compressed.spec, str(folder))

@@ -16,12 +16,11 @@ from jpq_export.evaluate.task_data import TaskChoice
 from jpq_export.evaluate.text_quality import evaluate_text
 from jpq_export.evaluate.texts import read_text, token_windows
 from jpq_export.format.bundle import Manifest
-from jpq_export.format.compressed import CompressedModel
+from jpq_export.format.compressed import COMPRESSED, CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec, Spec
 from jpq_export.format.spec import ModelSpec
 from jpq_export.progress import Stages
 
-COMPRESSED = "compressed.safetensors"
 CHUNK = 256  # tokens fed to onnxruntime at once: bounds the logits to 256 x vocabulary x 4 bytes
 
 

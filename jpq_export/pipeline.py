@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jpq_export.errors import BudgetError, JpqError, TargetError, UsageError
+from jpq_export.format.compressed import COMPRESSED, CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec
 from jpq_export.format.plan import Plan, load_plan
 from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
@@ -27,7 +28,6 @@ from jpq_export.workspace import Workspace, check_disk, check_output, write_atom
 
 if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
-    from jpq_export.format.compressed import CompressedModel
     from jpq_export.format.encoder_spec import Spec
 
 FINAL_SEQUENCES = 12  # of the effort's length, to choose between finalists
@@ -65,13 +65,13 @@ class Export:
         compressed = self.recover(loaded, texts, plan, rounded)
         compressed = replace(compressed, spec=self.cached_spec(compressed.spec))
         if self.request.kv_cache != FLOAT_CACHE:
-            compressed.save(self.work.path("compressed.safetensors"))
+            compressed.save(self.work.path(COMPRESSED))
         if self.request.until == "compress":
-            return self.stop_early(plan, keep={"plan.json", "compressed.safetensors"})
+            return self.stop_early(plan, keep={"plan.json", COMPRESSED})
         self.lower(loaded, compressed)
         if self.request.until == "onnx":
             names = {p.name for p in self.work.folder.glob("model*")} | {"tokenizer.json", "tokenizer_config.json"}
-            return self.stop_early(plan, keep={"plan.json", "compressed.safetensors", *names})
+            return self.stop_early(plan, keep={"plan.json", COMPRESSED, *names})
         return self.prove(loaded, texts, plan, compressed)
 
     def load(self) -> LoadedModel:
@@ -238,8 +238,6 @@ class Export:
 
     def round(self, loaded: LoadedModel, texts: Texts, plan: Plan) -> tuple[Plan, CompressedModel]:
         """Round every finalist; the plan that is best then, and its model."""
-        from jpq_export.format.compressed import CompressedModel
-
         if self.work.has("rounded.safetensors"):
             self.stages.resumed("compress", "pruning and rounding")
         else:
@@ -283,7 +281,6 @@ class Export:
         Fills in `search["finals"]` of all plans.
         """
         from jpq_export.compress.finals import champion, measure
-        from jpq_export.format.compressed import CompressedModel
 
         start = self.effort.sequences
         fresh = texts.calibration[start : start + self.final_sequences]
@@ -301,11 +298,10 @@ class Export:
     def recover(self, loaded: LoadedModel, texts: Texts, plan: Plan, rounded: CompressedModel) -> CompressedModel:
         """Tune scales and norms, or low-rank branches; kept only if the held-out KL says so."""
         from jpq_export.compress.stages import recover
-        from jpq_export.format.compressed import CompressedModel
         from jpq_export.methods.qpruner.adapters import adapt
 
         if not (plan.method == "jpq" or plan.adapter_rank) or self.effort.tune_steps == 0:
-            shutil.copyfile(self.work.path("rounded.safetensors"), self.work.path("compressed.safetensors"))
+            shutil.copyfile(self.work.path("rounded.safetensors"), self.work.path(COMPRESSED))
             return rounded
         if not self.work.has("recovered.safetensors"):
             what = "low-rank branches" if plan.adapter_rank else "scales and norms"
@@ -323,7 +319,7 @@ class Export:
         kl = self._kl("rounded.safetensors")
         self.staircase.append({"stage": "recover", "heldout_kl": fresh, "applied": fresh < kl})
         name = "recovered" if fresh < kl else "rounded"
-        shutil.copyfile(self.work.path(f"{name}.safetensors"), self.work.path("compressed.safetensors"))
+        shutil.copyfile(self.work.path(f"{name}.safetensors"), self.work.path(COMPRESSED))
         return tuned if fresh < kl else rounded
 
     def _save(self, model: CompressedModel, name: str, kl: float) -> None:

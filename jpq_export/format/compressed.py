@@ -17,6 +17,7 @@ from jpq_export.numerics.row_blocks import RowBlocks, StoredWeight
 from jpq_export.numerics.scheme import Scheme
 
 FORMAT = "jpq-compressed/1"
+COMPRESSED = "compressed.safetensors"  # its file in the folder of an export that stopped before the bundle
 DOWN, UP = ".adapter.down", ".adapter.up"  # after the name of the linear that has the branch
 
 
