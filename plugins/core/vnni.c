@@ -241,7 +241,7 @@ JPQ_INLINE void blocks(const jpq_product *p, const prepared *x, const uint8_t *c
 JPQ_INLINE void four_products(const jpq_product *p, const prepared *x, const uint8_t *codes, int64_t bytes, int64_t m0,
                               int rows, int parts, int bits, int layout, const float *scale, __m512 total[][4]) {
 #define BLOCKS(BLOCK, FROM, TO) blocks(p, x, codes, bytes, m0, rows, parts, bits, layout, BLOCK, FROM, TO, scale, total)
-  if ((bits == 2 || bits == 3) && x->block == 256)
+  if (bits <= 4 && x->block == 256)
     BLOCKS(256, 0, x->blocked);
   else if (bits < 8)
     BLOCKS(128, 0, x->blocked);

@@ -4,7 +4,7 @@
  * A pair holds codes 8 l .. 8 l + 7 in 32-bit lane l, those of even place in the first vector (1 to 4 bits); or its lanes
  * 0 to 7 the first 64 codes, 8 to 15 the others (5 to 7 bits). Either way groups of 64 codes lie side by side: they
  * share one sum, one conversion and one multiplication by scales. X is brought into the same order, once.
- * Four vectors (2 and 3 bits) hold in each lane 16 codes of one 64, those of lane l from 64 (l / 4) on.
+ * Four vectors (1 to 4 bits) hold codes 16 l .. 16 l + 15 in lane l: one sum for four of them.
  */
 #ifndef JPQ_VNNI_CODES_H
 #define JPQ_VNNI_CODES_H
@@ -33,32 +33,36 @@ static const _Alignas(64) uint8_t pair_spreads[7][64] = {
 #define SECONDS(B) {0, 2 * (B), 4 * (B), 6 * (B), 8 * (B), 10 * (B), 12 * (B), 14 * (B)}
 static const uint8_t seconds[3][8] = {SECONDS(1), SECONDS(2), SECONDS(3)};
 
-/* Four vectors of 3 bits, two from each of two vectors of which a qword takes 16 codes in 6 bytes: of the 96 bytes it
- * takes those from 0 on out of the first 64, and where they lie beyond, out of the last 64, which begin at byte 32. */
-#define SIX(AT) SPREAD(1, (AT) < 42 ? (AT) : (AT) - 32)
-#define SIXES(A, B, C, D) SIX(A), SIX(A + 6), SIX(B), SIX(B + 6), SIX(C), SIX(C + 6), SIX(D), SIX(D + 6)
-static const _Alignas(64) uint8_t quad_spreads[2][64] = {{SIXES(12, 24, 60, 72)}, {SIXES(0, 36, 48, 84)}};
+/* Four vectors of 3 bits, two from each of two vectors whose lanes take 8 codes in 3 bytes, every second three of the 96
+ * bytes; six in a qword. A shuffle looks at the lower 6 bits of an index: those from 64 on are of the last 32 bytes. */
+#define THREE(AT) AT, (AT) + 1, (AT) + 2
+#define SIX(AT) THREE(AT), THREE((AT) + 6), 0, 0
+#define SIXES(AT) {SIX(AT), SIX(AT + 12), SIX(AT + 24), SIX(AT + 36), SIX(AT + 48), SIX(AT + 60), SIX(AT + 72), SIX(AT + 84)}
+static const _Alignas(64) uint8_t quad_spreads[2][64] = {SIXES(0), SIXES(3)};
+static const __mmask64 beyond[2] = {~0ull << 43, ~0ull << 41}; /* bytes of which the index is 64 or more */
+
+/* Four vectors of 4 bits: of two vectors every second lane. */
+static const _Alignas(64) int32_t second_lanes[2][16] = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30},
+                                                         {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31}};
+/* Four vectors of 1 bit: of each byte of a vector whose bytes begin with codes 0, 4, 8, ... of 32. */
+static const uint8_t fourths[8] = {0, 4, 8, 12, 16, 20, 24, 28};
 
 /* Where the codes of each vector are among the 128 or 256 of a form. */
 #define ORDER16(STEP, AT) \
   AT, AT + STEP, AT + 2 * STEP, AT + 3 * STEP, AT + 4 * STEP, AT + 5 * STEP, AT + 6 * STEP, AT + 7 * STEP, AT + 8 * STEP, \
       AT + 9 * STEP, AT + 10 * STEP, AT + 11 * STEP, AT + 12 * STEP, AT + 13 * STEP, AT + 14 * STEP, AT + 15 * STEP
-#define ORDER8(STEP, AT) \
-  AT, AT + STEP, AT + 2 * STEP, AT + 3 * STEP, AT + 4 * STEP, AT + 5 * STEP, AT + 6 * STEP, AT + 7 * STEP
 #define EVERY_FOURTH(I) {ORDER16(4, I), ORDER16(4, 64 + I), ORDER16(4, 128 + I), ORDER16(4, 192 + I)}
-#define SIXTEENS(I, A, B, C, D, E, F, G, H) \
-  {ORDER8(2, 16 * A + I), ORDER8(2, 16 * B + I), ORDER8(2, 16 * C + I), ORDER8(2, 16 * D + I), \
-   ORDER8(2, 16 * E + I), ORDER8(2, 16 * F + I), ORDER8(2, 16 * G + I), ORDER8(2, 16 * H + I)}
-#define FIRST_SIXTEENS(I) SIXTEENS(I, 2, 3, 4, 5, 10, 11, 12, 13)
-#define SECOND_SIXTEENS(I) SIXTEENS(I, 0, 1, 6, 7, 8, 9, 14, 15)
-enum { PLAIN, PAIRS, WIDE_PAIRS, QUADS, THREES };
+#define ORDER4(AT) AT, AT + 2, AT + 4, AT + 6
+#define FOUR_LANES(AT) ORDER4(AT), ORDER4(AT + 16), ORDER4(AT + 32), ORDER4(AT + 48)
+#define OF_EIGHT(I) {FOUR_LANES(I), FOUR_LANES(64 + I), FOUR_LANES(128 + I), FOUR_LANES(192 + I)}
+enum { PLAIN, PAIRS, WIDE_PAIRS, QUADS, SPLIT_QUADS };
 static const _Alignas(64) uint8_t orders[5][4][64] = {
     [PAIRS] = {{ORDER16(2, 0), ORDER16(2, 32), ORDER16(2, 64), ORDER16(2, 96)},
                {ORDER16(2, 1), ORDER16(2, 33), ORDER16(2, 65), ORDER16(2, 97)}},
     [WIDE_PAIRS] = {{ORDER16(1, 0), ORDER16(1, 16), ORDER16(1, 64), ORDER16(1, 80)},
                     {ORDER16(1, 32), ORDER16(1, 48), ORDER16(1, 96), ORDER16(1, 112)}},
     [QUADS] = {EVERY_FOURTH(0), EVERY_FOURTH(1), EVERY_FOURTH(2), EVERY_FOURTH(3)},
-    [THREES] = {FIRST_SIXTEENS(0), FIRST_SIXTEENS(1), SECOND_SIXTEENS(0), SECOND_SIXTEENS(1)}};
+    [SPLIT_QUADS] = {OF_EIGHT(0), OF_EIGHT(1), OF_EIGHT(8), OF_EIGHT(9)}};
 
 /* Ternary: the byte of each of 64 codes whose first is in a phase, and factors for even codes (whose result is brought
  * to the upper half of 16 bits) and odd ones (which are there). */
@@ -76,8 +80,7 @@ JPQ_INLINE __mmask64 low_bits(int64_t count) { return count >= 64 ? ~0ull : (1ul
 
 /* How codes come: 8 bits and ternary ones, and where a lane would be of several groups, 64 at a time. */
 JPQ_INLINE int form_of(int bits, int32_t group_size) {
-  if (bits == 2 && group_size % 16 == 0) return QUADS;
-  if (bits == 3 && group_size % 64 == 0) return THREES;
+  if (bits <= 4 && group_size % 16 == 0) return bits <= 2 ? QUADS : SPLIT_QUADS;
   return bits <= 4 ? PAIRS : bits <= 7 && group_size % 64 == 0 ? WIDE_PAIRS : PLAIN;
 }
 
@@ -101,12 +104,16 @@ JPQ_INLINE __m512i unpack_ternary(const uint8_t *p, unsigned phase) {
   return _mm512_ternarylogic_epi32(_mm512_set1_epi16(255), even, odd, 0xca); /* lower bytes of even, upper of odd */
 }
 
-/* Bits start[t] .. start[t] + bits - 1 of each qword as its byte t. */
-JPQ_INLINE __m512i pick(__m512i qwords, const uint8_t *start, int bits) {
+/* Bits start[t] .. start[t] + 7 of each qword as its byte t. */
+JPQ_INLINE __m512i windows(__m512i qwords, const uint8_t *start) {
   uint64_t control;
   memcpy(&control, start, 8);
-  __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64((int64_t)control), qwords);
-  return _mm512_and_si512(codes, _mm512_set1_epi8((char)((1 << bits) - 1)));
+  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64((int64_t)control), qwords);
+}
+
+/* The same, `bits` bits of them. */
+JPQ_INLINE __m512i pick(__m512i qwords, const uint8_t *start, int bits) {
+  return _mm512_and_si512(windows(qwords, start), _mm512_set1_epi8((char)((1 << bits) - 1)));
 }
 
 /* Codes j .. j + 63 of a row in their order, j a multiple of 64. */
@@ -125,13 +132,6 @@ JPQ_INLINE __m512i field(__m512i bytes, int start, int bits) {
   return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64((int64_t)matrix), 0);
 }
 
-/* Bits 2 bits t .. + 7 of each qword as its byte t: a code, the next, and what lies behind; up to 3 bits. */
-JPQ_INLINE __m512i two_codes(__m512i qwords, int bits) {
-  uint64_t control;
-  memcpy(&control, seconds[bits - 1], 8);
-  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64((int64_t)control), qwords);
-}
-
 /* The 128 codes from `p` on as a pair. */
 JPQ_INLINE void unpack_pair(const uint8_t *p, int bits, __m512i out[2]) {
   if (bits == 4) {
@@ -141,7 +141,7 @@ JPQ_INLINE void unpack_pair(const uint8_t *p, int bits, __m512i out[2]) {
   }
   __m512i spread = *(const __m512i *)pair_spreads[bits - 1];
   if (bits < 4) {
-    __m512i v = two_codes(_mm512_permutexvar_epi8(spread, load(p, 16 * bits)), bits);
+    __m512i v = windows(_mm512_permutexvar_epi8(spread, load(p, 16 * bits)), seconds[bits - 1]);
     for (int i = 0; i < 2; i++) out[i] = field(v, i * bits, bits);
     return;
   }
@@ -154,18 +154,23 @@ JPQ_INLINE void unpack_pair(const uint8_t *p, int bits, __m512i out[2]) {
 
 /* The 256 codes from `p` on as four vectors. */
 JPQ_INLINE void unpack_quad(const uint8_t *p, int bits, __m512i out[4]) {
-  if (bits == 2) {
-    __m512i v = load(p, 64);
-    for (int i = 0; i < 4; i++) out[i] = field(v, 2 * i, 2);
+  if (bits <= 2) {
+    __m512i v = bits == 2 ? load(p, 64) : _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i *)p));
+    if (bits == 1) v = windows(v, fourths); /* four codes and four of the next byte */
+    for (int i = 0; i < 4; i++) out[i] = field(v, bits * i, bits);
     return;
   }
-  const __m512i first = load(p, 64), last = load(p + 32, 64);
+  const __m512i first = load(p, 64), last = load(p + 64, bits == 3 ? 32 : 64);
   for (int part = 0; part < 2; part++) {
-    const __m512i spread = *(const __m512i *)quad_spreads[part];
-    __mmask64 beyond = part ? ~0ull << 24 : ~0ull << 32;
-    __m512i v = _mm512_permutexvar_epi8(spread, first);
-    v = two_codes(_mm512_mask_permutexvar_epi8(v, beyond, spread, last), bits);
-    for (int i = 0; i < 2; i++) out[2 * part + i] = field(v, 3 * i, 3);
+    __m512i v;
+    if (bits == 4) {
+      v = _mm512_permutex2var_epi32(first, *(const __m512i *)second_lanes[part], last);
+    } else {
+      const __m512i spread = *(const __m512i *)quad_spreads[part];
+      v = _mm512_permutexvar_epi8(spread, first);
+      v = windows(_mm512_mask_permutexvar_epi8(v, beyond[part], spread, last), seconds[2]);
+    }
+    for (int i = 0; i < 2; i++) out[2 * part + i] = field(v, bits * i, bits);
   }
 }
 
