@@ -298,8 +298,10 @@ def check_result_file(option: str, path: Path | None) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the cells; a killed comparison goes on there.")
+@click.option("--keep", is_flag=True, help="Keep cells that other code made; each names its commit.")
 def compare_command(
     *,
+    keep: bool,
     budgets: str,
     methods: str,
     texts: tuple[Path, ...],
@@ -334,7 +336,9 @@ def compare_command(
     choice = task_choice(tasks, limit=limit, folder=task_data)
     fixed = {"size": None, "bits": bits[0], "ratio": None, "latency": None, "method": "jpq", "context": 2048}
     request = make_request(options | fixed | {"prune": True, "force": True}, until="compare")
-    click.echo(markdown(compare(Comparison(request, bits, rows, texts, windows, window_context, choice), Stages())))
+    click.echo(
+        markdown(compare(Comparison(request, bits, rows, texts, windows, window_context, choice, keep), Stages()))
+    )
 
 
 @main.command("bench")

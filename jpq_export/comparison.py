@@ -3,8 +3,9 @@
 Rows: uniform-bit rounding and GPTQ; pruning first, then one width for what is left; bits-only search; the joint search;
 the published systems (see `methods`); and other people's quantizers (see `peers`). All see the same calibration tokens
 (GPTQ rounds with all of them, the searched ones spend most on the same recovery). The teacher is the permuted model
-(see `permute`). Every cell is a JSON file: a run that was killed goes on where it stopped. A peer that cannot run stays
-in the table with its error.
+(see `permute`). Every cell is a JSON file with the commit, the day and the machine that made it: a run that was killed
+goes on where it stopped, and one that goes on after the code has changed makes them again unless told to keep them.
+A peer that cannot run stays in the table with its error.
 Zero-shot tasks are a second step over the finished cells: they can be asked for later, and nothing is compressed anew.
 """
 
@@ -39,7 +40,7 @@ from jpq_export.peers.layout import MODEL, PEERS
 from jpq_export.pipeline import Export
 from jpq_export.progress import Stages
 from jpq_export.request import Request, Texts
-from jpq_export.revision import revision
+from jpq_export.revision import provenance, revision
 from jpq_export.workspace import write_atomic
 
 if TYPE_CHECKING:
@@ -50,7 +51,10 @@ LORA_RANK = 8  # of qpruner-lora's branches: a tenth of SmolLM2-135M's bytes at 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What to compare: budgets in bits per weight of the whole file; texts, in windows of `context` tokens; tasks."""
+    """What to compare: budgets in bits per weight of the whole file; texts, in windows of `context` tokens; tasks.
+
+    `keep`: cells that other code made are kept.
+    """
 
     request: Request
     bits: tuple[float, ...]
@@ -59,6 +63,7 @@ class Comparison:
     windows: int
     context: int
     tasks: TaskChoice | None = None
+    keep: bool = False
 
 
 class PermutedExport(Export):
@@ -114,16 +119,19 @@ def compare(comparison: Comparison, stages: Stages) -> list[dict[str, Any]]:
     texts_of_run = PermutedExport(comparison.request, stages).texts(loaded)
     inputs = sha256(json.dumps([text.sha256 for text in texts] + [comparison.windows, comparison.context]).encode())
     teacher, rows = Remembered(loaded.model), []
-    questions = None if comparison.tasks is None else Questions(comparison.tasks, loaded, out, stages)
+    tasks, keep = comparison.tasks, comparison.keep
+    questions = None if tasks is None else Questions(tasks, loaded, out, stages, keep)
     for bits in comparison.bits:
         for method in comparison.methods:
             cell, request = out / f"{method}-{bits:g}.json", request_for(comparison, method, bits)
-            key = request.key(loaded.sha256, texts_of_run.sha256) + inputs.hexdigest()
+            key = request.key(loaded.sha256, texts_of_run.sha256, code="") + inputs.hexdigest()
             row = json.loads(cell.read_text(encoding="utf-8")) if cell.is_file() else {}
-            if row.get("key") != key or (questions and questions.need_another(row, request)):
+            stale = row.get("key") != key or not (keep or row["revision"] == revision())
+            if stale or (questions and questions.need_another(row, request)):
                 stages.console.rule(f"{method}, {bits:g} bits")
                 make = _maker(method, loaded, texts_of_run)
-                row = {"key": key, "method": method, "asked_bits": bits} | make(request, teacher, windows, stages)
+                row = {"key": key, **provenance(), "method": method, "asked_bits": bits}
+                row |= make(request, teacher, windows, stages)
                 write_atomic(cell, json.dumps(row, indent=1))
             if questions and questions.missing(row):
                 row |= questions.row(request)
@@ -142,16 +150,17 @@ class Questions:
     loaded: LoadedModel
     out: Path
     stages: Stages
+    keep: bool
 
     @property
     def key(self) -> str:
-        """Names the questions, the model and the code."""
-        facts = [self.choice.about(), self.loaded.sha256, revision()]
+        """Names the questions and the model."""
+        facts = [self.choice.about(), self.loaded.sha256]
         return sha256(json.dumps(facts).encode()).hexdigest()
 
     def missing(self, row: dict[str, Any]) -> bool:
         """True for a row that ran and was not asked these questions."""
-        return "error" not in row and row.get("tasks_key") != self.key
+        return "error" not in row and not self._answered(row)
 
     def need_another(self, row: dict[str, Any], request: Request) -> bool:
         """True where the questions are missing and the cell's model is gone."""
@@ -160,13 +169,19 @@ class Questions:
     def row(self, request: Request) -> dict[str, Any]:
         """Answers of the model in the cell's folder, beside the teacher's."""
         found = self._teacher()
-        return {"tasks_key": self.key, "tasks": self._ask(self._reopened(request.out)), "teacher_tasks": found}
+        return self._names() | {"tasks": self._ask(self._reopened(request.out)), "teacher_tasks": found}
+
+    def _names(self) -> dict[str, str]:
+        return {"tasks_key": self.key, "tasks_revision": revision()}
+
+    def _answered(self, row: dict[str, Any]) -> bool:
+        return row.get("tasks_key") == self.key and (self.keep or row["tasks_revision"] == revision())
 
     def _teacher(self) -> dict[str, Any]:
         cell = self.out / "teacher-tasks.json"
         found = json.loads(cell.read_text(encoding="utf-8")) if cell.is_file() else {}
-        if found.get("key") != self.key:
-            found = {"key": self.key, "tasks": self._ask(self.loaded.model)}
+        if not self._answered(found):
+            found = self._names() | {"tasks": self._ask(self.loaded.model)}
             write_atomic(cell, json.dumps(found, indent=1))
         return found["tasks"]
 

@@ -61,6 +61,14 @@ def task_cells(row: Row, rows: list[Row]) -> list[str]:
     return [share(row.get("tasks", {}).get(name), metric) for name, (metric, _) in tasks_of(rows).items()]
 
 
+def made_by(rows: list[Row]) -> list[str]:
+    """'commit 1234567, 2026-11-23, AMD EPYC, 2 cores: joint, gptq-uniform': who made which rows."""
+    makers: dict[str, dict[str, None]] = {}
+    for row in rows:
+        makers.setdefault(f"commit {row['commit']}, {row['date']}, {row['machine']}", {})[row["method"]] = None
+    return [f"{maker}: {', '.join(methods)}" for maker, methods in makers.items()]
+
+
 def is_best(row: Row, rows: list[Row], name: str) -> bool:
     """True when no other row of this budget has a lower KL on this text."""
     rivals = [r["texts"][name]["kl_mean"] for r in rows if r["asked_bits"] == row["asked_bits"] and "texts" in r]
@@ -90,13 +98,14 @@ def markdown(rows: list[Row]) -> str:
             ]
         cells += task_cells(row, rows)
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *made_by(rows)])
 
 
 def page(rows: list[Row], model: str) -> str:
     """An HTML page without anything from outside: one picture a text, then the table."""
     parts = [element("h2", name) + _picture(rows, name) for name in texts_of(rows)]
     parts.append(element("h2", "All numbers") + _table(rows))
+    parts += [element("p", line, class_="why") for line in made_by(rows)]
     title = f"{model}: quality at equal bytes"
     return PAGE.format(title=Markup.escape(title), body=Markup("").join(parts))
 

@@ -43,11 +43,12 @@ class Request:
     adapters: int = 0
     force: bool = False
 
-    def key(self, model_sha256: str, calibration_sha256: str) -> str:
-        """Hash of what determines the bytes of the bundle."""
+    def key(self, model_sha256: str, calibration_sha256: str, *, code: str | None = None) -> str:
+        """Hash of what determines the bytes of the bundle; `code`: its digest, by default that of this code."""
         raw = {k: v for k, v in asdict(self).items() if k not in ("out", "force", "until", "plan", "calibration")}
         plan = self.plan.read_text(encoding="utf-8") if self.plan else None
-        raw |= {"model": model_sha256, "calibration": calibration_sha256, "plan": plan, "revision": revision()}
+        raw |= {"model": model_sha256, "calibration": calibration_sha256, "plan": plan}
+        raw["revision"] = revision() if code is None else code
         return sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -75,6 +75,26 @@ def test_finished_cells_are_kept_and_stale_ones_made_again(
     assert list(changed[0]["texts"]) == ["other.txt"]
 
 
+def test_cells_of_other_code_are_made_again_unless_they_are_to_be_kept(
+    compare: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ["--text", str(tmp_path / "text.txt"), "--methods", "rtn-uniform"]
+    result, (first,) = compare(*options)
+    assert f"commit {first['commit']}, {first['date']}, {first['machine']}: rtn-uniform" in result.output
+    monkeypatch.setattr("jpq_export.comparison.revision", lambda: "other code")
+    monkeypatch.setattr("jpq_export.comparison.provenance", lambda: first_of(first) | {"commit": "abc1234"})
+    _, (kept,) = compare(*options, "--keep")
+    assert kept == first
+    _, (again,) = compare(*options)
+    assert (again["commit"], again["revision"]) == ("abc1234", "other code")
+    _, (changed,) = compare(*options, "--keep", "--seed", "1")
+    assert changed["key"] != first["key"]
+
+
+def first_of(row: dict[str, Any]) -> dict[str, str]:
+    return {"revision": "other code"} | {name: row[name] for name in ("date", "machine")}
+
+
 def test_a_missing_text_is_said_before_anything_runs(compare: Callable, tmp_path: Path) -> None:
     result, rows = compare("--text", str(tmp_path / "nowhere.txt"))
     assert result.exit_code == 2

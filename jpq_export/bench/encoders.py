@@ -16,13 +16,14 @@ import numpy as np
 from jpq_export.bench.baselines import original_spec
 from jpq_export.bench.encoder_baselines import original_weights, write_encoder_baselines
 from jpq_export.bench.energy import Meters, find_meters
-from jpq_export.bench.rounds import Worker, check_room, compared_name, ended, kind, median_joules, processor
+from jpq_export.bench.rounds import Worker, check_room, compared_name, ended, kind, median_joules
 from jpq_export.errors import UsageError
 from jpq_export.evaluate.embeddings import EmbeddingQuality, Pairs, evaluate_embeddings, read_pairs
 from jpq_export.format.bundle import read_manifest
 from jpq_export.format.encoder_spec import KIND, EncoderSpec, spec_from_json
 from jpq_export.format.plan import load_plan
 from jpq_export.progress import Stages
+from jpq_export.revision import processor
 
 FORMAT = "jpq-bench-encoder/1"
 TEXTS = 128  # a turn, in batches

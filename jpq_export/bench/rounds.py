@@ -27,6 +27,7 @@ from jpq_export.format.encoder_spec import KIND, Spec
 from jpq_export.format.plan import load_plan
 from jpq_export.format.spec import ModelSpec
 from jpq_export.progress import Stages
+from jpq_export.revision import processor
 
 FORMAT = "jpq-bench/1"
 
@@ -298,13 +299,3 @@ def median_joules(turns: list[dict[str, float]], pieces: int) -> dict[str, float
     """By meter, for each of the `pieces` (tokens, texts) of a turn; None without a meter."""
     names = {name for turn in turns for name in turn}
     return {name: median([turn[name] for turn in turns if name in turn]) / pieces for name in sorted(names)} or None
-
-
-def processor() -> str:
-    """The processor's name where Linux tells it, and the number of cores."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown processor'}, {os.cpu_count()} cores"
