@@ -171,7 +171,7 @@ class Questions:
         found = self._teacher()
         return self._names() | {"tasks": self._ask(self._reopened(request.out)), "teacher_tasks": found}
 
-    def _names(self) -> dict[str, str]:
+    def _names(self) -> dict[str, Any]:
         return {"tasks_key": self.key, "tasks_revision": revision()}
 
     def _answered(self, row: dict[str, Any]) -> bool:
@@ -179,7 +179,7 @@ class Questions:
 
     def _teacher(self) -> dict[str, Any]:
         cell = self.out / "teacher-tasks.json"
-        found = json.loads(cell.read_text(encoding="utf-8")) if cell.is_file() else {}
+        found: dict[str, Any] = json.loads(cell.read_text(encoding="utf-8")) if cell.is_file() else {}
         if not self._answered(found):
             found = self._names() | {"tasks": self._ask(self.loaded.model)}
             write_atomic(cell, json.dumps(found, indent=1))

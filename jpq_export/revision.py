@@ -1,4 +1,4 @@
-"""Which code made a result, when, on what; a digest of the sources, so that a changed algorithm meets no old numbers."""
+"""Which code made a result, when, on what; a digest of the sources, so that changed code meets no old numbers."""
 
 from __future__ import annotations
 
