@@ -34,7 +34,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some microseconds: a recover
 
 COMPARED = ("gptq-uniform", "prune-then-quantize", "bits-only", "joint")
 PEERS = ("hqq", "auto-round-rtn", "auto-round", "gptqmodel", "llama.cpp")
-COMPARABLE = (*COMPARED, "rtn-uniform", "toga", "qpruner", "qpruner-lora", "srcr", *PEERS)
+COMPARABLE = (*COMPARED, "rtn-uniform", "toga", "qpruner", "qpruner-lora", "srcr", "llm-pruner", *PEERS)
 STOPS = ("plan", "compress", "onnx")
 EXAMPLES = """
 \b

@@ -14,7 +14,7 @@ from jpq_export.numerics.scheme import read_width
 
 WIDTHS_HELP = "Bits a matrix may have, by commas; default 2,3,4,5,6,8. Also 1 and 1.6 (ternary)."
 EFFORTS = ("quick", "standard", "max")
-METHODS = ("jpq", "gptq", "rtn", "toga", "qpruner")
+METHODS = ("jpq", "gptq", "rtn", "toga", "qpruner", "llm-pruner")
 LARGEST_SEED = 2**63 - 1  # torch takes no larger one
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

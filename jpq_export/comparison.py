@@ -207,7 +207,7 @@ def request_for(comparison: Comparison, method: str, bits: float) -> Request:
     request = replace(
         request, out=folder, budget=replace(request.budget, kind="bits", value=bits), until="compress", force=True
     )
-    if method in ("gptq-uniform", "rtn-uniform", "toga", "qpruner"):
+    if method in ("gptq-uniform", "rtn-uniform", "toga", "qpruner", "llm-pruner"):
         return replace(request, method=method.removesuffix("-uniform"))
     if method == "qpruner-lora":
         return replace(request, method="qpruner", adapters=LORA_RANK)

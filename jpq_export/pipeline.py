@@ -147,6 +147,8 @@ class Export:
             plan = self.toga(loaded, texts, cost)
         elif self.request.method == "qpruner":
             plan = self.qpruner(loaded, texts, cost)
+        elif self.request.method == "llm-pruner":
+            plan = self.llm_pruner(loaded, texts, cost)
         else:
             kind = {"method": self.request.method, "widths": self.request.widths or BIT_WIDTHS}
             plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, **kind)
@@ -235,6 +237,14 @@ class Export:
         kind = {"effort": request.effort, "prune": request.prune, "widths": request.widths, "seed": request.seed}
         kind |= {"rank": request.adapters, "stages": self.stages}
         return qpruner_plan(loaded, texts.calibration, texts.heldout, cost, budget, **kind)
+
+    def llm_pruner(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
+        """Taylor pruning to the budget at one width."""
+        from jpq_export.methods.llm_pruner import llm_pruner_plan
+
+        request, budget = self.request, self.request.budget.resolve(loaded.spec)
+        kind = {"effort": request.effort, "widths": request.widths, "stages": self.stages}
+        return llm_pruner_plan(loaded, texts.calibration, cost, budget, **kind)
 
     def round(self, loaded: LoadedModel, texts: Texts, plan: Plan) -> tuple[Plan, CompressedModel]:
         """Round every finalist; the plan that is best then, and its model."""

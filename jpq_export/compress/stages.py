@@ -18,7 +18,11 @@ from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.plan import Plan
 from jpq_export.numerics.row_blocks import layout_of
 
-ROUNDING = {"toga": "gptq", "qpruner": "gptq"}  # methods whose plan is rounded by another's rounding
+ROUNDING = {
+    "toga": "gptq",
+    "qpruner": "gptq",
+    "llm-pruner": "gptq",
+}  # rounded by another method's rounding
 
 
 def round_model(

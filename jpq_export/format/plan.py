@@ -13,7 +13,7 @@ from jpq_export.numerics.row_blocks import RowLayout
 from jpq_export.numerics.scheme import TERNARY, Scheme
 
 FORMAT = "jpq-plan/1"
-METHODS = ("jpq", "gptq", "rtn", "toga", "srcr", "qpruner")
+METHODS = ("jpq", "gptq", "rtn", "toga", "srcr", "qpruner", "llm-pruner")
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,7 @@ def frame(
     budget: Budget,
     *,
     rank: int = 0,
+    method: str = "qpruner",
 ) -> Frame:
     """The least pruning, of `kept` by rate, and then the widest tables, that leave layers room below the budget.
 
@@ -88,7 +89,7 @@ def frame(
             if least <= budget.bytes:
                 return found
     raise BudgetError(
-        f"budget of {budget.bytes / 1e6:g} MB cannot be met: --method qpruner with {widths[0]:g} bits everywhere and "
+        f"budget of {budget.bytes / 1e6:g} MB cannot be met: --method {method} with {widths[0]:g} bits everywhere and "
         f"{max(kept):.0%} removed needs at least {rounded_up(least, 1e6)} MB; ask for at least that"
     )
 
@@ -130,13 +131,38 @@ def plan_of(
         "qpruner",
         budget,
         tuple(_layers(teacher, found.kept)),
-        tuple(_choices(found, bits, search["information"])),
+        tuple(_choices(found, bits, _reasons(search["information"]))),
         tuple(_removals(teacher, found.kept)),
         predicted,
         front,
         search,
         found.rank,
     )
+
+
+def uniform_plan_of(
+    found: Frame, budget: Budget, *, sha256: str, method: str, reason: str, search: dict[str, Any]
+) -> Plan:
+    """The plan of the pruned model at the one width of the frame."""
+    teacher, count = found.cost.spec, len(found.spec.layers)
+    bits, size = [found.widths[0]] * count, found.space(budget.bytes or 0, ()).bytes((0,) * count)
+    return Plan(
+        teacher.name,
+        sha256,
+        found.cost.target.name,
+        method,
+        budget,
+        tuple(_layers(teacher, found.kept)),
+        tuple(_choices(found, bits, [reason] * count)),
+        tuple(_removals(teacher, found.kept)),
+        Predicted(0.0, size, _latency(found, (0,) * count), 0.0),
+        (),
+        search,
+    )
+
+
+def _reasons(information: Sequence[float]) -> list[str]:
+    return [f"of its layer, by the search; {nats:.2g} nats of information on the prediction" for nats in information]
 
 
 def _layers(teacher: Spec, kept: tuple[LayerChoice, ...]) -> list[LayerPlan]:
@@ -147,15 +173,15 @@ def _layers(teacher: Spec, kept: tuple[LayerChoice, ...]) -> list[LayerPlan]:
     return out
 
 
-def _choices(found: Frame, bits: Sequence[float], information: Sequence[float]) -> list[Choice]:
+def _choices(found: Frame, bits: Sequence[float], reasons: Sequence[str]) -> list[Choice]:
+    """`bits`, `reasons`: by layer."""
     out = []
     for name, shape in found.spec.matrices().items():
         if is_table(name):
             width, reason = found.table_bits, "tables are not part of the search"
         else:
             i = int(name.split(".")[1])
-            width = bits[i]
-            reason = f"of its layer, by the search; {information[i]:.2g} nats of information on the prediction"
+            width, reason = bits[i], reasons[i]
         s = found.scheme(shape[1], width)
         kind = s.bits, s.group_size, s.symmetric, *shape, s.weight_bytes(*shape), 0.0
         out.append(Choice(name, *kind, reason, s.integer_zero))

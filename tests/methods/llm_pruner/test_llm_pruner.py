@@ -1,0 +1,67 @@
+"""`--method llm-pruner`: as little pruning as one width needs, a whole export, and what is refused."""
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from click.testing import CliRunner
+
+from jpq_export.cli import main
+from jpq_export.compress import effort
+
+EXPORT = "export m --method llm-pruner --target jetson --effort quick --context 64"
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory, save_tiny: Callable[..., Path]) -> Iterator[Path]:
+    """A model m and a cache."""
+    folder = tmp_path_factory.mktemp("llm_pruner")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JPQ_CACHE", str(folder / "cache"))
+        patch.setitem(effort.EFFORTS, "quick", effort.Effort("quick", 4, 2, 32, 1, 4, 2, (("table", (1.0,)),)))
+        patch.chdir(folder)
+        save_tiny(folder / "m", "llama", intermediate_size=256, num_key_value_heads=4)
+        yield folder
+
+
+def run(command: str, expected: int = 0) -> str:
+    done = CliRunner().invoke(main, shlex.split(command))
+    assert done.exit_code == expected, (done.output, done.exception)
+    return done.output
+
+
+def plan_of(folder: Path) -> dict:
+    return json.loads((folder / "plan.json").read_text())
+
+
+def test_a_whole_export_is_proved(shelf: Path) -> None:
+    run(f"{EXPORT} --bits 4 --out bundle")
+    plan, manifest = plan_of(shelf / "bundle"), json.loads((shelf / "bundle/manifest.json").read_text())
+    assert json.loads((shelf / "bundle/parity.json").read_text())["passed"]
+    run("verify bundle")
+    assert manifest["weight_bytes"] == plan["predicted"]["bytes"] <= plan["budget"]["bytes"]
+    assert {choice["bits"] for choice in plan["choices"]} == {4}
+    assert plan["search"]["rate"] > 0
+    assert plan["removed"]
+
+
+def test_more_room_prunes_less_until_nothing_goes(shelf: Path) -> None:
+    rates = []
+    for bits in (3.4, 3.8, 4.1):
+        run(f"{EXPORT} --widths 4 --bits {bits} --until plan --out plan-{bits}")
+        rates.append(plan_of(shelf / f"plan-{bits}")["search"]["rate"])
+    assert rates[0] > rates[1] > rates[2]
+    run(f"{EXPORT} --widths 4 --bits 6 --until plan --out whole")
+    assert plan_of(shelf / "whole")["search"]["rate"] == 0
+    assert not plan_of(shelf / "whole")["removed"]
+
+
+def test_what_cannot_be_met_or_asked_is_said(shelf: Path) -> None:
+    told = run(f"{EXPORT} --widths 8 --bits 1 --until plan --out no", 1)
+    assert "--method llm-pruner with 8 bits everywhere and 90% removed needs at least" in told.replace("\n", " ")
+    assert "--method llm-pruner knows budgets of bytes only" in run(f"{EXPORT} --latency 1ms", 2)
