@@ -319,7 +319,7 @@ def compare_command(
     comparison.html and a file a cell. --tasks adds columns, now or later.
     """
     from jpq_export.comparison import Comparison, compare
-    from jpq_export.comparison_report import markdown
+    from jpq_export.comparison_report import made_by, markdown
     from jpq_export.evaluate.task_data import task_choice
     from jpq_export.progress import Stages
 
@@ -336,9 +336,8 @@ def compare_command(
     choice = task_choice(tasks, limit=limit, folder=task_data)
     fixed = {"size": None, "bits": bits[0], "ratio": None, "latency": None, "method": "jpq", "context": 2048}
     request = make_request(options | fixed | {"prune": True, "force": True}, until="compare")
-    click.echo(
-        markdown(compare(Comparison(request, bits, rows, texts, windows, window_context, choice, keep), Stages()))
-    )
+    cells = compare(Comparison(request, bits, rows, texts, windows, window_context, choice, keep), Stages())
+    click.echo("\n".join((markdown(cells), "", *made_by(cells))))
 
 
 @main.command("bench")

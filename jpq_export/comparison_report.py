@@ -98,7 +98,7 @@ def markdown(rows: list[Row]) -> str:
             ]
         cells += task_cells(row, rows)
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *made_by(rows)])
+    return "\n".join(lines)
 
 
 def page(rows: list[Row], model: str) -> str:

@@ -125,12 +125,16 @@ def test_a_peer_rounds_every_linear_to_its_codes(name, loaded, tmp_path):
     assert [path.name for path in (tmp_path / "cell").glob("*.safetensors")] == ["model.safetensors"]
 
 
+MADE = {"commit": "abc1234", "date": "2026-11-29", "machine": "a processor, 2 cores"}
+
+
 def test_a_failed_row_stays_in_the_table_and_the_page():
     quality = {"kl_mean": 0.5, "kl_p99": 2.0, "perplexity": 20.0, "top1_agreement": 0.7}
     good = {"asked_bits": 3.0, "bits_per_weight": 2.99, "weight_bytes": 5, "seconds": 1.0, "peak_rss_bytes": 7}
+    good |= MADE
     rows = [
         good | {"method": "worse", "texts": {"t": quality | {"kl_mean": 0.6}}},
-        {"asked_bits": 3.0, "method": "broken", "error": "it <broke>"},
+        MADE | {"asked_bits": 3.0, "method": "broken", "error": "it <broke>"},
         good | {"method": "best", "texts": {"t": quality}},
     ]
     table = markdown(rows)
@@ -140,6 +144,7 @@ def test_a_failed_row_stays_in_the_table_and_the_page():
     assert len({line.count("|") for line in table.splitlines()}) == 1
     shown = page(rows, "m")
     assert "it &lt;broke&gt;" in shown
+    assert "commit abc1234, 2026-11-29, a processor, 2 cores: worse, broken, best" in shown
     assert shown.count("<circle") == 2
 
 
@@ -147,9 +152,14 @@ def test_shares_of_right_answers_have_intervals():
     right = {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.25, "acc_norm_stderr": 0.05}
     quality = {"kl_mean": 0.5, "kl_p99": 2.0, "perplexity": 20.0, "top1_agreement": 0.7}
     good = {"asked_bits": 3.0, "bits_per_weight": 2.99, "weight_bytes": 5, "seconds": 1.0, "peak_rss_bytes": 7}
+    good |= MADE
     good |= {"texts": {"t": quality}}
     asked = {"tasks": {"piqa": right, "boolq": {"acc": 1.0}}, "teacher_tasks": {"piqa": right, "boolq": {"acc": 0.5}}}
-    rows = [good | {"method": "a"}, good | asked | {"method": "b"}, {"asked_bits": 3.0, "method": "c", "error": "no"}]
+    rows = [
+        good | {"method": "a"},
+        good | asked | {"method": "b"},
+        MADE | {"asked_bits": 3.0, "method": "c", "error": "no"},
+    ]
     lines = markdown(rows).splitlines()
     assert lines[0].endswith("| piqa acc_norm (original 25.0% ± 9.8) | boolq acc (original 50.0%) |")
     assert lines[2].endswith("| - | - |")
