@@ -90,9 +90,12 @@ class MaskedDecoder:
         """Mean next-token cross entropy (nats) of the batch of this step."""
         picked = (torch.arange(self.batch) + step * self.batch) % len(self.ids)
         ids = self.ids[picked]
-        weights = {f"{name}.weight": self._weight(name, masks) for name in self.low}
-        logits: Tensor = functional_call(self.model, weights, (ids[:, :-1],))
+        logits: Tensor = functional_call(self.model, self.weights(masks), (ids[:, :-1],))
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    def weights(self, masks: Masks) -> dict[str, Tensor]:
+        """The mixed weight of every linear by parameter name, as `functional_call` takes them."""
+        return {f"{name}.weight": self._weight(name, masks) for name in self.low}
 
     def _weight(self, name: str, masks: Masks) -> Tensor:
         """The mixed weight; a pruned head or channel is a zero column of the projection that reads it."""
