@@ -20,7 +20,7 @@ from jpq_export.errors import BudgetError, JpqError, TargetError, UsageError
 from jpq_export.format.compressed import COMPRESSED, CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec
 from jpq_export.format.plan import Plan, load_plan
-from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
+from jpq_export.format.spec import FLOAT_CACHE, INT8_ACTIVATIONS, ModelSpec
 from jpq_export.given_plan import check_given
 from jpq_export.progress import Stages
 from jpq_export.request import QUALITY_SEQUENCES, Request, Texts, prepared_for
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
     from jpq_export.format.encoder_spec import Spec
 
+FLOAT_BITS, INT8_BITS = 16.0, 8.0  # of activations: as computed, and the only width with integer kernels
+ACTIVATIONS = "activations.json"
 FINAL_SEQUENCES = 12  # of the effort's length, to choose between finalists
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class Export:
         self.effort = EFFORTS[request.effort]
         self.final_sequences = FINAL_SEQUENCES
         self.staircase: list[dict[str, Any]] = []
+        self.activations: dict[str, Any] | None = None
 
     def run(self) -> dict[str, Any]:
         """All stages up to `request.until`; returns the summary shown at the end."""
@@ -63,15 +66,16 @@ class Export:
             return self.stop_early(plan, keep={"plan.json"})
         plan, rounded = self.round(loaded, texts, plan)
         compressed = self.recover(loaded, texts, plan, rounded)
-        compressed = replace(compressed, spec=self.cached_spec(compressed.spec))
-        if self.request.kv_cache != FLOAT_CACHE:
+        self.activations = self.measure_activations(loaded, texts, compressed)
+        if (spec := self.run_spec(compressed.spec)) != compressed.spec:
+            compressed = replace(compressed, spec=spec)
             compressed.save(self.work.path(COMPRESSED))
         if self.request.until == "compress":
-            return self.stop_early(plan, keep={"plan.json", COMPRESSED})
+            return self.stop_early(plan, keep={"plan.json", COMPRESSED, ACTIVATIONS})
         self.lower(loaded, compressed)
         if self.request.until == "onnx":
             names = {p.name for p in self.work.folder.glob("model*")} | {"tokenizer.json", "tokenizer_config.json"}
-            return self.stop_early(plan, keep={"plan.json", COMPRESSED, *names})
+            return self.stop_early(plan, keep={"plan.json", COMPRESSED, ACTIVATIONS, *names})
         return self.prove(loaded, texts, plan, compressed)
 
     def load(self) -> LoadedModel:
@@ -225,6 +229,7 @@ class Export:
 
         request, budget = self.request, self.request.budget.resolve(loaded.spec)
         kind = {"effort": request.effort, "prune": request.prune, "widths": request.widths, "seed": request.seed}
+        kind |= {"activation_bits": request.activation_bits}
         return toga_plan(loaded, texts.calibration, cost, budget, **kind, stages=self.stages)
 
     def qpruner(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
@@ -332,9 +337,35 @@ class Export:
     def _kl(self, name: str) -> float:
         return json.loads(self.work.path(f"{name}.json").read_text(encoding="utf-8"))["heldout_kl"]
 
+    def measure_activations(
+        self, loaded: LoadedModel, texts: Texts, compressed: CompressedModel
+    ) -> dict[str, Any] | None:
+        """activations.json: quality with rounded activations and without; None when they stay as they are."""
+        bits, path = self.request.activation_bits, self.work.path(ACTIVATIONS)
+        if bits == FLOAT_BITS:
+            return None
+        if path.exists():
+            self.stages.resumed("activations", f"activations in {bits:g} bits")
+        else:
+            from jpq_export.evaluate.activations import activations_quality
+
+            with self.stages.stage("activations", f"activations in {bits:g} bits, on held-out text") as report:
+                found = activations_quality(
+                    loaded.model, compressed, bits, texts.calibration, texts.quality, progress=report
+                )
+            write_atomic(path, json.dumps(found, indent=1))
+        return json.loads(path.read_text(encoding="utf-8"))
+
     def cached_spec(self, spec: Spec) -> Spec:
         """The spec with the cache that was asked for: nothing up to the lowering depends on it but its cost."""
         return replace(spec, kv_cache=self.request.kv_cache) if isinstance(spec, ModelSpec) else spec
+
+    def run_spec(self, spec: Spec) -> Spec:
+        """The spec as it is lowered: with cache and activations as asked for; rounding to fewer bits is not lowered."""
+        spec = self.cached_spec(spec)
+        if self.request.activation_bits == INT8_BITS and isinstance(spec, ModelSpec):
+            return replace(spec, activations=INT8_ACTIVATIONS)
+        return spec
 
     def lower(self, loaded: LoadedModel, compressed: CompressedModel) -> None:
         """model.onnx, for TensorRT and TensorRT-RTX a graph of their own, and the tokenizer."""
@@ -365,7 +396,8 @@ class Export:
     def stop_early(self, plan: Plan, *, keep: set[str]) -> dict[str, Any]:
         """--until: what exists so far becomes the output folder."""
         self.work.finish(keep=keep)
-        return {"out": str(self.request.out), "plan": plan, "until": self.request.until}
+        about = {"until": self.request.until, "activations": self.activations}
+        return {"out": str(self.request.out), "plan": plan, **about}
 
 
 def _finite(knobs: dict[str, float]) -> dict[str, float | None]:

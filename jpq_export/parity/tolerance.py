@@ -27,9 +27,9 @@ Both sides compute in fp32 with the same weights, so they differ only in the ord
                                2^-12 / sqrt(3) or less each, together 2^-12 a product; sums are in fp32. Four products
                                follow each other in a layer, attention rounds four more values (q, k, v, its result);
                                in quadrature, magnified by 4. SmolLM2 (30 layers): 1.5e-2; wrong scales give 0.2.
-    flips                      a model that itself rounds activations to 8 bits (`ModelSpec.activations`): where x / step
-                               lies within fp32's error of a half, two right runtimes choose different codes, and
-                               every flip moves other values across such borders, until after some layers both
+    flips                      a model that itself rounds activations to 8 bits (`ModelSpec.activations`): where
+                               x / step lies within fp32's error of a half, two right runtimes choose different codes,
+                               and every flip moves other values across such borders, until after some layers both
                                have rounded independently. So a linear is judged from the input its own runtime gave
                                it, where the codes are the same and dot(K) holds; every other value by int8(L).
     SMALL_EFFECT = 5e-3        nats of KL, half a percent of perplexity: what such rounding may cost unremarked.
