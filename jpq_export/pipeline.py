@@ -20,9 +20,10 @@ from jpq_export.errors import BudgetError, JpqError, TargetError, UsageError
 from jpq_export.format.compressed import COMPRESSED, CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec
 from jpq_export.format.plan import Plan, load_plan
-from jpq_export.format.spec import FLOAT_CACHE, INT8_ACTIVATIONS, ModelSpec
+from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
 from jpq_export.given_plan import check_given
 from jpq_export.progress import Stages
+from jpq_export.read_activations import ACTIVATIONS, measure_activations, with_activations
 from jpq_export.request import QUALITY_SEQUENCES, Request, Texts, prepared_for
 from jpq_export.workspace import Workspace, check_disk, check_output, write_atomic
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
     from jpq_export.format.encoder_spec import Spec
 
-FLOAT_BITS, INT8_BITS = 16.0, 8.0  # of activations: as computed, and the only width with integer kernels
-ACTIVATIONS = "activations.json"
 FINAL_SEQUENCES = 12  # of the effort's length, to choose between finalists
 
 logger = logging.getLogger(__name__)
@@ -66,8 +65,9 @@ class Export:
             return self.stop_early(plan, keep={"plan.json"})
         plan, rounded = self.round(loaded, texts, plan)
         compressed = self.recover(loaded, texts, plan, rounded)
-        self.activations = self.measure_activations(loaded, texts, compressed)
-        if (spec := self.run_spec(compressed.spec)) != compressed.spec:
+        found = {"teacher": loaded.model, "texts": texts, "compressed": compressed}
+        self.activations = measure_activations(self.request, self.work, self.stages, **found)
+        if (spec := with_activations(self.cached_spec(compressed.spec), self.request)) != compressed.spec:
             compressed = replace(compressed, spec=spec)
             compressed.save(self.work.path(COMPRESSED))
         if self.request.until == "compress":
@@ -337,35 +337,9 @@ class Export:
     def _kl(self, name: str) -> float:
         return json.loads(self.work.path(f"{name}.json").read_text(encoding="utf-8"))["heldout_kl"]
 
-    def measure_activations(
-        self, loaded: LoadedModel, texts: Texts, compressed: CompressedModel
-    ) -> dict[str, Any] | None:
-        """activations.json: quality with rounded activations and without; None when they stay as they are."""
-        bits, path = self.request.activation_bits, self.work.path(ACTIVATIONS)
-        if bits == FLOAT_BITS:
-            return None
-        if path.exists():
-            self.stages.resumed("activations", f"activations in {bits:g} bits")
-        else:
-            from jpq_export.evaluate.activations import activations_quality
-
-            with self.stages.stage("activations", f"activations in {bits:g} bits, on held-out text") as report:
-                found = activations_quality(
-                    loaded.model, compressed, bits, texts.calibration, texts.quality, progress=report
-                )
-            write_atomic(path, json.dumps(found, indent=1))
-        return json.loads(path.read_text(encoding="utf-8"))
-
     def cached_spec(self, spec: Spec) -> Spec:
         """The spec with the cache that was asked for: nothing up to the lowering depends on it but its cost."""
         return replace(spec, kv_cache=self.request.kv_cache) if isinstance(spec, ModelSpec) else spec
-
-    def run_spec(self, spec: Spec) -> Spec:
-        """The spec as it is lowered: with cache and activations as asked for; rounding to fewer bits is not lowered."""
-        spec = self.cached_spec(spec)
-        if self.request.activation_bits == INT8_BITS and isinstance(spec, ModelSpec):
-            return replace(spec, activations=INT8_ACTIVATIONS)
-        return spec
 
     def lower(self, loaded: LoadedModel, compressed: CompressedModel) -> None:
         """model.onnx, for TensorRT and TensorRT-RTX a graph of their own, and the tokenizer."""

@@ -56,10 +56,12 @@ def test_8_bits_are_exported_and_proved(shelf: Path) -> None:
     file = onnx.load(str(shelf / "w8a8" / "model.onnx"), load_external_data=False)
     assert any(node.op_type == "LowBitMatMulInteger" for node in file.graph.node)
     assert any(node.op_type == "MatMulInteger" for function in file.functions for node in function.node)
-    found = read_manifest(shelf / "w8a8").activations
-    assert found is not None
+    manifest = read_manifest(shelf / "w8a8")
+    found, quality = manifest.activations, manifest.quality
+    assert found
+    assert quality
     assert found["bits"] == 8
-    assert found["kl_mean"] == pytest.approx(read_manifest(shelf / "w8a8").quality["kl_mean"], rel=1e-6)
+    assert found["kl_mean"] == pytest.approx(quality["kl_mean"], rel=1e-6)
     assert found["kl_mean"] != found["without"]["kl_mean"]
     assert "Activations: the linears" in (shelf / "w8a8" / "parity.html").read_text()
 
