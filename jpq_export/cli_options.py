@@ -14,6 +14,7 @@ from jpq_export.numerics.scheme import read_width
 
 WIDTHS_HELP = "Bits a matrix may have, by commas; default 2,3,4,5,6,8. Also 1 and 1.6 (ternary)."
 EFFORTS = ("quick", "standard", "max")
+ACTIVATION_BITS = ("16", "8", "4", "3.2")
 METHODS = ("jpq", "gptq", "rtn", "toga", "qpruner", "llm-pruner")
 LARGEST_SEED = 2**63 - 1  # torch takes no larger one
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -94,7 +95,14 @@ def search_options(command: Any) -> Any:
             ),
             click.option("--widths", help=WIDTHS_HELP),
             click.option("--method", type=click.Choice(METHODS), default="jpq", show_default=True),
-            click.option("--effort", type=click.Choice(EFFORTS), default="standard", show_default=True),
+            click.option(
+                "--effort",
+                type=click.Choice(EFFORTS),
+                default="standard",
+                show_default=True,
+                help="How much is computed. --method toga trains 30, 200 or, with max, the published steps: 10,000, "
+                "2,000 with --no-prune.",
+            ),
             click.option(
                 "--calibration", type=click.Path(path_type=Path), help="Text file or folder; default: shipped text."
             ),
@@ -107,6 +115,15 @@ def search_options(command: Any) -> Any:
                 default=FLOAT_CACHE,
                 show_default=True,
                 help="How a decoder keeps keys and values; int8 is for onnxruntime targets.",
+            ),
+            click.option(
+                "--activation-bits",
+                type=click.Choice(ACTIVATION_BITS),
+                default="16",
+                show_default=True,
+                help="What every linear reads, rounded token by token, in training and evaluation (W4A4, W8A8, "
+                "W3.2A3.2); of --method toga. 8 is exported for onnxruntime; 4 and 3.2 are measured, with --until "
+                "compress.",
             ),
             click.option(
                 "--prune/--no-prune", default=True, show_default=True, help="Let the search remove structure."
@@ -143,6 +160,27 @@ def task_options(command: Any) -> Any:
     return command
 
 
+def _check_activations(bits: float, method: str, target: Any, until: str | None) -> None:
+    """UsageError where nothing here rounds activations so, or no runtime has integer kernels for them."""
+    if bits == 16:
+        return
+    asked = f"--activation-bits {bits:g}"
+    if method != "toga":
+        raise UsageError(f"{asked}: --method {method} does not round activations; use --method toga")
+    if until in ("plan", "compress"):
+        return
+    if bits != 8:
+        raise UsageError(
+            f"{asked}: no runtime here has integer kernels for {bits:g}-bit activations; measure it with --until "
+            "compress, or export with --activation-bits 8"
+        )
+    if engine := "TensorRT" if target.tensorrt else "TensorRT-RTX" if target.engine else "":
+        raise UsageError(
+            f"{asked}: {engine}, which {target.name} is for, has no integer kernels for weights in groups; export for "
+            "onnxruntime, such as --target cpu-x86, or measure it with --until compress"
+        )
+
+
 def make_request(options: dict[str, Any], **extra: Any) -> Any:
     """A Request from click's values, or a UsageError."""
     from jpq_export.format.target import load_target
@@ -165,6 +203,8 @@ def make_request(options: dict[str, Any], **extra: Any) -> Any:
         )
     if options.get("adapters") and options["method"] != "qpruner":
         raise UsageError(f"--adapters: --method {options['method']} trains none; use --method qpruner")
+    activation_bits = float(options.get("activation_bits", 16))
+    _check_activations(activation_bits, options["method"], target, extra.get("until") or options.get("until"))
     budget = budget_request(options["size"], options["bits"], options["ratio"], options["latency"], target.default_bits)
     name = Path(options["model"]).name.removesuffix(".gguf") if options["model"] else "smollm2-135m"
     suffix = f"-{budget.kind}{budget.value:g}"
@@ -173,7 +213,7 @@ def make_request(options: dict[str, Any], **extra: Any) -> Any:
     out = options["out"] or Path(re.sub(r"[^A-Za-z0-9._-]", "-", f"jpq-{name}-{target.name}{suffix}"))
     if out.name in ("", ".."):
         out = out.resolve()  # the folder beside it that a run writes to needs a name
-    taken = ("target", "size", "bits", "ratio", "latency", "widths", "out", "device")
+    taken = ("target", "size", "bits", "ratio", "latency", "widths", "out", "device", "activation_bits")
     rest = {k: v for k, v in options.items() if k not in taken}
     return Request(
         target=target,
@@ -181,6 +221,7 @@ def make_request(options: dict[str, Any], **extra: Any) -> Any:
         budget=budget,
         device=_device(options["device"]),
         widths=search_widths(options.get("widths")),
+        activation_bits=activation_bits,
         **rest,
         **extra,
     )

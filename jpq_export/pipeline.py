@@ -23,6 +23,7 @@ from jpq_export.format.plan import Plan, load_plan
 from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
 from jpq_export.given_plan import check_given
 from jpq_export.progress import Stages
+from jpq_export.read_activations import ACTIVATIONS, measure_activations, with_activations
 from jpq_export.request import QUALITY_SEQUENCES, Request, Texts, prepared_for
 from jpq_export.workspace import Workspace, check_disk, check_output, write_atomic
 
@@ -45,6 +46,7 @@ class Export:
         self.effort = EFFORTS[request.effort]
         self.final_sequences = FINAL_SEQUENCES
         self.staircase: list[dict[str, Any]] = []
+        self.activations: dict[str, Any] | None = None
 
     def run(self) -> dict[str, Any]:
         """All stages up to `request.until`; returns the summary shown at the end."""
@@ -63,15 +65,17 @@ class Export:
             return self.stop_early(plan, keep={"plan.json"})
         plan, rounded = self.round(loaded, texts, plan)
         compressed = self.recover(loaded, texts, plan, rounded)
-        compressed = replace(compressed, spec=self.cached_spec(compressed.spec))
-        if self.request.kv_cache != FLOAT_CACHE:
+        found = {"teacher": loaded.model, "texts": texts, "compressed": compressed}
+        self.activations = measure_activations(self.request, self.work, self.stages, **found)
+        if (spec := with_activations(self.cached_spec(compressed.spec), self.request)) != compressed.spec:
+            compressed = replace(compressed, spec=spec)
             compressed.save(self.work.path(COMPRESSED))
         if self.request.until == "compress":
-            return self.stop_early(plan, keep={"plan.json", COMPRESSED})
+            return self.stop_early(plan, keep={"plan.json", COMPRESSED, ACTIVATIONS})
         self.lower(loaded, compressed)
         if self.request.until == "onnx":
             names = {p.name for p in self.work.folder.glob("model*")} | {"tokenizer.json", "tokenizer_config.json"}
-            return self.stop_early(plan, keep={"plan.json", COMPRESSED, *names})
+            return self.stop_early(plan, keep={"plan.json", COMPRESSED, ACTIVATIONS, *names})
         return self.prove(loaded, texts, plan, compressed)
 
     def load(self) -> LoadedModel:
@@ -227,6 +231,7 @@ class Export:
 
         request, budget = self.request, self.request.budget.resolve(loaded.spec)
         kind = {"effort": request.effort, "prune": request.prune, "widths": request.widths, "seed": request.seed}
+        kind |= {"activation_bits": request.activation_bits}
         return toga_plan(loaded, texts.calibration, cost, budget, **kind, stages=self.stages)
 
     def qpruner(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
@@ -375,7 +380,8 @@ class Export:
     def stop_early(self, plan: Plan, *, keep: set[str]) -> dict[str, Any]:
         """--until: what exists so far becomes the output folder."""
         self.work.finish(keep=keep)
-        return {"out": str(self.request.out), "plan": plan, "until": self.request.until}
+        about = {"until": self.request.until, "activations": self.activations}
+        return {"out": str(self.request.out), "plan": plan, **about}
 
 
 def _finite(knobs: dict[str, float]) -> dict[str, float | None]:

@@ -73,7 +73,8 @@ def finish_bundle(
     engine = _engine(export, compressed) if export.request.target.engine else None
     keep |= {engine.file} if engine and engine.file else set()
     manifest = _manifest(export, loaded, plan, compressed, quality)
-    manifest = replace(manifest, engine=engine.to_dict() if engine else None, kv_cache=kv_cache)
+    facts = {"kv_cache": kv_cache, "activations": export.activations}
+    manifest = replace(manifest, engine=engine.to_dict() if engine else None, **facts)
     if tensorrt := export.request.target.tensorrt:
         manifest = replace(manifest, device=_device_files(export, tensorrt))
         keep |= bundle_names(work.folder)

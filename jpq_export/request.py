@@ -41,6 +41,7 @@ class Request:
     widths: tuple[float, ...] | None = None
     kv_cache: str = FLOAT_CACHE
     adapters: int = 0
+    activation_bits: float = 16.0
     force: bool = False
 
     def key(self, model_sha256: str, calibration_sha256: str, *, code: str | None = None) -> str:

@@ -21,7 +21,7 @@ def show_summary(result: dict[str, Any]) -> None:
     """The table of an export, or of a run that stopped early."""
     console, out = Console(), Path(result["out"])
     if "manifest" not in result:
-        _show_plan(console, result["plan"], out)
+        _show_plan(console, result["plan"], out, result.get("activations"))
         return
     manifest, parity = result["manifest"], result["parity"]
     quality = manifest.quality
@@ -38,6 +38,8 @@ def show_summary(result: dict[str, Any]) -> None:
     table.add_row("perplexity", f"{quality['teacher_perplexity']:.2f} -> {quality['perplexity']:.2f} on held-out text")
     if manifest.kv_cache:
         table.add_row("KV cache", kv_cache_line(manifest.kv_cache))
+    if manifest.activations:
+        table.add_row("activations", activations_line(manifest.activations))
     verdict = "[green]passed[/green]" if parity.passed else "[red]FAILED[/red]"
     table.add_row("parity", f"{verdict}, PyTorch against {', '.join(r.name for r in parity.runtimes)}")
     if parity.as_run is not None:
@@ -56,6 +58,15 @@ def show_summary(result: dict[str, Any]) -> None:
     console.print(
         f'next: jpq-export run {shown} "Once upon a time"   |   on the device: jpq-export verify {shown}',
         soft_wrap=True,
+    )
+
+
+def activations_line(found: dict[str, Any]) -> str:
+    """What rounding activations costs."""
+    without = found["without"]
+    return (
+        f"{found['bits']:g} bits a token: KL {found['kl_mean']:.4f} nats, perplexity {found['perplexity']:.2f} "
+        f"(not rounded: {without['kl_mean']:.4f}, {without['perplexity']:.2f})"
     )
 
 
@@ -91,7 +102,7 @@ def _engine(engine: dict[str, Any]) -> str:
     return f"{engine['file']}, {size(engine['bytes'])}, TensorRT-RTX {engine['version']}: built, not run"
 
 
-def _show_plan(console: Console, plan: Plan, out: Path) -> None:
+def _show_plan(console: Console, plan: Plan, out: Path, activations: dict[str, Any] | None = None) -> None:
     budget = plan.budget
     asked = size(budget.bytes) if budget.bytes is not None else f"{budget.latency_ms:g} ms"
     table = Table(title=f"plan for {escape(plan.model_name)} on {plan.target}", show_header=False)
@@ -111,6 +122,8 @@ def _show_plan(console: Console, plan: Plan, out: Path) -> None:
         table.add_row("predicted KL", f"not predicted: {plan.method} does not search")
     table.add_row("matrices by bits", ", ".join(f"{bits}: {widths[bits]}" for bits in sorted(widths)))
     table.add_row("removed", ", ".join(r.name for r in plan.removed) or "nothing")
+    if activations:
+        table.add_row("activations", activations_line(activations))
     table.add_row("written", escape(str(out)))
     console.print(table)
 

@@ -25,7 +25,7 @@ ROWS = (
     ("comparison_report",),
     ("peers",),
     ("pipeline", "prove", "evaluation", "encoder_evaluation", "summary"),
-    ("given_plan",),
+    ("given_plan", "read_activations"),
     ("request", "bench", "serve"),
     ("methods", "compress", "lower", "runtime", "engine", "parity", "evaluate", "workspace"),
     ("format",),

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jpq_export.compress.activations import Rounding, round_inputs
 from jpq_export.compress.int8_cache import Stored, stored_int8
-from jpq_export.format.spec import INT8_CACHE, LayerSpec, ModelSpec
+from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, LayerSpec, ModelSpec
 
 Tap = Callable[[str, Tensor], None]
 M = TypeVar("M", bound=nn.Module)
@@ -271,6 +272,8 @@ class Decoder(nn.Module):
         self.norm = make_norm(spec)
         self.stored: Stored | None = stored_int8 if spec.kv_cache == INT8_CACHE else None
         self.head = None if spec.tied else nn.Linear(spec.hidden, spec.vocab, bias=False)
+        if spec.activations == INT8_ACTIVATIONS:
+            round_inputs(self, Rounding(8))
 
     def context(
         self,

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 
 FLOAT_CACHE, INT8_CACHE = "float", "int8"
 KV_CACHES = (FLOAT_CACHE, INT8_CACHE)
+FLOAT_ACTIVATIONS, INT8_ACTIVATIONS = "float", "int8"
+ACTIVATIONS = (FLOAT_ACTIVATIONS, INT8_ACTIVATIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class RopeSpec:
 # Written only where they are not the default: models without them keep the identity (weights_sha256) they had before
 # these facts existed, so that their plans and caches stay good.
 LATER_FACTS = {"kv_cache": FLOAT_CACHE, "layer_norm": False, "gated": True, "learned_positions": False}
+LATER_FACTS |= {"activations": FLOAT_ACTIVATIONS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,9 @@ class ModelSpec:
     `kv_cache`: how keys (after rotary) and values are kept. "float": as computed. "int8": each (position, head) as
     codes round(x / scale) with scale = max |x| / 127 in fp32; attention reads codes * scale, of new tokens too, so it
     does not matter in how many passes a text is read.
+
+    `activations`: what the linears of the layers (not the head) multiply. "float": their input as it is. "int8": every
+    token of it as codes round(x / step) with step = max |x| / 127 in fp32; the product of codes is one of integers.
     """
 
     name: str
@@ -89,11 +95,14 @@ class ModelSpec:
     layer_norm: bool = False
     gated: bool = True
     learned_positions: bool = False
+    activations: str = FLOAT_ACTIVATIONS
 
     def __post_init__(self) -> None:
-        """Check: a kind of cache that this version does not know is a ValueError."""
+        """Check: a kind of cache or activations that this version does not know is a ValueError."""
         if self.kv_cache not in KV_CACHES:
             raise ValueError(f"kv_cache: expected one of {', '.join(KV_CACHES)}, got {self.kv_cache!r}")
+        if self.activations not in ACTIVATIONS:
+            raise ValueError(f"activations: expected one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """Shapes [out, in] of the linears of layer `index` that exist, by short name ("attn.q", "mlp.down", ...)."""

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.format.compressed import CompressedModel
-from jpq_export.format.spec import INT8_CACHE, ModelSpec
+from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, ModelSpec
 from jpq_export.lower import basic, growing, growing_int8, half, int8_cache, standard
 from jpq_export.lower.nodes import Nodes
 from jpq_export.lower.signed import SignedWeights
@@ -45,8 +45,9 @@ class DecoderGraph:
         if form == "signed":
             self.weights = SignedWeights(model, self.nodes)
         else:
-            overloads, together = dialect.functions, dialect.growing
-            self.weights = Weights(model, form, self.nodes, with_overloads=overloads, together=together)
+            kind = {"with_overloads": dialect.functions, "together": dialect.growing}
+            integers = self.spec.activations == INT8_ACTIVATIONS
+            self.weights = Weights(model, form, self.nodes, **kind, integer_inputs=integers)
         fused = growing if dialect.growing else half if dialect.half else standard
         self.ops = fused if dialect.fused else basic
         if self.spec.kv_cache == INT8_CACHE:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from jpq_export.errors import BundleError, StorageError, TargetError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec
-from jpq_export.format.spec import FLOAT_CACHE
+from jpq_export.format.spec import FLOAT_ACTIVATIONS, FLOAT_CACHE
 from jpq_export.lower.decoder import DecoderGraph, Dialect
 from jpq_export.lower.encoder import EncoderGraph
 from jpq_export.lower.functions import DOMAIN
@@ -44,13 +44,16 @@ def export_onnx(
     `taps`: add graph outputs "embed", "layers.{i}.attn", "layers.{i}.mlp", "norm".
 
     Raises:
-        TargetError: `tensorrt` is no version number, or a graph for TensorRT or TensorRT-RTX should keep int8.
+        TargetError: `tensorrt` is no version number, or a graph for TensorRT or TensorRT-RTX should keep int8 or
+            multiply int8 activations.
         StorageError: the files cannot be written.
         BundleError: the written graph does not pass the ONNX checker.
     """
     dialect = RTX if form == "signed" else dialect_for(tensorrt)
     if getattr(model.spec, "kv_cache", FLOAT_CACHE) != FLOAT_CACHE and (form == "signed" or tensorrt is not None):
         raise TargetError(f"{path.name}: TensorRT's graphs keep a float cache; export with --kv-cache {FLOAT_CACHE}")
+    if getattr(model.spec, "activations", FLOAT_ACTIVATIONS) != FLOAT_ACTIVATIONS:
+        _check_integers(model, path, form=form, tensorrt=tensorrt)
     dialect = replace(dialect, growing=tensorrt is None and form != "signed" and not plain)
     encoder = isinstance(model.spec, EncoderSpec)
     graph = (EncoderGraph if encoder else DecoderGraph)(model, form, dialect)
@@ -62,6 +65,14 @@ def export_onnx(
         outputs += _typed(graph.taps, model.spec.hidden)
     _save(_assemble(graph, outputs, dialect), path)
     check_graph(path)
+
+
+def _check_integers(model: CompressedModel, path: Path, *, form: Form, tensorrt: str | None) -> None:
+    """TargetError where linears that round their inputs to 8 bits cannot be written."""
+    if form == "signed" or tensorrt is not None:
+        raise TargetError(f"{path.name}: TensorRT's graphs multiply fp16 activations; export with --activation-bits 16")
+    if model.adapters:
+        raise TargetError(f"{path.name}: low-rank branches read unrounded activations; export without --adapters")
 
 
 def dialect_for(tensorrt: str | None) -> Dialect:

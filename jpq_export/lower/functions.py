@@ -25,16 +25,16 @@ shifts depend on the variant, so every variant is an overload of the function of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import gcd
 
 import numpy as np
 import onnx_ir as ir
 
+from jpq_export.lower import integer
 from jpq_export.lower.nodes import Nodes
-from jpq_export.numerics.scheme import TERNARY, Scheme, kernel_bits, row_bytes
+from jpq_export.lower.unpacking import pattern, shifted, unpack
+from jpq_export.numerics.scheme import TERNARY, Scheme, kernel_bits
 
 DOMAIN = "jpq"
 VERSION = "1"
@@ -115,23 +115,15 @@ class Variant:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Input names of the body, in order."""
-        first = "X" if self.op_type == "LowBitMatMul" else "indices"
+        first = "indices" if self.op_type == "LowBitGather" else "X"
         return (first, "packed", "scales", *(() if self.scheme.symmetric else ("zeros",)), *(("bias",) * self.bias))
-
-
-def pattern(bits: float) -> tuple[int, int]:
-    """Codes and bytes after which the bit layout repeats: (8, 3) at 3 bits, (2, 1) at 4, (5, 1) ternary."""
-    if bits == TERNARY:
-        return 5, 1
-    shared = gcd(int(bits), 8)
-    return 8 // shared, int(bits) // shared
 
 
 def function(variant: Variant, opset: int) -> ir.Function:
     """The ONNX function of a variant."""
     nodes = Nodes()
     inputs = {name: ir.Value(name=name) for name in variant.inputs}
-    build = {"LowBitMatMul": _matmul, "LowBitGather": _gather}[variant.op_type]
+    build = {"LowBitMatMul": _matmul, "LowBitGather": _gather, integer.OP_TYPE: integer.matmul}[variant.op_type]
     output = build(nodes, variant, inputs)
     graph = ir.Graph(
         list(inputs.values()), [output], nodes=nodes.nodes, opset_imports={"": opset}, name=variant.op_type
@@ -178,7 +170,7 @@ class Several:
 
 
 def stamp(scheme: Scheme, out_features: int, in_features: int) -> dict[str, int | str]:
-    """Attributes of a LowBitMatMul or LowBitGather node."""
+    """Attributes of a LowBitMatMul, LowBitMatMulInteger or LowBitGather node."""
     return {
         "bits": kernel_bits(scheme.bits),
         "K": in_features,
@@ -190,68 +182,13 @@ def stamp(scheme: Scheme, out_features: int, in_features: int) -> dict[str, int 
     }
 
 
-def _unpack(
-    nodes: Nodes, packed: ir.Value, bits: float, *, count: int, transposed: bool = False, doubled: bool = False
-) -> ir.Value:
-    """Packed uint8 [N, bytes] -> codes uint8 [N, codes], or [codes, N] when `transposed`; times 2 when `doubled`.
-
-    `count`: number of codes to cut to; 0 when rows end with a byte pattern. Bytes are transposed rather than codes:
-    what onnxruntime folds stays in memory, and there are fewer of them.
-    """
-    codes, size = pattern(bits)
-    if bits == 8:
-        return nodes("Transpose", packed, perm=[1, 0]) if transposed else packed
-    if missing := -(-count // codes) * size - row_bytes(count, bits):  # fill the last pattern with zero bytes
-        packed = nodes("Pad", packed, nodes.ints(0, 0, 0, missing))
-    columns = (nodes("Reshape", packed, nodes.ints(0, -1, size)),)  # [N, patterns, size]
-    if transposed:
-        columns = (nodes("Transpose", columns[0], perm=[1, 2, 0]),)  # [patterns, size, N]
-    axis = 1 if transposed else 2
-    if size > 1:
-        columns = nodes.many("Split", columns[0], names=[None] * size, axis=axis, num_outputs=size)
-    out = _digits(nodes, columns[0]) if bits == TERNARY else _cut(nodes, columns, int(bits), doubled=doubled)
-    flat = nodes("Flatten", nodes("Concat", *out, axis=axis), axis=2 if transposed else 1)
-    return nodes("Slice", flat, nodes.ints(0), nodes.ints(count), nodes.ints(axis // 2)) if count else flat
-
-
-def _cut(nodes: Nodes, columns: Sequence[ir.Value], bits: int, *, doubled: bool) -> list[ir.Value]:
-    """The codes of a pattern, from the values that hold its bytes."""
-    mask = nodes.const(((1 << bits) - 1) << doubled, np.uint8)
-    out = []
-    for code in range(pattern(bits)[0]):
-        byte, start = divmod(code * bits, 8)
-        low = _shift(nodes, columns[byte], start - doubled)
-        if start + bits > 8:  # the code goes on in the next byte
-            low = nodes("BitwiseOr", low, _shift(nodes, columns[byte + 1], start - doubled - 8))
-        out.append(nodes("BitwiseAnd", low, mask))
-    return out
-
-
-def _digits(nodes: Nodes, packed: ir.Value) -> list[ir.Value]:
-    """The five ternary codes of every byte q: (q * 3^d modulo 256) * 3 / 256; onnxruntime multiplies no uint8."""
-    wide, out = nodes("Cast", packed, to=INT32), []
-    for digit in range(5):
-        rest = nodes("Mul", wide, nodes.const(3**digit, np.int32)) if digit else wide
-        rest = nodes("BitwiseAnd", rest, nodes.const(255, np.int32)) if digit else rest
-        top = nodes("Div", nodes("Mul", rest, nodes.const(3, np.int32)), nodes.const(256, np.int32))
-        out.append(nodes("Cast", top, to=UINT8))
-    return out
-
-
-def _shift(nodes: Nodes, value: ir.Value, by: int) -> ir.Value:
-    """Shift right by `by` bits, left when negative; |by| < 8, as onnxruntime needs of uint8."""
-    if not by:
-        return value
-    return nodes("BitShift", value, nodes.const(abs(by), np.uint8), direction="RIGHT" if by > 0 else "LEFT")
-
-
 def _matmul(nodes: Nodes, variant: Variant, inputs: dict[str, ir.Value]) -> ir.Value:
     """Y = X · dequantize(W)ᵀ (+ bias)."""
     scheme = variant.scheme
     if variant.fused:
         y = _fused(nodes, variant, inputs)
     else:
-        codes = _unpack(nodes, inputs["packed"], scheme.bits, count=variant.columns)
+        codes = unpack(nodes, inputs["packed"], scheme.bits, count=variant.columns)
         weight = _dequantize(nodes, variant, codes, inputs["scales"], inputs.get("zeros"))  # [N, K/g, g]
         weight = nodes("Transpose", nodes("Flatten", weight, axis=1), perm=[1, 0])
         y = nodes("MatMul", inputs["X"], weight)
@@ -283,12 +220,12 @@ def _fields(nodes: Nodes, packed: ir.Value, variant: Variant, *, count: int, dou
     """Codes or zeros cut into their fields, times 2 when `doubled`: uint8 [K, N] or [K/g, N] each."""
     bits = variant.scheme.bits
     if len(FIELDS[bits]) == 1:
-        return [_unpack(nodes, packed, bits, count=count, transposed=True, doubled=doubled)]
-    whole = _unpack(nodes, packed, bits, count=count, transposed=True)
+        return [unpack(nodes, packed, bits, count=count, transposed=True, doubled=doubled)]
+    whole = unpack(nodes, packed, bits, count=count, transposed=True)
     out = []
     for start, width in FIELDS[bits]:
         mask = nodes.const(((1 << width) - 1) << doubled, np.uint8)
-        out.append(nodes("BitwiseAnd", _shift(nodes, whole, start - doubled), mask))
+        out.append(nodes("BitwiseAnd", shifted(nodes, whole, start - doubled), mask))
     return out
 
 
@@ -305,7 +242,7 @@ def _dequantize(
     if packed_zeros is None:
         zeros = nodes.const(scheme.centre, np.float32)
     else:
-        zeros = nodes("Cast", _unpack(nodes, packed_zeros, scheme.bits, count=variant.groups), to=FLOAT)
+        zeros = nodes("Cast", unpack(nodes, packed_zeros, scheme.bits, count=variant.groups), to=FLOAT)
         zeros = nodes("Unsqueeze", zeros, nodes.ints(-1))
     return nodes("Mul", nodes("Sub", wide, zeros), nodes("Unsqueeze", nodes("Cast", scales, to=FLOAT), nodes.ints(-1)))
 
@@ -321,7 +258,7 @@ def _gather(nodes: Nodes, variant: Variant, inputs: dict[str, ir.Value]) -> ir.V
     indices = inputs["indices"]
     rows = {name: nodes("Gather", inputs[name], indices, axis=0) for name in variant.inputs[1:]}
     flat = {name: nodes("Flatten", value, axis=2) for name, value in rows.items()}  # [batch * seq, ...]
-    codes = _unpack(nodes, flat["packed"], variant.scheme.bits, count=variant.columns)
+    codes = unpack(nodes, flat["packed"], variant.scheme.bits, count=variant.columns)
     weight = _dequantize(nodes, variant, codes, flat["scales"], flat.get("zeros"))
     shape = nodes("Concat", nodes("Shape", indices), nodes.ints(-1), axis=0)
     return nodes("Reshape", weight, shape)

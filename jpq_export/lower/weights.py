@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.format.compressed import DOWN, UP, CompressedModel, stored_blocks
-from jpq_export.lower import functions
+from jpq_export.lower import functions, integer
 from jpq_export.lower.functions import Several, Variant
 from jpq_export.lower.nodes import Nodes
 from jpq_export.numerics.affine import QuantizedWeight, with_stored_zeros
@@ -29,13 +29,23 @@ class Weights:
     """
 
     def __init__(
-        self, model: CompressedModel, form: Form, nodes: Nodes, *, with_overloads: bool, together: bool = False
+        self,
+        model: CompressedModel,
+        form: Form,
+        nodes: Nodes,
+        *,
+        with_overloads: bool,
+        together: bool = False,
+        integer_inputs: bool = False,
     ) -> None:
-        """Start with no weight stored. `together`: products of one X may be one operator."""
+        """Start with no weight stored. `together`: products of one X may be one operator.
+
+        `integer_inputs`: the linears of the layers round X to 8 bits and multiply integers.
+        """
         self.variants: dict[tuple[str, str], Variant] = {}
         self.unfused: set[str] = set()
         self._model, self._form, self._nodes, self._with_overloads = model, form, nodes, with_overloads
-        self._together = together
+        self._together, self._integer_inputs = together, integer_inputs
         self._several: dict[str, Several] = {}
         self._sums: dict[tuple[str | None, int], ir.Value] = {}
 
@@ -78,6 +88,10 @@ class Weights:
         self, x: ir.Value, name: str | None, weight: str, stored: QuantizedWeight, bias: ir.Value | None
     ) -> ir.Value:
         """X times one stored block whose initializers are called `weight`."""
+        if self._integer_inputs and self._form != "fp32" and weight.startswith("layers."):
+            inputs = [x, *self._packed(weight, stored), *([bias] if bias else [])]
+            variant = Variant.of(integer.OP_TYPE, stored.scheme, stored.shape[1], bias=bias is not None)
+            return self._custom(variant, inputs, name, stored)
         shared = weight == "embed" and self._model.spec.tied  # rows are looked up too: keep rows together
         if self._form == "qdq" and not shared and _has_standard_form(stored):
             return self._standard(x, name, weight, stored, bias)
@@ -107,6 +121,7 @@ class Weights:
         """`linear` of every name, as one operator where all of them may be."""
         model = self._model
         mixed = any(name in model.adapters or isinstance(model.quantized[name], RowBlocks) for name in names)
+        mixed = mixed or self._integer_inputs
         if not self._together or self._form != "custom_op" or mixed or len(names) == 1:
             return tuple(self.linear(x, name) for name in names)
         inputs, parts, columns = [x], [], 0

@@ -6,7 +6,7 @@ import numpy as np
 
 from jpq_export.numerics.affine import QuantizedWeight
 
-LARGEST_CODE = 127  # of an int8 cache
+LARGEST_CODE = 127  # of an int8 cache, and of activations in 8 bits
 MAX_DISTANCE = 128  # in tokens; all farther ones share the last bucket
 
 
@@ -17,6 +17,12 @@ def low_bit_matmul(x: np.ndarray, weight: QuantizedWeight, bias: np.ndarray | No
     if bias is not None:
         y = y + bias.astype(wide)
     return y.astype(x.dtype)
+
+
+def low_bit_matmul_integer(x: np.ndarray, weight: QuantizedWeight, bias: np.ndarray | None = None) -> np.ndarray:
+    """`jpq::LowBitMatMulInteger`: `low_bit_matmul` of X with every token (last axis) rounded to 8 bits."""
+    codes, step = int8_codes(x)
+    return low_bit_matmul(codes.astype(x.dtype) * step, weight, bias)
 
 
 def low_bit_gather(indices: np.ndarray, weight: QuantizedWeight) -> np.ndarray:
@@ -52,7 +58,7 @@ def attention(
 
 
 def int8_codes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes int8 [..., dim] and scales [..., 1] of keys or values: max |x| / 127, and ties to even."""
+    """Codes int8 [..., dim] and scales [..., 1] of keys, values or activations: max |x| / 127, ties to even."""
     scale = np.abs(x).max(-1, keepdims=True) / x.dtype.type(LARGEST_CODE)
     return np.rint(x / np.maximum(scale, np.finfo(np.float32).tiny)).astype(np.int8), scale
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import is_table
+from jpq_export.numerics.reference import int8_codes
 from jpq_export.parity import tolerance
 from jpq_export.parity.compare import relative_rms
 from jpq_export.parity.points import Point, linear_input, node_of, points
@@ -63,13 +64,21 @@ def _local_error(model: CompressedModel, name: str, values: Mapping[str, np.ndar
     source = linear_input(name, model.spec) if name in model.quantized and not is_table(name) else None
     if source is None or source not in values or name not in values:
         return None
-    x, weight = values[source].astype(np.float64), model.weight(name).astype(np.float64)
+    x, weight = _as_read(values[source], model).astype(np.float64), model.weight(name).astype(np.float64)
     expected = x @ weight.T
     if f"{name}.bias" in model.vectors:
         expected = expected + model.vectors[f"{name}.bias"]
     scale = np.sqrt(expected**2 + np.square(x) @ np.square(weight).T)
     error = np.abs(values[name] - expected) / np.maximum(scale, np.finfo(np.float32).tiny)
     return float(np.nan_to_num(error, nan=np.inf).max())
+
+
+def _as_read(x: np.ndarray, model: CompressedModel) -> np.ndarray:
+    """What a linear multiplies: its input x [..., K] float32, rounded where the model rounds it."""
+    if not tolerance.flips(model.spec):
+        return x
+    codes, step = int8_codes(x)
+    return codes * step
 
 
 def _local_bound(model: CompressedModel, name: str) -> float:

@@ -169,7 +169,7 @@ def within(error: LogitsError, spec: Spec, *, judge: str) -> bool:
         return error.rel_rms <= tolerance.half(spec) and error.kl_mean <= tolerance.SMALL_EFFECT
     if judge == EFFECT:
         return error.rel_rms <= tolerance.int8(spec)
-    return error.rel_rms <= tolerance.LOGITS_REL_RMS and error.kl_mean <= tolerance.KL_MEAN
+    return error.rel_rms <= tolerance.logits(spec) and error.kl_mean <= tolerance.kl_mean(spec)
 
 
 class _Both:
@@ -241,7 +241,8 @@ def _greedy(
         tick()
         token = int(ours.argmax())
         if token != int(theirs.argmax()):
-            rounding = tolerance.greedy_tie(float(np.sqrt(np.mean(ours.astype(np.float64) ** 2))))
+            size = float(np.sqrt(np.mean(ours.astype(np.float64) ** 2)))
+            rounding = tolerance.greedy_tie(size, both.reference.spec)
             return GreedyResult(steps, step, margin(ours), rounding)
         ids = np.array([[token]], np.int64)
     return GreedyResult(steps, steps)

@@ -62,7 +62,7 @@ def points(spec: Spec) -> tuple[Point, ...]:
             depth += 1
             out.append(Point(tap, tap, tolerance.residual(spec, depth)))
     out.append(Point("norm", "norm", tolerance.inside(spec, depth)))
-    return (*out, Point("logits", "logits", tolerance.LOGITS_REL_RMS))
+    return (*out, Point("logits", "logits", tolerance.logits(spec)))
 
 
 def _encoder_points(spec: EncoderSpec) -> tuple[Point, ...]:

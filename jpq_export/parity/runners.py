@@ -71,7 +71,8 @@ class TorchRunner:
             source = {"o": "core", "down": "inner"}.get(name.rsplit(".", 1)[-1])
             if source and name.startswith("layers."):
                 read = f"{name.rsplit('.', 1)[0]}.{source}"
-                module.register_forward_pre_hook(lambda _m, x, read=read: self._keep(read, x[0]))
+                # First of all hooks: the value before activations are rounded, as in the graph.
+                module.register_forward_pre_hook(lambda _m, x, read=read: self._keep(read, x[0]), prepend=True)
 
     def _keep(self, name: str, value: Any) -> None:
         if self._values is None:

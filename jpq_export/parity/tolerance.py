@@ -27,12 +27,18 @@ Both sides compute in fp32 with the same weights, so they differ only in the ord
                                2^-12 / sqrt(3) or less each, together 2^-12 a product; sums are in fp32. Four products
                                follow each other in a layer, attention rounds four more values (q, k, v, its result);
                                in quadrature, magnified by 4. SmolLM2 (30 layers): 1.5e-2; wrong scales give 0.2.
+    flips                      a model that itself rounds activations to 8 bits (`ModelSpec.activations`): where
+                               x / step lies within fp32's error of a half, two right runtimes choose different codes,
+                               and every flip moves other values across such borders, until after some layers both
+                               have rounded independently. So a linear is judged from the input its own runtime gave
+                               it, where the codes are the same and dot(K) holds; every other value by int8(L).
     SMALL_EFFECT = 5e-3        nats of KL, half a percent of perplexity: what such rounding may cost unremarked.
 """
 
 from __future__ import annotations
 
 from jpq_export.format.encoder_spec import Spec
+from jpq_export.format.spec import INT8_ACTIVATIONS, ModelSpec
 
 UNIT_ROUNDOFF = 2.0**-24
 EMBED = 4 * UNIT_ROUNDOFF
@@ -58,12 +64,31 @@ def longest_sum(spec: Spec) -> int:
 
 def residual(spec: Spec, depth: int) -> float:
     """Bound on the residual stream after `depth` sub-layers."""
+    if flips(spec) and depth:
+        return int8(spec)
     return CHAIN * dot(longest_sum(spec)) * (1 + depth) ** 0.5
 
 
 def inside(spec: Spec, depth: int) -> float:
     """Bound on a value inside the sub-layer that comes after `depth` others."""
+    if flips(spec):
+        return int8(spec)
     return INSIDE * residual(spec, depth)
+
+
+def flips(spec: Spec) -> bool:
+    """Whether the model itself rounds activations, so that rounding errors are amplified to flipped codes."""
+    return isinstance(spec, ModelSpec) and spec.activations == INT8_ACTIVATIONS
+
+
+def logits(spec: Spec) -> float:
+    """Bound on logits."""
+    return int8(spec) if flips(spec) else LOGITS_REL_RMS
+
+
+def kl_mean(spec: Spec) -> float:
+    """Bound on KL, nats a token: as a relative error of `logits` allows, for logits with an RMS of 10."""
+    return (10 * logits(spec)) ** 2 / 2 if flips(spec) else KL_MEAN
 
 
 def int8(spec: Spec) -> float:
@@ -76,6 +101,6 @@ def half(spec: Spec) -> float:
     return 4 * HALF_PRODUCT * (8 * len(spec.layers) + 1) ** 0.5
 
 
-def greedy_tie(logits_rms: float) -> float:
+def greedy_tie(logits_rms: float, spec: Spec) -> float:
     """Top-two margin that rounding alone may turn round: each of the two logits may move by the promised error."""
-    return 2 * LOGITS_REL_RMS * logits_rms
+    return 2 * logits(spec) * logits_rms

@@ -143,7 +143,8 @@ def _decode(
         tokens.append(int(logits.argmax()))
         rows.append(sketch(logits[None], WIDTH))
         margins.append(margin(logits))
-        roundings.append(tolerance.greedy_tie(float(np.sqrt(np.mean(logits.astype(np.float64) ** 2)))))
+        size = float(np.sqrt(np.mean(logits.astype(np.float64) ** 2)))
+        roundings.append(tolerance.greedy_tie(size, runner.spec))
         if step + 1 < steps:
             token = tokens[-1] if forced is None else int(forced[step])
             outcome = writes.forward("decode", runner, np.array([[token]], np.int64), cache=cache)

@@ -19,7 +19,7 @@ from jpq_export.format.plan import Budget, Choice, LayerPlan, Plan, Predicted, R
 from jpq_export.format.target import Target
 from jpq_export.methods.toga.hypernetwork import BASE, Hypernetwork
 from jpq_export.methods.toga.supernet import GROUP_SIZE, Widths, scheme_of
-from jpq_export.numerics.scheme import Scheme, choose_group_size
+from jpq_export.numerics.scheme import Scheme, choose_group_size, levels
 
 PAIRS = (Widths(1, 4), Widths(2, 4), Widths(4, 8))
 TABLE_BITS = (4, 3, 2)  # of embedding and head, which have no mask
@@ -97,6 +97,29 @@ def plan_for(
             f"{found.widths.high:g} bits needs at least {rounded_up(least, 1e6)} MB; ask for at least that"
         )
     return best
+
+
+def masks_of(plan: Plan, spec: Spec, widths: Widths) -> dict[str, Tensor]:
+    """The masks that say what `plan` says, as the supernet takes them: float32, 1 = high precision, or kept."""
+    masks: dict[str, Tensor] = {}
+    for layer, whole in zip(plan.layers, spec.layers, strict=True):
+        at = f"layers.{layer.index}"
+        for name, kept, of in (
+            (f"{at}.attn.heads", layer.kv_heads, whole.kv_heads),
+            (f"{at}.mlp.channels", layer.kept_channels, whole.ffn),
+        ):
+            masks[name] = torch.zeros(of)
+            masks[name][torch.tensor(kept, dtype=torch.long)] = 1
+        for part, (rows, _) in spec.linear_shapes(layer.index).items():
+            masks[f"{at}.{part}"] = torch.zeros(rows)
+    for choice in plan.choices:
+        if not is_table(choice.name):
+            wide = torch.full((choice.rows,), float(choice.bits == widths.high))
+            if choice.layout is not None:  # rows in the order of the kept ones, not of the blocks
+                wide = torch.from_numpy(choice.layout.max_codes() == levels(widths.high) - 1).float()
+            layer = plan.layers[int(choice.name.split(".")[1])]
+            masks[choice.name][_kept(spec, layer, choice.name)] = wide
+    return masks
 
 
 def _plan(

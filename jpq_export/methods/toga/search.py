@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from jpq_export.compress.activations import FLOAT_BITS
 from jpq_export.compress.cost import CostModel
 from jpq_export.compress.decoder import Decoder
 from jpq_export.compress.load import LoadedModel
@@ -46,6 +47,7 @@ def toga_plan(
     widths: tuple[float, ...] | None,
     seed: int,
     stages: Stages,
+    activation_bits: float = FLOAT_BITS,
 ) -> Plan:
     """Structure and bits by the paper's masks; the network comes from the cache when it was trained before.
 
@@ -72,6 +74,7 @@ def toga_plan(
         "widths": asdict(found.widths),
         "prune": prune,
         "seed": seed,
+        "activation_bits": activation_bits,
         "target": cost.target.stored_bits,
         "revision": revision(("methods/toga", "compress", "numerics")),
     }
@@ -84,11 +87,13 @@ def toga_plan(
         assert isinstance(loaded.model, Decoder)
         with stages.stage("hypernetwork", f"training the hypernetwork, {training.steps} steps") as report:
             pieces = calibration[:, : calibration.shape[1] // TOKENS * TOKENS].reshape(-1, TOKENS)
-            supernet = MaskedDecoder(loaded.model, pieces, found.widths, cost.target)
+            kind = {"activation_bits": activation_bits}
+            supernet = MaskedDecoder(loaded.model, pieces, found.widths, cost.target, **kind)
             unfinished = folder / UNFINISHED
             train(network, supernet, training, seed=seed, unfinished=unfinished, progress=report)
         _save(network, folder)
     search = {"steps": training.steps, "trained_fractions": list(training.fractions), "widths": asdict(found.widths)}
+    search |= {} if activation_bits == FLOAT_BITS else {"activation_bits": activation_bits}
     return plan_for(network, cost, budget, found, sha256=loaded.sha256, search=search)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from jpq_export.compress.activations import FLOAT_BITS, rounded_inputs, rounding_for
 from jpq_export.compress.decoder import Decoder
 from jpq_export.compress.rounding import quantize
 from jpq_export.compress.statistics import add_moment
@@ -58,12 +59,23 @@ def structures(spec: Spec, *, prune: bool) -> list[dict[str, int]]:
 
 
 class MaskedDecoder:
-    """Teacher, its linears in both precisions, and the token batches it is trained on, `batch` sequences a step."""
+    """Teacher, its linears in both precisions, and the token batches it is trained on, `batch` sequences a step.
+
+    `activation_bits`: what its linears read is rounded so; the weights' GPTQ sees unrounded inputs.
+    """
 
     def __init__(
-        self, model: Decoder, sequences: np.ndarray, widths: Widths, target: Target, *, batch: int = 2
+        self,
+        model: Decoder,
+        sequences: np.ndarray,
+        widths: Widths,
+        target: Target,
+        *,
+        batch: int = 2,
+        activation_bits: float = FLOAT_BITS,
     ) -> None:
         self.model, self.batch = model, batch
+        self.rounding = rounding_for(model, activation_bits, sequences)
         self.ids = torch.from_numpy(sequences).to(model.embed.weight.device)
         self.low: dict[str, Tensor] = {}
         self.difference: dict[str, Tensor] = {}  # high less low precision
@@ -90,9 +102,13 @@ class MaskedDecoder:
         """Mean next-token cross entropy (nats) of the batch of this step."""
         picked = (torch.arange(self.batch) + step * self.batch) % len(self.ids)
         ids = self.ids[picked]
-        weights = {f"{name}.weight": self._weight(name, masks) for name in self.low}
-        logits: Tensor = functional_call(self.model, weights, (ids[:, :-1],))
+        with rounded_inputs(self.model, self.rounding):
+            logits: Tensor = functional_call(self.model, self.weights(masks), (ids[:, :-1],))
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    def weights(self, masks: Masks) -> dict[str, Tensor]:
+        """The mixed weight of every linear by parameter name, as `functional_call` takes them."""
+        return {f"{name}.weight": self._weight(name, masks) for name in self.low}
 
     def _weight(self, name: str, masks: Masks) -> Tensor:
         """The mixed weight; a pruned head or channel is a zero column of the projection that reads it."""

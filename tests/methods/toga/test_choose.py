@@ -135,3 +135,18 @@ def test_the_supernet_at_both_ends(cost):
     headless = on | {"layers.0.attn.heads": torch.tensor([1.0, 0.0])}
     assert torch.equal(supernet._weight("layers.0.attn.o", headless)[:, 32:], torch.zeros(64, 32))
     assert float(supernet.size(headless)) < 1
+
+
+def test_the_published_training_is_one_option_away(cost):
+    """`--effort max`: steps and rate of the paper; `quick` is neither."""
+    from jpq_export.methods.toga.search import settings
+
+    found = frame(cost.spec, cost.target, int(3.3 * cost.spec.parameters() / 8), None)
+    kinds = [settings(found, "max", prune=prune) for prune in (True, False)]
+    assert [(kind.steps, kind.rate, kind.penalty, kind.weight_decay) for kind in kinds] == [
+        (10_000, 1e-3, 16.0, 0.05),
+        (2_000, 1e-3, 16.0, 0.05),
+    ]
+    quick = settings(found, "quick", prune=True)
+    assert quick.steps == 30
+    assert quick.rate > 1e-3
