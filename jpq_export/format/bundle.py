@@ -38,6 +38,7 @@ class Manifest:
     `kv_cache`: of a decoder, its `type` ("float" or "int8"), `bytes_per_token` in model.onnx, those of a float one, and
     what int8 costs on the held-out text of `quality`: `kl_to_float` to the same model with a float cache, and
     `without`, that model's own `kl_mean` and `perplexity`.
+    `fallback`: of a model that torch.onnx.export wrote, its architecture, the line that says so and what it `lacks`.
     `engine`: for targets whose engine is built by the export, that engine or why there is none (see engine/rtx.py).
     """
 
@@ -60,6 +61,7 @@ class Manifest:
     engine: dict[str, Any] | None = None
     kind: str = "decoder"
     kv_cache: dict[str, Any] | None = None
+    fallback: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """The text of manifest.json."""
