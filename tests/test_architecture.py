@@ -35,8 +35,8 @@ ROWS = (
 ROW = {part: i for i, row in enumerate(ROWS) for part in row}
 # The last stages of a run are a file of their own; the fallback is a pipeline beside; parity runs the PyTorch
 # reference and our kernels; the device side uses parity's error measures, pure numpy (test_build.py blocks everything
-# else); tasks go on from the decoder's cache; the runtime asks the driver for a GPU through the device side's few calls;
-# methods build on the parts of compression and draw with the report's pieces.
+# else); tasks go on from the decoder's cache; the runtime asks the driver for a GPU through the device side's few
+# calls; methods build on the parts of compression and draw with the report's pieces.
 BESIDE = {
     ("pipeline", "prove"),
     ("prove", "pipeline"),

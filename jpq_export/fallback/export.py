@@ -176,7 +176,8 @@ class FallbackExport:
         from jpq_export.parity.vectors import record_vectors
 
         prompts = [row[:64].tolist() for row in (*texts.heldout, *texts.calibration[:3])]
-        reference, path = TracedReference(loaded), self.work.path("model.onnx")
+        path = self.work.path("model.onnx")
+        reference = TracedReference(loaded, path)
         with self.stages.stage("parity", "PyTorch against onnxruntime, every matrix") as report:
             parity = check_parity(compressed, path, prompts=prompts, reference=reference, progress=report)
             self.work.path("parity.json").write_text(parity.to_json(), encoding="utf-8")

@@ -11,7 +11,7 @@ from torch import nn
 
 from jpq_export.fallback.load import TracedModel, refusal
 from jpq_export.fallback.stored import PREFIX
-from jpq_export.fallback.trace import OPSET
+from jpq_export.fallback.trace import HELD, OPSET
 from jpq_export.format.spec import ModelSpec
 from jpq_export.lower import functions
 from jpq_export.lower.export import FORMAT, FORMAT_KEY, SPEC_KEY, UNFUSED_KEY, check_graph, place_in_file, save
@@ -20,7 +20,6 @@ from jpq_export.numerics.affine import QuantizedWeight
 
 IR_VERSION = 10  # opset 23 needs no more; onnxruntime 1.31 takes up to 13
 MOST_CONSTANT = 64  # elements of a constant inside the graph; more are a table
-MODEL = "model."  # where the wrapper holds the model
 INT64, FLOAT = ir.TensorType(ir.DataType.INT64), ir.TensorType(ir.DataType.FLOAT)
 
 
@@ -92,7 +91,7 @@ def _name_products(graph: ir.Graph, loaded: TracedModel) -> set[str]:
     for node in graph:
         if node.domain != DOMAIN:
             continue
-        path = str(node.inputs[1].name).removeprefix(MODEL).rpartition(f".{PREFIX}")[0]  # pyright: ignore[reportOptionalMemberAccess] ours has it
+        path = str(node.inputs[1].name).removeprefix(HELD).rpartition(f".{PREFIX}")[0]  # pyright: ignore[reportOptionalMemberAccess] ours has it
         if path not in loaded.owners:  # renamed already: a matrix that several nodes share
             path = _weight_of(node)
         owner = loaded.owners[path]
@@ -134,9 +133,9 @@ def _sort_initializers(graph: ir.Graph, schemes: Container[str]) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses():
             del graph.initializers[name]
-        elif name.startswith(MODEL):
+        elif name.startswith(HELD):
             del graph.initializers[name]
-            value.name = name.removeprefix(MODEL)
+            value.name = name.removeprefix(HELD)
             graph.initializers[str(value.name)] = value
         elif name.rpartition(".")[0] not in schemes and _is_small(value):
             node = ir.node("Constant", [], attributes={"value": value.const_value})

@@ -21,6 +21,7 @@ from jpq_export.parity.compare import relative_rms
 from jpq_export.parity.tolerance import LOGITS_REL_RMS
 
 OPSET = 23
+HELD = "traced."  # what names of the model's own parameters start with in the graph: where the wrapper holds it
 BATCH, SEQ, PAST = 2, 3, 5  # traced with: no 0 and no 1, which torch.export would take for constants
 
 
@@ -30,14 +31,14 @@ class WithCache(nn.Module):
     def __init__(self, model: Any) -> None:
         """Look up what the model takes: one with alibi reads the mask instead of position_ids."""
         super().__init__()
-        self.model, self.cache = model, str(cache_argument(model))
+        self.traced, self.cache = model, str(cache_argument(model))
         self.positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]) -> Any:
         """Logits, then keys and values of every layer with the new tokens behind the old ones."""
         given: dict[str, Any] = {self.cache: cache_of(past), "use_cache": True}
         given |= {"position_ids": position_ids} if self.positions else {}
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, **given)
+        out = self.traced(input_ids=input_ids, attention_mask=attention_mask, **given)
         return out.logits, *past_tensors(getattr(out, self.cache))
 
 
