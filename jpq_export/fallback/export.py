@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jpq_export.errors import BudgetError, JpqError, TargetError, UsageError
+from jpq_export.errors import BudgetError, TargetError, UsageError
 from jpq_export.fallback.load import TracedModel, load_traced
 from jpq_export.fallback.plan import uniform_plan
 from jpq_export.format.bundle import MANIFEST, Manifest, read_manifest, write_manifest
@@ -30,6 +30,7 @@ LACKS = (
     "no recovery after rounding",
     "no graph for TensorRT",
     "a float KV cache that is copied at every step",
+    "everything is computed on the CPU",
 )
 
 
@@ -80,7 +81,7 @@ class FallbackExport:
         self.work.open(request.key(loaded.sha256, texts.sha256))
         try:
             return self.finish(loaded, texts, plan, graph)
-        except JpqError:
+        except BaseException:
             self.work.discard()
             raise
 

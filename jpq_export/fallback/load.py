@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from jpq_export.compress import tokenizer as tokenizing
 from jpq_export.compress.checkpoint import read_json, weight_files
@@ -25,7 +24,6 @@ from jpq_export.fallback.quiet import quiet
 from jpq_export.format.spec import LayerSpec, ModelSpec, Traced
 
 logger = logging.getLogger(__name__)
-Linear = nn.Linear | Conv1D
 LEAST_SHARE = 0.9  # of the parameters that must lie in matrices we store packed
 POSITIONS = 2048  # where a configuration states no last position (alibi): what Bloom and MPT were trained on
 MOVING_ROPES = ("dynamic", "longrope")  # their angles depend on the text's length: no one graph computes them
@@ -54,8 +52,7 @@ class TracedModel:
 
     def matrix(self, name: str) -> Tensor:
         """The present weight of a matrix as [N, K], not a copy."""
-        module = self.model.get_submodule(name)
-        return module.weight.T if isinstance(module, Conv1D) else module.weight
+        return self.model.get_submodule(name).weight
 
 
 def load_traced(source: str | None, *, factor: float = MEMORY_FACTOR, progress: Report | None = None) -> TracedModel:
@@ -94,16 +91,19 @@ def refusal(where: str, architecture: str, why: str) -> ModelError:
 
 
 def matrices_of(model: Any) -> tuple[dict[str, str], Traced]:
-    """The name of the matrix that every linear and table uses, and what there is in all."""
+    """The name of the matrix that every linear and table uses, and what there is in all.
+
+    Only GPT-2 and models without a language model's head have transformers' Conv1D, so nothing here knows it.
+    """
     owners, found, first, tables = {}, [], {}, []
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
             continue
         owner = owners[path] = first.setdefault(id(module.weight), path)
         if owner != path:
             continue
-        rows, columns = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+        rows, columns = module.weight.shape
         found.append((path, int(rows), int(columns)))
         if isinstance(module, nn.Embedding) or module is head:
             tables.append(path)
@@ -112,7 +112,9 @@ def matrices_of(model: Any) -> tuple[dict[str, str], Traced]:
 
 
 def _config(folder: Path, where: str, architecture: str) -> Any:
-    config = _try(lambda: AutoConfig.from_pretrained(folder, local_files_only=True), where, architecture)
+    config = _try(
+        lambda: AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), where, architecture
+    )
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(each for each in ropes.values() if isinstance(each, dict))):
         if rope.get("rope_type") in MOVING_ROPES:
@@ -148,6 +150,7 @@ def _read(folder: Path, config: Any, where: str, architecture: str) -> Any:
             folder,
             config=config,
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             dtype=torch.float32,
             attn_implementation="eager",

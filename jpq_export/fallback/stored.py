@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from jpq_export.lower.functions import DOMAIN, stamp
 from jpq_export.numerics.scheme import Scheme, row_bytes
@@ -22,15 +21,11 @@ class StoredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """One node `jpq::LowBitMatMul`."""
-        return _product(self, input)
-
-
-class StoredConv1D(Conv1D):
-    """The same for GPT-2's kind, whose weight is [K, N]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """One node `jpq::LowBitMatMul`."""
-        return _product(self, x)
+        facts: Any = getattr(self, f"{PREFIX}facts")
+        x = input if input.dim() == 3 else input.reshape(1, -1, facts["K"])  # the body reads [batch, seq, K]
+        inputs = [x, *_buffers(self), *([] if self.bias is None else [self.bias])]
+        y = _node("LowBitMatMul", inputs, facts, (*x.shape[:-1], facts["N"]))
+        return y if x is input else y.reshape(*input.shape[:-1], facts["N"])
 
 
 class StoredEmbedding(nn.Embedding):
@@ -39,17 +34,9 @@ class StoredEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """One node `jpq::LowBitGather`."""
         facts: Any = getattr(self, f"{PREFIX}facts")
-        ids = input if input.dim() == 2 else input.reshape(1, -1)  # the operator's body reads [batch, seq]
+        ids = input if input.dim() == 2 else input.reshape(1, -1)  # the body reads [batch, seq]
         rows = _node("LowBitGather", [ids, *_buffers(self)], facts, (*ids.shape, facts["K"]))
         return rows if ids is input else rows.reshape(*input.shape, facts["K"])
-
-
-def _product(module: Any, x: Tensor) -> Tensor:
-    facts = getattr(module, f"{PREFIX}facts")
-    wide = x if x.dim() == 3 else x.reshape(1, -1, facts["K"])  # the operator's body reads [batch, seq, K]
-    inputs = [wide, *_buffers(module), *([] if module.bias is None else [module.bias])]
-    y = _node("LowBitMatMul", inputs, facts, (*wide.shape[:-1], facts["N"]))
-    return y if wide is x else y.reshape(*x.shape[:-1], facts["N"])
 
 
 def _node(op_type: str, inputs: list[Tensor], facts: Any, shape: tuple[Any, ...]) -> Tensor:
@@ -81,7 +68,7 @@ def stored(model: nn.Module, owners: Mapping[str, str], schemes: Mapping[str, Sc
 
 
 def _store(module: Any, scheme: Scheme, number: int) -> None:
-    rows, columns = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+    rows, columns = module.weight.shape
     groups, kind = scheme.groups(columns), type(module)
     parts = {"packed": (torch.uint8, row_bytes(columns, scheme.bits)), "scales": (torch.float16, groups)}
     if not scheme.symmetric:
@@ -94,8 +81,7 @@ def _store(module: Any, scheme: Scheme, number: int) -> None:
         bases = (StoredEmbedding,) if kind is nn.Embedding else (kind, StoredEmbedding)
     else:
         # Before it: a linear's own forward only spells the product in another way; parity would show anything else.
-        mixin = StoredConv1D if isinstance(module, Conv1D) else StoredLinear
-        bases = (mixin,) if mixin.__mro__[1] is kind else (mixin, kind)
+        bases = (StoredLinear,) if kind is nn.Linear else (StoredLinear, kind)
     held: Any = module
     held.__class__ = type(kind.__name__, bases, {}) if len(bases) > 1 else bases[0]
 
