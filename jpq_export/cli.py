@@ -24,7 +24,7 @@ from jpq_export.cli_options import (
     task_options,
 )
 from jpq_export.cli_study import study
-from jpq_export.errors import JpqError, UsageError
+from jpq_export.errors import JpqError, UncoveredError, UsageError
 from jpq_export.numerics.scheme import BIT_WIDTHS
 
 # Threads that wait without spinning: beside two busy processes on two cores a tuning step took 4.5 s instead of 29 s.
@@ -83,7 +83,12 @@ def export(**options: Any) -> None:
             f"--{budgets[0]}: {options['plan']} already answers a budget; keep one of --plan and --{budgets[0]}"
         )
     request = make_request(options)
-    result = Export(request, Stages()).run()
+    try:
+        result = Export(request, Stages()).run()
+    except UncoveredError:  # raised by the loading, before anything was written
+        from jpq_export.fallback.export import FallbackExport
+
+        result = FallbackExport(request, Stages()).run()
     show_summary(result)
     if "parity" in result and not result["parity"].passed:
         raise click.exceptions.Exit(1)

@@ -4,6 +4,7 @@
     ├── UsageError           exit code 2: the command line or a value in it is wrong
     │   └── CapacityError    a text and what shall follow it do not fit into the cache
     ├── ModelError           the model cannot be loaded or is not supported
+    │   └── UncoveredError   a causal language model of transformers, but of no family that is described here
     ├── TargetError          a target file is unknown or malformed (exit code 2)
     ├── CalibrationError     the calibration text cannot be used
     ├── BudgetError          the budget cannot be met; says the smallest possible one
@@ -39,6 +40,10 @@ class TargetError(UsageError):
 
 class ModelError(JpqError):
     """The model cannot be loaded, is damaged, or is not supported."""
+
+
+class UncoveredError(ModelError):
+    """A causal language model that only the fallback through torch.onnx.export takes."""
 
 
 class CalibrationError(JpqError):

@@ -6,20 +6,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jpq_export.errors import ModelError, UsageError
+from jpq_export.errors import ModelError, UncoveredError, UsageError
 from jpq_export.evaluate.predictors import OrtPredictor, Predictor, TorchPredictor
 from jpq_export.evaluate.task_data import TaskChoice
-from jpq_export.evaluate.text_quality import evaluate_text
+from jpq_export.evaluate.text_quality import LogitSource, evaluate_text
 from jpq_export.evaluate.texts import read_text, token_windows
 from jpq_export.format.bundle import Manifest
 from jpq_export.format.compressed import COMPRESSED, CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec, Spec
 from jpq_export.format.spec import ModelSpec
 from jpq_export.progress import Stages
+
+if TYPE_CHECKING:
+    from jpq_export.fallback.load import TracedModel
 
 CHUNK = 256  # tokens fed to onnxruntime at once: bounds the logits to 256 x vocabulary x 4 bytes
 
@@ -110,24 +113,51 @@ def _open(model: str | None, teacher: str | None, stages: Stages) -> Opened:
 
 def _open_teacher(source: str | None, manifest: Manifest | None, stages: Stages) -> Any:
     """The model named, or the one the bundle was made from: its weights must be the same ones then."""
-    from jpq_export.compress.load import load_model
+    from jpq_export.compress.load import LoadedModel, load_model
 
     named = source or (manifest.model["source"] if manifest else None)
-    with stages.stage("load", f"loading {named or 'the default model'}") as report:
-        loaded = load_model(named, progress=report)
+    try:
+        with stages.stage("load", f"loading {named or 'the default model'}") as report:
+            loaded = load_model(named, progress=report)
+    except UncoveredError:
+        loaded = _load_traced(named, stages)
     if source is None and manifest and loaded.sha256 != manifest.model["sha256"]:
         raise ModelError(
             f"{named}: has sha256 {loaded.sha256[:12]}…, the bundle was made from {manifest.model['sha256'][:12]}…; "
             "give the original with --teacher, or --no-teacher"
         )
-    return loaded.model
+    return loaded.model if isinstance(loaded, LoadedModel) else _traced_source(loaded)
+
+
+def _load_traced(source: str | None, stages: Stages) -> TracedModel:
+    """A model of a family that only the fallback takes."""
+    from jpq_export.fallback.load import load_traced
+
+    with stages.stage("load", f"loading {source} in transformers' own code") as report:
+        return load_traced(source, progress=report)
+
+
+def _traced_source(loaded: TracedModel) -> LogitSource:
+    from jpq_export.fallback.reference import logit_source
+
+    return logit_source(loaded)
+
+
+def _open_traced(source: str | None, stages: Stages) -> Opened:
+    from jpq_export.fallback.reference import TracedPredictor
+
+    loaded = _load_traced(source, stages)
+    return Opened(_traced_source(loaded), TracedPredictor(loaded), loaded.spec, loaded.encode, loaded.name)
 
 
 def _open_model(source: str | None, stages: Stages) -> Opened:
     from jpq_export.compress.load import load_model
 
-    with stages.stage("load", f"loading {source or 'the default model'}") as report:
-        loaded = load_model(source, progress=report)
+    try:
+        with stages.stage("load", f"loading {source or 'the default model'}") as report:
+            loaded = load_model(source, progress=report)
+    except UncoveredError:
+        return _open_traced(source, stages)
     spec = _decoder_spec(loaded.spec, loaded.name)
     return Opened(loaded.model, TorchPredictor(loaded.model), spec, loaded.encode, loaded.name)
 

@@ -48,6 +48,9 @@ def show_summary(result: dict[str, Any]) -> None:
             "8-bit activations",
             f"{price:.4f} nats, {greedy.equal} of {greedy.steps} tokens: onnxruntime by its defaults",
         )
+    if manifest.fallback:
+        lacks = "; ".join(manifest.fallback["lacks"])
+        table.add_row("fallback", escape(f"torch.onnx.export wrote the graph: {lacks}"))
     if manifest.engine:
         table.add_row("engine", escape(_engine(manifest.engine)))
     table.add_row("report", escape(str(out / "parity.html")))

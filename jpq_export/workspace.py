@@ -67,6 +67,13 @@ class Workspace:
             for parent in self._made:
                 parent.rmdir()
 
+    def discard(self) -> None:
+        """Remove the folder with all that is in it: nothing there could be gone on from."""
+        self._unlock()
+        shutil.rmtree(self.folder)
+        for parent in self._made:
+            parent.rmdir()
+
     def path(self, name: str) -> Path:
         """A stage's file."""
         return self.folder / name

@@ -1,6 +1,6 @@
 """Shared fixtures: one tiny random model per family, saved as transformers saves it, with a byte-level tokenizer.
 
-tiny_config("gemma3")            -> transformers configuration
+tiny_config("gemma3")            -> transformers configuration, also of OTHERS
 tiny_model("gemma3")             -> transformers model, seeded, weights large enough that every term matters
 tiny_folder("gemma3", **changes) -> folder with config.json, model.safetensors, tokenizer.json
 save_tiny(folder, "gemma3", **changes): the same at a place of the test's own, for fixtures of wider scope
@@ -79,6 +79,13 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# Families that only torch.onnx.export takes: sub-layers side by side and a quarter of each head rotated, a table of
+# positions behind an offset and a tied head, grouped queries with biases and layer norms.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neox": ("gpt_neox", {"num_key_value_heads": None}),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "tie_word_embeddings": True}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True}),
+}
 
 ENCODER = COMMON | {"num_key_value_heads": None, "max_position_embeddings": 130, "pad_token_id": 1}
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -137,7 +144,7 @@ def tiny_config() -> Callable[..., Any]:
     def make(name: str, **changes: Any) -> Any:
         from transformers import CONFIG_MAPPING
 
-        model_type, facts = TINY[name]
+        model_type, facts = (TINY | OTHERS)[name]
         # A copy: configuration classes write into the dictionaries they are given.
         facts = json.loads(json.dumps(COMMON | facts | changes))
         return CONFIG_MAPPING[model_type](**{key: value for key, value in facts.items() if value is not None})

@@ -16,7 +16,13 @@ ENCODERS = ("batch", "pairs")
 
 def measure(bundle: Path, *, threads: tuple[int, ...], **options: Any) -> tuple[str, str]:
     """Print the table of each number of `threads`; the same as JSON and as a page. Errors: see `bench`."""
-    encoder = read_manifest(bundle).kind == KIND
+    manifest = read_manifest(bundle)
+    if manifest.fallback:
+        raise UsageError(
+            f"{bundle}: {manifest.fallback['architecture']} went through torch.onnx.export; there are no other graphs "
+            "of it to compare with"
+        )
+    encoder = manifest.kind == KIND
     for name in ("widths", "gguf") if encoder else ("pairs",):
         if options[name]:
             kinds = ("a language model", "a sentence encoder")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jpq_export.errors import ModelError
+from jpq_export.errors import ModelError, UncoveredError
 from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,22 @@ def family_of(raw: Mapping[str, Any], where: str) -> Family:
                 )
             return family
     got = architecture or f"model_type {raw.get('model_type')!r}"
+    if traceable(raw):
+        raise UncoveredError(
+            f"{where}: architecture {got} is not supported here, only `export` and `eval` take it (torch.onnx.export, "
+            f"no pruning, no search); supported: {supported()}"
+        )
     raise ModelError(f"{where}: architecture {got} is not supported; supported: {supported()}")
+
+
+def traceable(raw: Mapping[str, Any]) -> bool:
+    """Whether the configuration names a causal language model of transformers that is none of ours."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architecture = next(iter(raw.get("architectures") or ()), None)
+    if architecture in {family.architecture for family in FAMILIES} or str(architecture).endswith("Generation"):
+        return False  # ours, or a multimodal wrapper
+    return architecture == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(raw.get("model_type"), False)
 
 
 def gguf_family(architecture: str, where: str) -> Family:

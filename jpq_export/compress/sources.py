@@ -269,12 +269,12 @@ def _hub(source: str) -> Origin:
 
     from jpq_export.compress.checkpoint import read_json
     from jpq_export.compress.encoder_folder import is_encoder
-    from jpq_export.compress.families import family_of
+    from jpq_export.compress.families import family_of, traceable
 
     hub_logging.set_verbosity_error()  # its retry warnings would be more lines than our one
     try:
         raw = read_json(Path(hf_hub_download(source, "config.json")))
-        if not is_encoder(raw):
+        if not is_encoder(raw) and not traceable(raw):
             family_of(raw, source)
         folder = snapshot_download(source, allow_patterns=[*HUB_FILES, *HUB_WEIGHTS])
     except LocalEntryNotFoundError as error:

@@ -40,6 +40,7 @@ class Manifest:
     `without`, that model's own `kl_mean` and `perplexity`.
     `activations`: where linears round what they read, its `bits`, `kl_mean`, `perplexity` and `top1_agreement` on the
     held-out text, and those of the same model `without` rounding.
+    `fallback`: of a model that torch.onnx.export wrote, its architecture, the line that says so and what it `lacks`.
     `engine`: for targets whose engine is built by the export, that engine or why there is none (see engine/rtx.py).
     """
 
@@ -63,6 +64,7 @@ class Manifest:
     kind: str = "decoder"
     kv_cache: dict[str, Any] | None = None
     activations: dict[str, Any] | None = None
+    fallback: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """The text of manifest.json."""

@@ -36,8 +36,21 @@ class RopeSpec:
 
 # Written only where they are not the default: models without them keep the identity (weights_sha256) they had before
 # these facts existed, so that their plans and caches stay good.
-LATER_FACTS = {"kv_cache": FLOAT_CACHE, "layer_norm": False, "gated": True, "learned_positions": False}
+LATER_FACTS = {"kv_cache": FLOAT_CACHE, "layer_norm": False, "gated": True, "learned_positions": False, "traced": None}
 LATER_FACTS |= {"activations": FLOAT_ACTIVATIONS}
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What is known of a model whose graph torch.onnx.export traced.
+
+    `matrices`: (name, rows, columns) of every weight that is stored packed, called as transformers calls its module;
+    `tables`: those of them that are looked up, or the head; `others`: number of all other parameters.
+    """
+
+    matrices: tuple[tuple[str, int, int], ...]
+    tables: tuple[str, ...]
+    others: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +80,9 @@ class ModelSpec:
 
     `activations`: what the linears of the layers (not the head) multiply. "float": their input as it is. "int8": every
     token of it as codes round(x / step) with step = max |x| / 127 in fp32; the product of codes is one of integers.
+
+    `traced`: the graph is no decoder of this form but one that torch.onnx.export traced. Vocabulary, positions, token
+    ids and cache (head_dim, kv_heads and window of every layer) are facts then; everything else is not and lies at 0.
     """
 
     name: str
@@ -96,6 +112,7 @@ class ModelSpec:
     gated: bool = True
     learned_positions: bool = False
     activations: str = FLOAT_ACTIVATIONS
+    traced: Traced | None = None
 
     def __post_init__(self) -> None:
         """Check: a kind of cache or activations that this version does not know is a ValueError."""
@@ -124,6 +141,8 @@ class ModelSpec:
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """All weight matrices by canonical name, embedding and (untied) head included, in graph order."""
+        if self.traced:
+            return {name: (rows, columns) for name, rows, columns in self.traced.matrices}
         out = {"embed": (self.vocab, self.hidden)}
         if self.learned_positions:
             out["positions"] = (self.max_positions, self.hidden)
@@ -134,8 +153,10 @@ class ModelSpec:
         return out
 
     def vectors(self) -> dict[str, int]:
-        """All norm weights and biases by canonical name, with their lengths."""
+        """All norm weights and biases by canonical name, with their lengths; not known of a traced model."""
         out: dict[str, int] = {}
+        if self.traced:
+            return out
         for i, layer in enumerate(self.layers):
             at = f"layers.{i}"
             if layer.kv_heads:
@@ -160,7 +181,8 @@ class ModelSpec:
 
     def parameters(self) -> int:
         """Number of parameters, tied weights counted once."""
-        return sum(n * k for n, k in self.matrices().values()) + sum(self.vectors().values())
+        others = self.traced.others if self.traced else sum(self.vectors().values())
+        return sum(n * k for n, k in self.matrices().values()) + others
 
     def cache_bytes(self, kv_heads: int, *, float_bytes: int = 4) -> int:
         """Bytes of one token's keys and values in `kv_heads` heads; a float cache has `float_bytes` a number."""
@@ -191,4 +213,7 @@ class ModelSpec:
         raw["layers"] = tuple(LayerSpec(**layer) for layer in raw["layers"])
         raw["ropes"] = tuple(RopeSpec(tuple(r["inv_freq"]), r["scaling"]) for r in raw["ropes"])
         raw["eos_ids"] = tuple(raw["eos_ids"])
+        if (traced := raw.get("traced")) is not None:
+            matrices = tuple((str(name), int(rows), int(columns)) for name, rows, columns in traced["matrices"])
+            raw["traced"] = Traced(matrices, tuple(traced["tables"]), int(traced["others"]))
         return ModelSpec(**raw)

@@ -63,7 +63,7 @@ def export_onnx(
     outputs = [result, *graph.presents]
     if taps:
         outputs += _typed(graph.taps, model.spec.hidden)
-    _save(_assemble(graph, outputs, dialect), path)
+    save(_assemble(graph, outputs, dialect), path)
     check_graph(path)
 
 
@@ -108,7 +108,7 @@ def _assemble(graph: DecoderGraph | EncoderGraph, outputs: list[ir.Value], diale
         graph.inputs,
         outputs,
         nodes=graph.nodes.nodes,
-        initializers=sorted(graph.nodes.initializers.values(), key=_place_in_file),
+        initializers=sorted(graph.nodes.initializers.values(), key=place_in_file),
         opset_imports=opsets,
         name="encoder" if isinstance(graph, EncoderGraph) else "decoder",
     )
@@ -125,13 +125,14 @@ def _assemble(graph: DecoderGraph | EncoderGraph, outputs: list[ir.Value], diale
     )
 
 
-def _place_in_file(value: ir.Value) -> tuple[float, str]:
+def place_in_file(value: ir.Value) -> tuple[float, str]:
     """Widest elements first: packed without gaps, every tensor is aligned, and the file is as large as the weights."""
     assert value.dtype is not None
     return (-value.dtype.itemsize, value.name or "")
 
 
-def _save(model: ir.Model, path: Path) -> None:
+def save(model: ir.Model, path: Path) -> None:
+    """Write the graph and beside it all its weights; StorageError when that fails."""
     try:
         ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=0)
     except OSError as error:

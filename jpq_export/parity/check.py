@@ -27,6 +27,7 @@ from jpq_export.parity.result import (
     RuntimeResult,
 )
 from jpq_export.parity.runners import OrtRunner, Outcome, TorchRunner, load_proto, read_metadata
+from jpq_export.parity.vectors import Runner
 from jpq_export.runtime import native
 
 Progress = Callable[[int, int], None]
@@ -68,6 +69,7 @@ def check_parity(
     steps: int = 64,
     form: str = "custom_op",
     half_path: Path | None = None,
+    reference: Runner | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Compare logits, greedy tokens and every sub-layer; nothing raises on a difference, `report.passed` says it.
@@ -75,6 +77,7 @@ def check_parity(
     The proof are two runs with fp32 activations: the function bodies, which any onnxruntime computes, and our CPU
     kernels where they can be compiled, which is what `run` uses. onnxruntime left to itself rounds activations to 8
     bits in its own low-bit kernels; a last run says what that costs and fails only on a wrong kernel.
+    `reference`: what onnxruntime is compared with instead of our own PyTorch model of `model`.
     `half_path`: a graph of the same model that computes in fp16 (form "signed"), checked against bounds of its own.
     BundleError when onnxruntime cannot load the file.
     """
@@ -82,7 +85,7 @@ def check_parity(
     _, unfused = read_metadata(proto, onnx_path)
     rounds = bool(set(model.quantized) - unfused - {"embed", "positions"})
     assert isinstance(model.spec, ModelSpec)  # encoders: `parity.encoder`
-    cases, reference = make_cases(prompts, model.spec), TorchRunner(model)
+    cases, reference = make_cases(prompts, model.spec), reference or TorchRunner(model)
     steps = cases.steps_within(model.spec, steps)
     ways = [BODIES, KERNELS] if proto.functions and native.available() else [BODIES]
     count = len(ways) + rounds + (half_path is not None)
@@ -99,7 +102,7 @@ class _Job:
 
     model: CompressedModel
     onnx_path: Path
-    reference: TorchRunner
+    reference: Runner
     cases: Cases
     steps: int
     form: str

@@ -6,7 +6,8 @@
     layers.{i}.mlp_norm, [.mlp.gate,] .mlp.up, .mlp.inner (what down reads), .mlp.down, [.mlp_post_norm], .mlp
     norm, logits
 
-`layers.{i}.attn` and `layers.{i}.mlp` are the residual stream after the sub-layer: the Decoder's taps.
+`layers.{i}.attn` and `layers.{i}.mlp` are the residual stream after the sub-layer: the Decoder's taps. A traced graph
+has one point for each of its matrices, called as transformers calls the module, and logits.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def points(spec: Spec) -> tuple[Point, ...]:
     """All points of a model, first computed first."""
     if isinstance(spec, EncoderSpec):
         return _encoder_points(spec)
+    if spec.traced:
+        return _traced_points(spec)
     out, depth = [Point("embed", "embed", tolerance.EMBED)], 0
     for i, layer in enumerate(spec.layers):
         for part, exists in (("attn", layer.kv_heads), ("mlp", layer.ffn)):
@@ -63,6 +66,13 @@ def points(spec: Spec) -> tuple[Point, ...]:
             out.append(Point(tap, tap, tolerance.residual(spec, depth)))
     out.append(Point("norm", "norm", tolerance.inside(spec, depth)))
     return (*out, Point("logits", "logits", tolerance.logits(spec)))
+
+
+def _traced_points(spec: ModelSpec) -> tuple[Point, ...]:
+    """What every matrix of a traced graph gives; how many sub-layers lie before it is not known: at most its place."""
+    names = spec.matrices()
+    out = [Point(name, name, tolerance.inside(spec, depth)) for depth, name in enumerate(names)]
+    return (*out, Point("logits", "logits", tolerance.LOGITS_REL_RMS))
 
 
 def _encoder_points(spec: EncoderSpec) -> tuple[Point, ...]:

@@ -91,7 +91,7 @@ def render(manifest: Manifest, *, plan: Mapping[str, Any] | None, parity: Mappin
         ],
         as_run=_as_run(parity),
         small_effect=tolerance.SMALL_EFFECT,
-        widths=_picture(partial(grid.widths, words=words), plan, "choices"),
+        widths=_picture(partial(grid.widths, words=words), plan, "layers"),
         shades=sorted({grid.shade(choice) for choice in plan["choices"]}) if plan else [],
         front=_picture(partial(pictures.front, words=words), plan, "front"),
         staircase=pictures.staircase(manifest.staircase, words["short"]) if manifest.staircase else None,

@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -31,14 +31,34 @@ from jpq_export.format.tensor_file import save_tensors
 from jpq_export.parity import tolerance
 from jpq_export.parity.cases import Cases, make_cases
 from jpq_export.parity.compare import margin, sketch
-from jpq_export.parity.runners import OrtRunner, Outcome, TorchRunner
+from jpq_export.parity.runners import Outcome, TorchRunner
 
 FORMAT = "jpq-vectors/1"
 WIDTH = 256
 LAST_WIDTH = 65536
 POSITIONS = 4
 WRITTEN = "written."
-Runner = TorchRunner | OrtRunner
+
+
+class Runner(Protocol):
+    """One side of a parity check."""
+
+    @property
+    def version(self) -> str:
+        """Of the program that computes."""
+        ...
+
+    def forward(
+        self,
+        ids: np.ndarray,
+        *,
+        mask: np.ndarray | None = None,
+        cache: Any = None,
+        values: bool = False,
+        given: Mapping[str, np.ndarray] | None = None,
+    ) -> Outcome:
+        """One pass; see `TorchRunner.forward`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,10 +86,17 @@ class Vectors:
             raise BundleError(f"{path}: not readable recorded vectors ({error}); export the bundle again") from error
 
 
-def record_vectors(model: CompressedModel, path: Path, *, prompts: Sequence[Sequence[int]], steps: int = 64) -> None:
-    """Run the PyTorch model on cases cut from `prompts` and write what it computed."""
+def record_vectors(
+    model: CompressedModel,
+    path: Path,
+    *,
+    prompts: Sequence[Sequence[int]],
+    steps: int = 64,
+    runner: Runner | None = None,
+) -> None:
+    """Run the PyTorch model, or another `runner` of it, on cases cut from `prompts` and write what it computed."""
     assert isinstance(model.spec, ModelSpec)  # encoders: `parity.encoder`
-    runner = TorchRunner(model)
+    runner = runner or TorchRunner(model)
     cases = make_cases(prompts, model.spec)
     Vectors(f"pytorch {runner.version}", compute(runner, cases, steps=cases.steps_within(model.spec, steps))).save(path)
 

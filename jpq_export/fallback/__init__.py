@@ -1,0 +1,1 @@
+"""Decoders of other families, through transformers' own code and torch.onnx.export: no pruning, no search."""
