@@ -92,7 +92,5 @@ def one_voice() -> Iterator[None]:
         parallel.part_in_failure()
         if not first:
             raise click.exceptions.Exit(getattr(error, "exit_code", 1)) from error
-        if isinstance(error, JpqError) and ranks.rank():
-            error.args = (f"rank {ranks.rank()}: {error}",)
         raise
     parallel.stop()
