@@ -230,7 +230,7 @@ class Compressor:
         setattr(getattr(self.student.layers[i], sublayer), short, QuantLinear(rounded, module_bias))
 
     def _root_weights(self, name: str) -> Tensor:
-        """Square roots of the tempered weights of this rank's tokens, [n]; the squares of all tokens' have a mean of one."""
+        """Square roots of the tempered weights of this rank's tokens, [n]; over all tokens the squares' mean is 1."""
         weight = self.stats.token_weights[name].to(self.ids[0].device)
         if not weight.any():  # a dead sub-layer, such as an all-zero output projection: nothing to weigh by
             return torch.ones_like(weight)[self.own_tokens]

@@ -7,6 +7,7 @@ function here does nothing but what its name says, without torch.distributed.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -55,6 +56,16 @@ def start() -> None:
         dist.init_process_group(kind, store=_State.store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise JpqError(f"torchrun: the processes cannot reach each other ({_first_line(error)})") from error
+    signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(_number: int, _frame: object) -> None:
+    """Torchrun ends the processes that are left when one has failed: in order, and if none has, with a word."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise LostPeer(
+        "stopped by torchrun: another process of this run ended without a word, killed for memory perhaps, or the run "
+        "was terminated; see torchrun's report. The same command goes on after the last finished stage"
+    )
 
 
 def stop() -> None:
@@ -70,6 +81,7 @@ def first_to_fail() -> bool:
 
 def part_in_failure() -> None:
     """Close the connections, which ends the others' waiting, and let rank 0 be the first to end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process ends by itself, when its line is written
     stop()
     if _State.store is None:
         return
@@ -89,8 +101,8 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostPeer(
-            f"another process of this run ended without a word ({_first_line(error)}); it may have been killed for "
-            "memory: start fewer processes, or see what torchrun reports"
+            f"another process of this run ended without a word, killed for memory perhaps ({_first_line(error)}); see "
+            "torchrun's report. The same command goes on after the last finished stage"
         ) from error
 
 
