@@ -82,8 +82,8 @@ def one_voice() -> Iterator[None]:
         return
     from jpq_export.compress import parallel
 
-    parallel.start()
     try:
+        parallel.start()
         yield
     except click.exceptions.Exit:
         raise

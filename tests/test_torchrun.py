@@ -11,10 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from jpq_export import pipeline
+from jpq_export.compress import load
+from jpq_export.compress.load import EXPORT_FACTOR, load_model
+from jpq_export.compress.plan import BudgetRequest
 from jpq_export.compress.quant_linear import QuantLinear
 from jpq_export.compress.student import to_student
+from jpq_export.errors import ModelError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.plan import Plan, load_plan
+from jpq_export.format.target import load_target
+from jpq_export.pipeline import Export
+from jpq_export.progress import Stages
+from jpq_export.request import Request
 
 # `fault.py MODULE FUNCTION WHAT ...`: the call of a function in rank 1 kills that process, or raises MemoryError.
 FAULT = """
@@ -145,6 +154,19 @@ def test_a_failing_rank_ends_all_with_one_line_and_the_run_goes_on_in_one_proces
     assert ("search (found finished, resumed)" in again.text) == (fault[2] == "memory")
     assert decided(place / out) == decided(one)
     assert distance(one, place / out) < ROUNDING
+
+
+def test_every_process_of_a_machine_needs_the_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(str(place / "m"))
+    free = int(1.5 * 4 * model.spec.parameters() * EXPORT_FACTOR)
+    monkeypatch.setattr(load, "available_bytes", lambda: free)
+    request = Request(
+        str(place / "m"), load_target("jetson"), place / "much", BudgetRequest("bits", 3.0), effort="quick"
+    )
+    assert Export(request, Stages()).load().sha256 == model.sha256
+    monkeypatch.setattr(pipeline, "local_world", lambda: 2)
+    with pytest.raises(ModelError, match="of memory"):
+        Export(request, Stages()).load()
 
 
 @pytest.mark.parametrize(

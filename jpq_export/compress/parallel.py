@@ -42,21 +42,27 @@ class _State:
 
 def start() -> None:
     """Join the other processes that torchrun started; JpqError when they cannot be reached."""
-    kind = "gloo"
-    if torch.cuda.is_available():
-        kind, here = "cpu:gloo,cuda:nccl", ranks.local_world()
-        if here > torch.cuda.device_count():
-            raise UsageError(
-                f"torchrun: {here} processes for {torch.cuda.device_count()} GPU(s); start one a GPU, or hide the GPUs "
-                "with CUDA_VISIBLE_DEVICES= to use the CPU"
-            )
-        torch.cuda.set_device(ranks.rank() % here)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         _State.store, rank, size = next(iter(rendezvous("env://")))
+        kind = _take_gpu(rank)
         dist.init_process_group(kind, store=_State.store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise JpqError(f"torchrun: the processes cannot reach each other ({_first_line(error)})") from error
-    signal.signal(signal.SIGTERM, _terminated)
+
+
+def _take_gpu(rank: int) -> str:
+    """The backend to talk by; where there are GPUs, this process's is chosen. UsageError when there are too few."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    here, gpus = ranks.local_world(), torch.cuda.device_count()
+    if here > gpus:
+        raise UsageError(
+            f"torchrun: {here} processes for {gpus} GPU(s); start one a GPU, or hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    torch.cuda.set_device(rank % here)
+    return "cpu:gloo,cuda:nccl"
 
 
 def _terminated(_number: int, _frame: object) -> None:
@@ -76,7 +82,10 @@ def stop() -> None:
 
 def first_to_fail() -> bool:
     """True for the one process of a failing run that tells the user."""
-    return _State.store is None or _State.store.add(FAILED, 1) == 1
+    try:
+        return _State.store is None or _State.store.add(FAILED, 1) == 1
+    except RuntimeError:
+        return True  # torchrun itself is gone, and nobody can be asked
 
 
 def part_in_failure() -> None:

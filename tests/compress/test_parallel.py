@@ -61,6 +61,19 @@ def test_a_process_without_work_is_refused(as_rank: Callable[..., None]) -> None
     parallel.check_share(9, "calibration sequences")
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(parallel.ranks, "local_world", lambda: 2)
+    assert parallel._take_gpu(3) == "cpu:gloo,cuda:nccl"  # the second process of the second machine
+    assert chosen == [1]
+    monkeypatch.setattr(parallel.ranks, "local_world", lambda: 3)
+    with pytest.raises(UsageError, match=r"3 processes for 2 GPU\(s\)"):
+        parallel._take_gpu(0)
+
+
 def test_processes_with_different_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "gathered", lambda value: [value, "other"])
     with pytest.raises(ModelError, match="m: the processes of this run have read different weights"):
