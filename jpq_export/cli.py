@@ -26,6 +26,7 @@ from jpq_export.cli_options import (
 from jpq_export.cli_study import study
 from jpq_export.errors import JpqError, UncoveredError, UsageError
 from jpq_export.numerics.scheme import BIT_WIDTHS
+from jpq_export.ranks import launched, rank
 
 # Threads that wait without spinning: beside two busy processes on two cores a tuning step took 4.5 s instead of 29 s.
 # Read when torch loads, so it is set before.
@@ -61,7 +62,8 @@ def main(*, verbose: bool) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ✓ shows ? instead of a traceback
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    quiet = logging.WARNING if rank() == 0 else logging.ERROR  # under torchrun one process speaks
+    logging.basicConfig(level=logging.INFO if verbose else quiet, format="%(name)s: %(message)s")
 
 
 main.add_command(study)
@@ -73,9 +75,7 @@ main.add_command(study)
 @click.option("--until", type=click.Choice(STOPS), help="Stop after this stage and keep what exists.")
 def export(**options: Any) -> None:
     """Export MODEL (hub id, folder, .gguf file; default: SmolLM2-135M-Instruct) to a bundle folder."""
-    from jpq_export.pipeline import Export
     from jpq_export.progress import Stages
-    from jpq_export.summary import show_summary
 
     budgets = [name for name in ("size", "bits", "ratio", "latency") if options[name] is not None]
     if options["plan"] and budgets:
@@ -83,12 +83,20 @@ def export(**options: Any) -> None:
             f"--{budgets[0]}: {options['plan']} already answers a budget; keep one of --plan and --{budgets[0]}"
         )
     request = make_request(options)
+    from jpq_export.pipeline import Export  # with torch: a wrong option is told before
+
     try:
         result = Export(request, Stages()).run()
-    except UncoveredError:  # raised by the loading, before anything was written
+    except UncoveredError as error:  # raised by the loading, before anything was written
+        if launched():
+            raise UsageError(f"{error}; torch.onnx.export works in one process: start it without torchrun") from None
         from jpq_export.fallback.export import FallbackExport
 
         result = FallbackExport(request, Stages()).run()
+    if rank():
+        return
+    from jpq_export.summary import show_summary
+
     show_summary(result)
     if "parity" in result and not result["parity"].passed:
         raise click.exceptions.Exit(1)
@@ -105,7 +113,9 @@ def plan(**options: Any) -> None:
     from jpq_export.progress import Stages
     from jpq_export.summary import show_summary
 
-    show_summary(Export(make_request(options, until="plan"), Stages()).run())
+    result = Export(make_request(options, until="plan"), Stages()).run()
+    if rank() == 0:
+        show_summary(result)
 
 
 @main.command()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
+from jpq_export import ranks
 from jpq_export.errors import JpqError, StorageError, UsageError
 
 DEFAULT = "export"
+TOGETHER = ("export", "plan")  # what several processes of torchrun can do
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # how torch says it, in a RuntimeError
 
@@ -33,12 +37,15 @@ class Commands(click.Group):
         """The named command, or export with all arguments."""
         if self.get_command(ctx, args[0]) is None:
             args = [DEFAULT, *args]
+        if ranks.launched() and args[0] not in TOGETHER:
+            raise UsageError(f"{args[0]}: works in one process; start it without torchrun, which is for an export")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run, translating errors."""
         try:
-            return super().invoke(ctx)
+            with one_voice():
+                return super().invoke(ctx)
         except JpqError as error:
             raise Sentinel(error) from error
         except click.UsageError as error:
@@ -65,3 +72,25 @@ class Commands(click.Group):
                 remedy = "use a smaller model or a machine with more memory"
                 raise Sentinel(JpqError(f"out of memory; {remedy}")) from error
             raise
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Under torchrun: the processes work together, and of a failure only the first tells; the others just end."""
+    if not ranks.launched():
+        yield
+        return
+    from jpq_export.compress import parallel
+
+    try:
+        parallel.start()
+        yield
+    except click.exceptions.Exit:
+        raise
+    except BaseException as error:
+        first = parallel.first_to_fail()
+        parallel.part_in_failure()
+        if not first:
+            raise click.exceptions.Exit(getattr(error, "exit_code", 1)) from error
+        raise
+    parallel.stop()

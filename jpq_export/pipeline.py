@@ -2,6 +2,9 @@
 
 Every stage leaves a file in `<out>.partial/`; a run that was killed starts again after the last finished one and ends
 with the same bytes. The folder becomes `<out>` by one rename at the end.
+
+Under torchrun every process runs the stages up to `recover` together; what goes through `once` rank 0 does for all: it
+alone touches the folder. The rest is rank 0's (see `compress/parallel.py`).
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jpq_export.compress.parallel import check_same, check_share, lead, once
 from jpq_export.errors import BudgetError, JpqError, TargetError, UsageError
 from jpq_export.format.compressed import COMPRESSED, CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec
@@ -23,6 +28,7 @@ from jpq_export.format.plan import Plan, load_plan
 from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
 from jpq_export.given_plan import check_given
 from jpq_export.progress import Stages
+from jpq_export.ranks import local_world
 from jpq_export.read_activations import ACTIVATIONS, measure_activations, with_activations
 from jpq_export.request import QUALITY_SEQUENCES, Request, Texts, prepared_for
 from jpq_export.workspace import Workspace, check_disk, check_output, write_atomic
@@ -50,28 +56,32 @@ class Export:
 
     def run(self) -> dict[str, Any]:
         """All stages up to `request.until`; returns the summary shown at the end."""
-        check_output(self.request.out, force=self.request.force)
-        plan = load_plan(self.request.plan) if self.request.plan else None
+        once(check_output, self.request.out, force=self.request.force)
+        plan = once(load_plan, self.request.plan) if self.request.plan else None
         loaded = self.load()
-        texts = self.texts(loaded)
+        texts = once(self.texts, loaded)
         self.work = Workspace(self.request.out)
-        self.work.open(self.request.key(loaded.sha256, texts.sha256))
+        once(self.work.open, self.request.key(loaded.sha256, texts.sha256))
         try:
             plan = self.plan(loaded, texts, plan)
         except JpqError:
-            self.work.leave()
+            if lead():
+                self.work.leave()
             raise
         if self.request.until == "plan":
             return self.stop_early(plan, keep={"plan.json"})
         plan, rounded = self.round(loaded, texts, plan)
         compressed = self.recover(loaded, texts, plan, rounded)
-        found = {"teacher": loaded.model, "texts": texts, "compressed": compressed}
-        self.activations = measure_activations(self.request, self.work, self.stages, **found)
-        if (spec := with_activations(self.cached_spec(compressed.spec), self.request)) != compressed.spec:
-            compressed = replace(compressed, spec=spec)
-            compressed.save(self.work.path(COMPRESSED))
+        if lead():
+            found = {"teacher": loaded.model, "texts": texts, "compressed": compressed}
+            self.activations = measure_activations(self.request, self.work, self.stages, **found)
+            if (spec := with_activations(self.cached_spec(compressed.spec), self.request)) != compressed.spec:
+                compressed = replace(compressed, spec=spec)
+                compressed.save(self.work.path(COMPRESSED))
         if self.request.until == "compress":
             return self.stop_early(plan, keep={"plan.json", COMPRESSED, ACTIVATIONS})
+        if not lead():
+            return {}
         self.lower(loaded, compressed)
         if self.request.until == "onnx":
             names = {p.name for p in self.work.folder.glob("model*")} | {"tokenizer.json", "tokenizer_config.json"}
@@ -82,9 +92,13 @@ class Export:
         """The teacher."""
         from jpq_export.compress.encoder_text import PER_SEQUENCE, for_texts
         from jpq_export.compress.load import EXPORT_FACTOR, check_memory, load_model
+        from jpq_export.compress.sources import find
 
+        check_share(self.effort.sequences, f"calibration sequences with --effort {self.effort.name}")
         with self.stages.stage("load", "loading the model") as report:
+            once(find, self.request.model, progress=report)  # downloads once for all processes
             loaded = load_model(self.request.model, progress=report, device=self.request.device)
+        check_same(loaded.sha256, loaded.name)
         if isinstance(loaded.spec, EncoderSpec):
             self.effort, self.final_sequences = for_texts(self.effort), FINAL_SEQUENCES * PER_SEQUENCE
             if self.request.kv_cache != FLOAT_CACHE:
@@ -96,9 +110,9 @@ class Export:
                 raise TargetError(
                     f"{self.request.target.name}: TensorRT-RTX engines of encoders are not built yet; use --target cpu"
                 )
-        check_disk(self.request.out, loaded.spec.parameters())
-        if self.request.device == "cpu":
-            check_memory(loaded.spec, loaded.name, factor=EXPORT_FACTOR - 1)  # the teacher is in memory by now
+        once(check_disk, self.request.out, loaded.spec.parameters())
+        if self.request.device == "cpu":  # every process here has the teacher in memory by now
+            check_memory(loaded.spec, loaded.name, factor=(EXPORT_FACTOR - 1) * local_world())
         return loaded
 
     def texts(self, loaded: LoadedModel) -> Texts:
@@ -136,28 +150,28 @@ class Export:
         if given is not None:
             check_given(given, self.request, loaded)
             self.check_board(given, loaded.spec)
-            write_atomic(self.work.path("plan.json"), given.to_json())
+            once(write_atomic, self.work.path("plan.json"), given.to_json())
             return given
-        if self.work.has("plan.json"):
+        if once(self.work.has, "plan.json"):
             self.stages.resumed("plan", "search")
-            return load_plan(self.work.path("plan.json"))
+            return once(load_plan, self.work.path("plan.json"))
         cost = CostModel(self.cached_spec(loaded.spec), self.request.target, self.request.context)
         budget = self.request.budget.resolve(loaded.spec)
         if self.request.method == "jpq":
             plan, *rivals = self.search(loaded, texts, cost)
             for i, each in enumerate([plan, *rivals] if rivals else []):
-                write_atomic(self.work.path(f"finalist-{i}.json"), each.to_json())
+                once(write_atomic, self.work.path(f"finalist-{i}.json"), each.to_json())
         elif self.request.method == "toga":
-            plan = self.toga(loaded, texts, cost)
+            plan = once(self.toga, loaded, texts, cost)
         elif self.request.method == "qpruner":
-            plan = self.qpruner(loaded, texts, cost)
+            plan = once(self.qpruner, loaded, texts, cost)
         elif self.request.method == "llm-pruner":
-            plan = self.llm_pruner(loaded, texts, cost)
+            plan = once(self.llm_pruner, loaded, texts, cost)
         else:
             kind = {"method": self.request.method, "widths": self.request.widths or BIT_WIDTHS}
             plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, **kind)
         self.check_board(plan, loaded.spec)
-        write_atomic(self.work.path("plan.json"), plan.to_json())
+        once(write_atomic, self.work.path("plan.json"), plan.to_json())
         return plan
 
     def check_board(self, plan: Plan, spec: Spec) -> None:
@@ -179,7 +193,7 @@ class Export:
         from jpq_export.compress.prices import narrow_widths
         from jpq_export.compress.refine import finalists, refine
         from jpq_export.compress.search import Knobs
-        from jpq_export.compress.teaching import teaching_of
+        from jpq_export.compress.teaching import SharedHeldout
         from jpq_export.numerics.scheme import BIT_WIDTHS
 
         request = self.request
@@ -189,16 +203,16 @@ class Export:
         budget = request.budget.resolve(loaded.spec)
         start = Knobs() if request.prune else Knobs(removal=float("inf"))
         # A budget that cannot be met and a cache that cannot be written are said before the long part.
-        Problem(unpriced(loaded.spec, GROUP_SIZE), cost, budget, widths).solve(start)
-        check_cache(folder)
+        once(Problem(unpriced(loaded.spec, GROUP_SIZE), cost, budget, widths).solve, start)
+        once(check_cache, folder)
         kind = {"seed": request.seed, "stages": self.stages, "narrow": narrow_widths(widths)}
         kind |= {"outputs": self.effort.two_sided}
         prepared = prepare(loaded.model, calibration, texts.heldout, folder, **kind)
         problem = Problem(prepared.prices, cost, budget, widths)
         with self.stages.stage("plan", "searching structure and bits together") as report:
-            heldout = teaching_of(loaded.model).heldout(loaded.model, texts.heldout)
+            heldout = SharedHeldout(loaded.model, texts.heldout)
             trials = refine(
-                problem.solve,
+                partial(once, problem.solve),
                 loaded.model,
                 prepared.prices,
                 prepared.cache,
@@ -219,7 +233,7 @@ class Export:
                 "trials": listed,
             }
             if request.prune:
-                measured["contrast"] = contrast(problem, trial.solution, trial.knobs)
+                measured["contrast"] = once(contrast, problem, trial.solution, trial.knobs)
             plans.append(
                 make_plan(problem, trial.solution, trial.knobs, sha256=loaded.sha256, method="jpq", measured=measured)
             )
@@ -253,25 +267,31 @@ class Export:
 
     def round(self, loaded: LoadedModel, texts: Texts, plan: Plan) -> tuple[Plan, CompressedModel]:
         """Round every finalist; the plan that is best then, and its model."""
-        if self.work.has("rounded.safetensors"):
+        if once(self.work.has, "rounded.safetensors"):
             self.stages.resumed("compress", "pruning and rounding")
         else:
-            plans = [load_plan(path) for path in sorted(self.work.folder.glob("finalist-*.json"))] or [plan]
+            plans = once(self._finalists) or [plan]
             with self.stages.stage("compress", "pruning and rounding, layer by layer") as report:
                 for i, each in enumerate(plans):
-                    if not self.work.has(f"rounded-{i}.safetensors"):
+                    if not once(self.work.has, f"rounded-{i}.safetensors"):
                         self._round(loaded, texts, each, f"rounded-{i}.safetensors", _share(report, i, len(plans)))
                 winner = 0 if len(plans) == 1 else self._final(loaded, texts, plans)
-            # The plan first, the file that says "done" last: a run killed in between chooses again, and the same.
             plan = plans[winner]
-            write_atomic(self.work.path("plan.json"), plan.to_json())
-            for end in (".json", ""):
-                os.replace(
-                    self.work.path(f"rounded-{winner}.safetensors{end}"), self.work.path(f"rounded.safetensors{end}")
-                )
-        kl = self._kl("rounded.safetensors")
+            once(self._crown, plan, winner)
+        kl = once(self._kl, "rounded.safetensors")
         self.staircase.append({"stage": "prune and round", "heldout_kl": kl, "applied": True})
-        return plan, CompressedModel.load(self.work.path("rounded.safetensors"))
+        return plan, once(CompressedModel.load, self.work.path("rounded.safetensors"))
+
+    def _finalists(self) -> list[Plan]:
+        return [load_plan(path) for path in sorted(self.work.folder.glob("finalist-*.json"))]
+
+    def _crown(self, plan: Plan, winner: int) -> None:
+        """The plan first, the file that says "done" last: a run killed in between chooses again, and the same."""
+        write_atomic(self.work.path("plan.json"), plan.to_json())
+        for end in (".json", ""):
+            os.replace(
+                self.work.path(f"rounded-{winner}.safetensors{end}"), self.work.path(f"rounded.safetensors{end}")
+            )
 
     def _round(self, loaded: LoadedModel, texts: Texts, plan: Plan, name: str, progress: Any) -> None:
         from jpq_export.compress.stages import round_model
@@ -288,7 +308,7 @@ class Export:
             outputs=self.effort.two_sided,
             progress=progress,
         )
-        self._save(rounded, name, kl)
+        once(self._save, rounded, name, kl)
 
     def _final(self, loaded: LoadedModel, texts: Texts, plans: list[Plan]) -> int:
         """Index of the finalist that goes on, by text that neither the search nor the rounding has seen.
@@ -299,9 +319,10 @@ class Export:
 
         start = self.effort.sequences
         fresh = texts.calibration[start : start + self.final_sequences]
-        models = (CompressedModel.load(self.work.path(f"rounded-{i}.safetensors")) for i in range(len(plans)))
+        paths = [self.work.path(f"rounded-{i}.safetensors") for i in range(len(plans))]
+        models = (once(CompressedModel.load, path) for path in paths)
         errors = [measure(loaded.model, model, fresh) for model in models]
-        winner = champion(errors, [bool(plan.removed) for plan in plans])
+        winner = once(champion, errors, [bool(plan.removed) for plan in plans])
         finals = [
             {"assembled_kl": plan.search["measured_kl_before_recovery"], "rounded_kl": float(kl.mean())}
             | {"removed": len(plan.removed), "bytes": plan.predicted.bytes, "chosen": i == winner}
@@ -316,25 +337,25 @@ class Export:
         from jpq_export.methods.qpruner.adapters import adapt
 
         if not (plan.method == "jpq" or plan.adapter_rank) or self.effort.tune_steps == 0:
-            shutil.copyfile(self.work.path("rounded.safetensors"), self.work.path(COMPRESSED))
+            once(shutil.copyfile, self.work.path("rounded.safetensors"), self.work.path(COMPRESSED))
             return rounded
-        if not self.work.has("recovered.safetensors"):
+        if not once(self.work.has, "recovered.safetensors"):
             what = "low-rank branches" if plan.adapter_rank else "scales and norms"
             with self.stages.stage("recover", f"end-to-end recovery of {what}") as report:
                 sequences, heldout = texts.calibration[: self.effort.tune_sequences], texts.heldout
                 kind = {"steps": self.effort.tune_steps, "seed": self.request.seed, "progress": report}
                 if plan.adapter_rank:
-                    tuned, fresh = adapt(loaded.model, rounded, plan, sequences, heldout, **kind)
+                    tuned, fresh = once(adapt, loaded.model, rounded, plan, sequences, heldout, **kind)
                 else:
                     tuned, fresh = recover(loaded.model, rounded, sequences, heldout, **kind)
-                self._save(tuned, "recovered.safetensors", fresh)
+                once(self._save, tuned, "recovered.safetensors", fresh)
         else:
             self.stages.resumed("recover", "end-to-end recovery")
-        tuned, fresh = CompressedModel.load(self.work.path("recovered.safetensors")), self._kl("recovered.safetensors")
-        kl = self._kl("rounded.safetensors")
+        tuned = once(CompressedModel.load, self.work.path("recovered.safetensors"))
+        fresh, kl = (once(self._kl, f"{name}.safetensors") for name in ("recovered", "rounded"))
         self.staircase.append({"stage": "recover", "heldout_kl": fresh, "applied": fresh < kl})
         name = "recovered" if fresh < kl else "rounded"
-        shutil.copyfile(self.work.path(f"{name}.safetensors"), self.work.path(COMPRESSED))
+        once(shutil.copyfile, self.work.path(f"{name}.safetensors"), self.work.path(COMPRESSED))
         return tuned if fresh < kl else rounded
 
     def _save(self, model: CompressedModel, name: str, kl: float) -> None:
@@ -378,8 +399,9 @@ class Export:
         return finish_bundle(self, loaded, texts, plan, compressed)
 
     def stop_early(self, plan: Plan, *, keep: set[str]) -> dict[str, Any]:
-        """--until: what exists so far becomes the output folder."""
-        self.work.finish(keep=keep)
+        """--until: what exists so far becomes the output folder; under torchrun every process comes here."""
+        if lead():
+            self.work.finish(keep=keep)
         about = {"until": self.request.until, "activations": self.activations}
         return {"out": str(self.request.out), "plan": plan, **about}
 

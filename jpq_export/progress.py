@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jpq_export.ranks import rank
+
 logger = logging.getLogger(__name__)
 Report = Callable[[int, int], None]
 
@@ -38,7 +40,8 @@ class Stages:
     """Runs stages by name, draws their bars on stderr, remembers their seconds and peak memory."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        mute = rank() > 0  # under torchrun one process speaks
+        self.console = console or Console(stderr=True, quiet=mute, force_interactive=False if mute else None)
         self.records: list[StageRecord] = []
 
     @contextmanager
@@ -66,6 +69,7 @@ class Stages:
         seconds = time.perf_counter() - start
         return_freed_memory()
         self.records.append(StageRecord(name, round(seconds, 3), peak_memory_bytes()))
+        logger.info("rank %d: %s took %.1f s, peak %d bytes", rank(), name, seconds, self.records[-1].peak_rss_bytes)
         self.console.print(f"[green]✓[/green] {escape(text)} [dim]({seconds:.1f} s)[/dim]")
 
     def note(self, text: str) -> None:

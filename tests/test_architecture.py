@@ -30,7 +30,7 @@ ROWS = (
     ("methods", "compress", "lower", "runtime", "engine", "parity", "evaluate", "workspace"),
     ("format",),
     ("numerics",),
-    ("cache", "errors", "progress", "revision", "__init__"),
+    ("cache", "errors", "progress", "ranks", "revision", "__init__"),
 )
 ROW = {part: i for i, row in enumerate(ROWS) for part in row}
 # The last stages of a run are a file of their own; the fallback is a pipeline beside; parity runs the PyTorch
@@ -50,8 +50,8 @@ BESIDE = {
     ("methods", "compress"),
     ("methods", "parity"),
 }
-FREE = ("__init__", "cache", "errors", "progress", "revision")
-LIGHT = ("serve", "runtime", "engine", "format", "numerics", "cache", "errors", "progress", "revision")
+FREE = ("__init__", "cache", "errors", "progress", "ranks", "revision")
+LIGHT = ("serve", "runtime", "engine", "format", "numerics", "cache", "errors", "progress", "ranks", "revision")
 HEAVY = ("torch", "transformers")
 LONGEST = 400
 

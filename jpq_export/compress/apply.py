@@ -6,7 +6,8 @@ channels were pruned, on those that remain):
     W' = W_kept + (B - W_kept Ĥ)(Ĥ + λI)⁻¹,   Ĥ = Σ w x̂ x̂ᵀ,  B = Σ w y x̂ᵀ
 
 and W' is then rounded under Ĥ. This sees and corrects propagated error and pruning with one formula (the asymmetric
-calibration of GPTAQ, Li et al., 2025; the weights w are the Fisher's).
+calibration of GPTAQ, Li et al., 2025; the weights w are the Fisher's). Under torchrun every process holds the
+activations of its share of the sequences, and refits and rounds its share of the rows.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jpq_export.compress import parallel
 from jpq_export.compress.decoder import canonical_name, named_weights
 from jpq_export.compress.model import AnyContext, AnyLayer, Model, build_model
 from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
-from jpq_export.compress.rounding import Rounded, max_codes, quantize
+from jpq_export.compress.rounding import Rounded, max_codes, quantize_rows
 from jpq_export.compress.statistics import FISHER_POWER, Progress, Statistics
 from jpq_export.compress.two_sided import kept_blocks, two_sided
 from jpq_export.format.encoder_spec import EncoderSpec, Spec, is_table
@@ -34,6 +36,7 @@ Stream = list[Tensor]  # activations of all calibration tokens, in parts of [bat
 # SmolLM2 at 3 bits, 12k shipped tokens, mean KL on three neutral texts (essays, fortunes, a manual): 0.484; without the
 # refit 0.498. Ridge 0.1 was worse than no refit on held-out Jargon File text: 1.05 against 0.84.
 REFIT_RIDGE = 1.0
+ROWS_TOGETHER = 16384  # rounded at once: bounds the memory of a large vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +129,10 @@ class Compressor:
     def __init__(self, teacher: Model, recipe: Recipe, stats: Statistics, sequences: np.ndarray) -> None:
         self.teacher, self.recipe, self.stats = teacher, recipe, stats
         self.student = prune(teacher, recipe.layers)
-        ids = torch.from_numpy(sequences).to(teacher.embed.weight.device)
-        self.ids = ids.split(max(1, 2048 // ids.shape[1]))
+        mine, length = parallel.share(len(sequences)), sequences.shape[1]
+        ids = torch.from_numpy(sequences[mine]).to(teacher.embed.weight.device)
+        self.ids = ids.split(max(1, 2048 // length))
+        self.tokens, self.own_tokens = sequences.size, slice(mine.start * length, mine.stop * length)
         self.refits = recipe.method == "jpq"
 
     @torch.no_grad()
@@ -148,22 +153,20 @@ class Compressor:
 
     def _round_tables(self) -> None:
         for name in filter(is_table, self.student.spec.matrices()):
-            rounded = self._round(
-                getattr(self.student, name).weight, self.stats.hessians[name], self.recipe.schemes[name]
-            )
+            W, scheme = getattr(self.student, name).weight, self.recipe.schemes[name]
+            mine = parallel.share(len(W))
+            rounded = self._round(W[mine], self.stats.hessians[name], scheme, max_codes(scheme, len(W), W.device)[mine])
             setattr(self.student, name, (QuantLinear if name == "head" else QuantEmbedding)(rounded, None))
 
-    def _round(self, W: Tensor, H: Tensor, scheme: Scheme | RowLayout) -> Rounded:
-        """Row chunks bound the memory of a large vocabulary."""
+    def _round(self, W: Tensor, H: Tensor, scheme: Scheme | RowLayout, top: Tensor) -> Rounded:
+        """All rows rounded, of which this rank has W [n, K] and their largest codes [n]."""
+        one = scheme.kind if isinstance(scheme, RowLayout) else scheme
         kind = {"method": self.recipe.method, "passes": self.recipe.passes}
-        if isinstance(scheme, RowLayout):  # a linear, which is never that tall
-            return quantize(W, H, scheme, **kind)
-        parts = [quantize(chunk, H, scheme, **kind) for chunk in W.split(16384)]
-        return Rounded(
-            torch.cat([p.codes for p in parts]),
-            torch.cat([p.scales for p in parts]),
-            torch.cat([p.zeros for p in parts]),
-        )
+        kind |= {"symmetric": one.symmetric, "integer_zero": one.integer_zero}
+        chunks = zip(W.split(ROWS_TOGETHER), top.split(ROWS_TOGETHER), strict=True)
+        parts = [quantize_rows(rows, H, codes, one.group_size, **kind) for rows, codes in chunks]
+        fields = ("codes", "scales", "zeros")
+        return Rounded(*(parallel.joined(torch.cat([getattr(part, field) for part in parts])) for field in fields))
 
     def _attention(self, i: int, teacher_stream: Stream, student_stream: Stream, contexts: list[AnyContext]) -> None:
         old, new = self.teacher.layers[i], self.student.layers[i]
@@ -207,29 +210,36 @@ class Compressor:
         module: nn.Linear = getattr(getattr(self.student.layers[i], sublayer), short)
         full = getattr(getattr(self.teacher.layers[i], sublayer), short).weight
         root = self._root_weights(name)
-        H = _moment(new_in, new_in, root)
-        W = module.weight
+        H = self._moment(new_in, new_in, root)
         rows = kept_rows(self.teacher, i, self.recipe.layers[i]).get(ROWS_OF.get(part, ""))
+        mine = parallel.share(len(module.weight))
+        W = module.weight[mine]
         if self.refits:
-            target = full if rows is None else full[rows]
-            B = target @ _moment(old_in, new_in, root)
+            target = full[mine] if rows is None else full[rows[mine]]
+            B = target @ self._moment(old_in, new_in, root)
             level = REFIT_RIDGE * H.diagonal().mean().clamp(min=1e-30)
             system = H + level * torch.eye(H.shape[0], device=H.device)
             W = W + torch.linalg.solve(system, (B - W @ H).T).T
         module_bias = module.bias
-        rounded = self._round(W, H, self.recipe.schemes[name])
+        top = max_codes(self.recipe.schemes[name], len(module.weight), W.device)
+        rounded = self._round(W, H, self.recipe.schemes[name], top[mine])
         if name in self.stats.outputs:
-            top = max_codes(self.recipe.schemes[name], len(W), W.device)
+            W = parallel.joined(W)
             rounded = two_sided(W, H, kept_blocks(self.stats.outputs[name], rows, len(full)), rounded, top)
+            rounded = Rounded(parallel.from_rank(0, rounded.codes), rounded.scales, rounded.zeros)
         setattr(getattr(self.student.layers[i], sublayer), short, QuantLinear(rounded, module_bias))
 
     def _root_weights(self, name: str) -> Tensor:
-        """Square roots of the tempered token weights, [tokens]; their squares have a mean of one."""
+        """Square roots of the tempered weights of this rank's tokens, [n]; over all tokens the squares' mean is 1."""
         weight = self.stats.token_weights[name].to(self.ids[0].device)
         if not weight.any():  # a dead sub-layer, such as an all-zero output projection: nothing to weigh by
-            return torch.ones_like(weight)
+            return torch.ones_like(weight)[self.own_tokens]
         weight = (weight / weight.mean()) ** (FISHER_POWER / 2)
-        return weight / weight.square().mean().sqrt()
+        return (weight / weight.square().mean().sqrt())[self.own_tokens]
+
+    def _moment(self, left: Stream, right: Stream, root: Tensor) -> Tensor:
+        """Mean over the tokens of all ranks of root² left rightᵀ, [K_left, K_right]."""
+        return parallel.add_up(_moment(left, right, root)) / self.tokens
 
 
 def _map(function: Callable[[Tensor], Tensor], stream: Stream) -> Stream:
@@ -243,14 +253,14 @@ def _join(stream: Stream, function: Callable[[Tensor, Tensor], Tensor], inner: S
 
 
 def _moment(left: Stream, right: Stream, root: Tensor) -> Tensor:
-    """Mean over the tokens of root² left rightᵀ, [K_left, K_right]; only a part of the tokens is copied at a time."""
+    """Sum over the tokens of root² left rightᵀ, [K_left, K_right]; only a part of the tokens is copied at a time."""
     total, start = torch.zeros(left[0].shape[-1], right[0].shape[-1], device=root.device), 0
     for a, b in zip(left, right, strict=True):
         x, y = a.flatten(0, 1), b.flatten(0, 1)
         factor = root[start : start + len(x), None].square()
         total.addmm_((x * factor).T, y)
         start += len(x)
-    return total / start
+    return total
 
 
 def attention_core(layer: AnyLayer, x: Tensor, context: AnyContext) -> Tensor:

@@ -20,7 +20,15 @@ from torch.nn import functional as F
 
 from jpq_export.compress.encoder import Encoder, EncoderContext
 from jpq_export.compress.precision import autocast
-from jpq_export.compress.statistics import Progress, Recorder, Statistics, add_moment
+from jpq_export.compress.statistics import (
+    Progress,
+    Recorder,
+    Statistics,
+    add_moment,
+    generators,
+    shared_batches,
+    sum_over_ranks,
+)
 from jpq_export.compress.two_sided import compact
 
 BATCH = 16  # texts
@@ -40,16 +48,13 @@ def collect(
     `rows` holds how often each token occurs.
     """
     stats, device = Statistics(), model.embed.weight.device
-    generator = torch.Generator(device=device).manual_seed(seed)
     recorder = Recorder(model, stats, outputs=outputs, per_text=True)
     try:
-        for start in range(0, len(sequences), batch):
-            _one_batch(model, torch.from_numpy(sequences[start : start + batch]).to(device), stats, generator)
-            if progress:
-                progress(min(start + batch, len(sequences)), len(sequences))
+        for rows in shared_batches(len(sequences), batch, progress):
+            _one_batch(model, torch.from_numpy(sequences[rows]).to(device), stats, generators(seed, rows, device))
     finally:
         recorder.close()
-    stats.token_weights = {name: torch.cat(parts) for name, parts in recorder.weights.items()}
+    sum_over_ranks(stats, recorder)
     stats.tokens, stats.sequences = sequences.size, len(sequences)
     stats.hessians["positions"] = stats.hessians["embed"].clone()  # both are summed into the same stream
     for table in (stats.hessians, stats.gates):
@@ -60,12 +65,13 @@ def collect(
     return stats
 
 
-def _one_batch(model: Encoder, ids: Tensor, stats: Statistics, generator: torch.Generator) -> None:
+def _one_batch(model: Encoder, ids: Tensor, stats: Statistics, draws: list[torch.Generator]) -> None:
     context = model.context(ids)
     with autocast(ids.device), torch.enable_grad():
         start = model.embed_sum(ids).detach().requires_grad_(True)
         embedding = direction(model, run_layers(model, model.embed_norm(start), context), context)
-    embedding.backward(torch.randn(embedding.shape, generator=generator, device=ids.device, dtype=embedding.dtype))
+    kind = {"device": ids.device, "dtype": embedding.dtype}
+    embedding.backward(torch.stack([torch.randn(embedding.shape[1], generator=g, **kind) for g in draws]))
     assert start.grad is not None
     add_moment(stats.hessians, "embed", start.grad.flatten(0, 1).float())
 

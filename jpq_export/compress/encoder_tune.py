@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jpq_export.compress import parallel
 from jpq_export.compress.encoder import Encoder
 from jpq_export.compress.encoder_statistics import direction
 from jpq_export.compress.precision import autocast, fast_bf16
 from jpq_export.compress.quant_linear import QuantLinear
 from jpq_export.compress.statistics import Progress
-from jpq_export.compress.tune import RelativeAdam, TuneSettings, schedule
+from jpq_export.compress.tune import RelativeAdam, TuneSettings, schedule, sum_gradients
 
 TOKEN_SHARE = 0.5
 TEXTS = 32  # a step
@@ -33,11 +34,16 @@ def tune(
 ) -> list[float]:
     """Train in place; returns the training error of every step (1 - cosine)."""
     settings = TuneSettings(settings.steps, min(TEXTS, len(sequences)), settings.scale_rate, settings.norm_rate)
-    optimizer = RelativeAdam(*start_training(student), settings)
+    layers, others = start_training(student)
+    optimizer, parameters = RelativeAdam(layers, others, settings), [*(layer.scales for layer in layers), *others]
     losses = []
     for step, index in enumerate(schedule(len(sequences), settings, seed)):
         ids = torch.from_numpy(sequences[index]).to(teacher.embed.weight.device)
-        losses.append(distil_step(teacher, student, ids[:, : longest(ids, teacher.spec.pad_id)]))
+        mine, loss = ids[parallel.share(len(ids))], 0.0
+        if len(mine):
+            counts = {"texts": len(ids), "tokens": int((ids != teacher.spec.pad_id).sum())}
+            loss = distil_step(teacher, student, mine[:, : longest(mine, teacher.spec.pad_id)], **counts)
+        losses.append(sum_gradients(parameters, loss))
         optimizer.step(step)
         if progress:
             progress(step + 1, settings.steps)
@@ -71,14 +77,18 @@ def stop_training(student: Encoder) -> None:
     student.requires_grad_(False)
 
 
-def distil_step(teacher: Encoder, student: Encoder, ids: Tensor) -> float:
-    """Accumulate gradients for texts ids [texts, seq]; returns the mean 1 - cosine of the embeddings."""
+def distil_step(teacher: Encoder, student: Encoder, ids: Tensor, *, texts: int, tokens: int) -> float:
+    """Accumulate gradients for ids [n, seq], a share of a batch of `texts` that have `tokens` in all.
+
+    Returns the sum of 1 - cosine of the embeddings over `texts`.
+    """
     context = teacher.context(ids)
     with torch.no_grad(), autocast(ids.device):
         goal = teacher.hidden(ids, context).float()
     with autocast(ids.device), torch.enable_grad():
         mine = student.hidden(ids, context).float()
-        error = (1 - F.cosine_similarity(direction(teacher, goal, context), direction(teacher, mine, context))).mean()
-        tokens = (1 - F.cosine_similarity(goal, mine, dim=-1))[context.mask].mean()
-        (error + TOKEN_SHARE * tokens).backward()
+        similar = F.cosine_similarity(direction(teacher, goal, context), direction(teacher, mine, context))
+        error = (1 - similar).sum() / texts
+        states = (1 - F.cosine_similarity(goal, mine, dim=-1))[context.mask].sum() / tokens
+        (error + TOKEN_SHARE * states).backward()
     return float(error.detach())

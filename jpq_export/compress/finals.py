@@ -13,7 +13,7 @@ from torch import Tensor
 from jpq_export.compress.model import Model
 from jpq_export.compress.precision import autocast
 from jpq_export.compress.student import to_student
-from jpq_export.compress.teaching import teaching_of
+from jpq_export.compress.teaching import shared_errors
 from jpq_export.format.compressed import CompressedModel
 
 STANDARD_ERRORS = 2.0
@@ -23,7 +23,7 @@ def measure(teacher: Model, model: CompressedModel, sequences: np.ndarray) -> Te
     """KL(teacher ‖ model) of every token of `sequences` [n, length] in the fast type, nats: float64 [n · length]."""
     device = teacher.embed.weight.device
     with autocast(device):
-        return teaching_of(teacher).errors(teacher, to_student(model, device=str(device)), sequences)
+        return shared_errors(teacher, to_student(model, device=str(device)), sequences)
 
 
 def champion(errors: list[Tensor], prunes: list[bool]) -> int:

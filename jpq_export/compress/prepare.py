@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jpq_export.compress import parallel
 from jpq_export.compress.decoder import named_weights
 from jpq_export.compress.heldout import PartialForward
 from jpq_export.compress.model import Model
@@ -36,7 +37,7 @@ def prepare(
     """
     device = str(teacher.embed.weight.device)
     found = load_prepared(folder, device=device)
-    if found is not None:
+    if all(parallel.gathered(found is not None)) and found is not None:
         stages.resumed("prices", "statistics and price list")
         return found
     with stages.stage("statistics", "collecting Fisher statistics") as report:
@@ -51,7 +52,7 @@ def prepare(
         forward = PartialForward(teacher, teaching_of(teacher).heldout(teacher, heldout[: max(1, len(heldout) // 2)]))
         prices = measure_prices(teacher, stats, raw, cache, forward, group_size=GROUP_SIZE, progress=report)
     prepared = Prepared(prices, cache, stats)
-    save_prepared(folder, prepared)
+    parallel.once(save_prepared, folder, prepared)
     return prepared
 
 

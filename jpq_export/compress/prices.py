@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jpq_export.compress import parallel
 from jpq_export.compress.apply import LayerChoice, all_kept, prune_layer
 from jpq_export.compress.heldout import PartialForward
 from jpq_export.compress.model import AnyContext, AnyLayer, Model
@@ -29,6 +30,7 @@ from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, choose_group_size, le
 
 FORMAT = "jpq-prices/1"
 ROUNDED_BITS = (2, 3, 4)
+ROWS_TOGETHER = 8192  # of a table, rounded at once
 NARROW = 2  # bits below which a width is priced on request only
 FFN_STEPS = 12  # MLP widths offered: twelfths of the channels, rounded to whole groups
 
@@ -83,6 +85,10 @@ class PriceList:
             raise PlanError(f"{path}: damaged price list ({error!r}); delete it and run again") from error
 
 
+# Rounded rows at all widths: codes uint8 [widths, N, K]; scales, zeros [widths, N, K/g]; loss of each row [widths, N].
+Stacked = tuple[Tensor, ...]
+
+
 class RoundedCache:
     """Rounded weights of the teacher by (name, bits), so that a candidate model is assembled instead of computed."""
 
@@ -109,43 +115,54 @@ def round_all(
     progress: Progress | None = None,
 ) -> tuple[RoundedCache, dict[str, dict[float, float]]]:
     """Every matrix rounded at 2, 3, 4 bits and the `narrow` widths; raw Fisher prices of those and of BIT_WIDTHS."""
-    cache, prices = RoundedCache(), {}
+    cache, prices, widths = RoundedCache(), {}, (*narrow, *ROUNDED_BITS)
     names = list(spec.matrices())
-    for done, name in enumerate(names):
-        W, H = weights[name], stats.hessians[name]
-        size = choose_group_size(W.shape[1], group_size)
-        row_weight = stats.rows if name in ("embed", "head") else torch.ones(W.shape[0], device=W.device)
+    jobs = [(name, start) for name in names for start in range(0, len(weights[name]), ROWS_TOGETHER)]
+    owners = parallel.spread([weights[name][start : start + ROWS_TOGETHER].numel() for name, start in jobs])
+    mine = [job for job, owner in zip(jobs, owners, strict=True) if owner == parallel.rank()]
+    found: dict[tuple[str, int], Stacked] = {}
+    for done, (name, start) in enumerate(mine):
+        rows, size = weights[name][start : start + ROWS_TOGETHER], choose_group_size(weights[name].shape[1], group_size)
+        found[name, start] = _round_widths(rows, stats.hessians[name], size, widths)
+        if progress:
+            progress(done + 1, len(mine))
+    for name in names:
+        W, size = weights[name], choose_group_size(weights[name].shape[1], group_size)
+        parts = [
+            _exchanged(found.pop(job, None), owner, W[job[1] : job[1] + ROWS_TOGETHER], size, len(widths))
+            for job, owner in zip(jobs, owners, strict=True)
+            if job[0] == name
+        ]
+        codes, scales, zeros, losses = (torch.cat(kind, 1) for kind in zip(*parts, strict=True))
+        row_weight = stats.rows if name in ("embed", "head") else torch.ones(len(W), device=W.device)
         prices[name] = {}
-        for bits, rounded, losses in _round_widths(W, H, size, (*narrow, *ROUNDED_BITS)):
-            cache.entries[name, bits] = rounded
-            prices[name][bits] = float((losses * row_weight).sum()) / 2
+        for i, bits in enumerate(widths):
+            cache.entries[name, bits] = Rounded(codes[i], scales[i], zeros[i])
+            prices[name][bits] = float((losses[i] * row_weight).sum()) / 2
         for bits in BIT_WIDTHS:
             if bits not in prices[name]:
                 prices[name][bits] = prices[name][4] * 4.0 ** (4 - bits)  # uniform quantizers: 6 dB a bit
-        if progress:
-            progress(done + 1, len(names))
     return cache, prices
 
 
-def _round_widths(
-    W: Tensor, H: Tensor, group_size: int, widths: tuple[float, ...]
-) -> Iterator[tuple[float, Rounded, Tensor]]:
-    """(bits, rounded, loss of each row) at every width: one GPTQ over stacked copies of the rows."""
-    parts = []
-    for rows in W.split(8192):
-        stack = rows.repeat(len(widths), 1)
-        top = torch.tensor([float(levels(b) - 1) for b in widths], device=W.device).repeat_interleave(len(rows))
-        rounded = quantize_rows(stack, H, top, group_size, symmetric=True, method="gptq", candidates=11)
-        losses = row_loss(stack, H, rounded)
-        parts.append([(rounded.rows(s), losses[s]) for s in _parts(len(rows), len(widths))])
-    for position, bits in enumerate(widths):
-        pieces = [part[position] for part in parts]
-        joined = Rounded(*(torch.cat([getattr(p[0], f) for p in pieces]) for f in ("codes", "scales", "zeros")))
-        yield bits, joined, torch.cat([p[1] for p in pieces])
+def _round_widths(W: Tensor, H: Tensor, group_size: int, widths: tuple[float, ...]) -> Stacked:
+    """Rows W [N, K] rounded at every width: one GPTQ over stacked copies of them."""
+    stack = W.repeat(len(widths), 1)
+    top = torch.tensor([float(levels(b) - 1) for b in widths], device=W.device).repeat_interleave(len(W))
+    rounded = quantize_rows(stack, H, top, group_size, symmetric=True, method="gptq", candidates=11)
+    kinds = (rounded.codes, rounded.scales, rounded.zeros, row_loss(stack, H, rounded))
+    return tuple(kind.view(len(widths), len(W), *kind.shape[1:]) for kind in kinds)
 
 
-def _parts(rows: int, parts: int) -> list[slice]:
-    return [slice(k * rows, (k + 1) * rows) for k in range(parts)]
+def _exchanged(own: Stacked | None, owner: int, W: Tensor, group_size: int, widths: int) -> Stacked:
+    """The result for rows W of the rank that has it (elsewhere None), on every rank."""
+    n, k = W.shape
+    sizes = ((n, k), (n, k // group_size), (n, k // group_size), (n,))
+    types = (torch.uint8, torch.float32, torch.float32, torch.float32)
+    if own is None:
+        kinds = zip(sizes, types, strict=True)
+        own = tuple(torch.empty((widths, *size), dtype=dtype, device=W.device) for size, dtype in kinds)
+    return tuple(parallel.from_rank(owner, part) for part in own)
 
 
 def measure_prices(
@@ -163,23 +180,33 @@ def measure_prices(
     matrices = {name: dict(prices) for name, prices in raw.items()}
     structures: dict[str, StructurePrice] = {}
     jobs = list(_sublayers(spec))
-    for done, (i, sub) in enumerate(jobs):
-        key = f"layers.{i}.{sub}"
-        names = [f"layers.{i}.{n}" for n in spec.linear_shapes(i) if n.startswith(sub)]
+    mine = jobs[parallel.rank() :: parallel.world()]
+    found: dict[tuple[int, str], tuple[dict[float, float], StructurePrice]] = {}
+    for done, (i, sub) in enumerate(mine):
+        names = _names(spec, i, sub)
+        kls = {
+            bits: forward.kl(i, _with_weights(teacher, i, names, cache, bits))
+            for bits in _measured_widths(raw[names[0]])
+        }
+        found[i, sub] = kls, _structure(teacher, stats, forward, i, sub, group_size)
+        if progress:
+            progress(done + 1, len(mine))
+    found = {job: value for part in parallel.gathered(found) for job, value in part.items()}
+    for i, sub in jobs:
+        names = _names(spec, i, sub)
+        kls, structures[f"layers.{i}.{sub}"] = found[i, sub]
         for measured_bits, priced in _measured_widths(raw[names[0]]).items():
-            layer = _with_weights(teacher, i, names, cache, measured_bits)
-            measured = forward.kl(i, layer)
-            factor = measured / max(sum(raw[n][measured_bits] for n in names), 1e-12)
+            factor = kls[measured_bits] / max(sum(raw[n][measured_bits] for n in names), 1e-12)
             for name in names:
                 for bits in priced:
                     matrices[name][bits] = raw[name][bits] * factor
-        structures[key] = _structure(teacher, stats, forward, i, sub, group_size)
-        if progress:
-            progress(done + 1, len(jobs))
-    for name in raw:
-        if is_table(name):
-            _measure_table(teacher, name, raw, cache, forward, matrices)
+    _measure_tables(teacher, raw, cache, forward, matrices)
     return PriceList(spec, group_size, matrices, structures)
+
+
+def _names(spec: Spec, i: int, sub: str) -> list[str]:
+    """Canonical names of a sub-layer's matrices."""
+    return [f"layers.{i}.{n}" for n in spec.linear_shapes(i) if n.startswith(sub)]
 
 
 def _measured_widths(priced: Iterable[float]) -> dict[float, tuple[float, ...]]:
@@ -196,19 +223,25 @@ def _sublayers(spec: Spec) -> Iterator[tuple[int, str]]:
             yield i, "mlp"
 
 
-def _measure_table(
-    teacher: Model, name: str, raw: dict, cache: RoundedCache, forward: PartialForward, matrices: dict
+def _measure_tables(
+    teacher: Model, raw: dict, cache: RoundedCache, forward: PartialForward, matrices: dict[str, dict[float, float]]
 ) -> None:
     """Embedding and head: every rounded width is measured, being few and a fifth of a small model's bytes."""
-    module = getattr(teacher, name)
-    original = module.weight.data
-    for bits in (*narrow_widths(tuple(raw[name])), *ROUNDED_BITS):
+    tables = [name for name in raw if is_table(name)]
+    jobs = [(name, bits) for name in tables for bits in (*narrow_widths(tuple(raw[name])), *ROUNDED_BITS)]
+    found: dict[tuple[str, float], float] = {}
+    for name, bits in jobs[parallel.rank() :: parallel.world()]:
+        module = getattr(teacher, name)
+        original = module.weight.data
         module.weight.data = cache.weight(name, bits)
-        matrices[name][bits] = forward.heldout.kl_of(teacher)
-    module.weight.data = original
-    for bits in BIT_WIDTHS:
-        if bits not in ROUNDED_BITS:
-            matrices[name][bits] = matrices[name][4] * raw[name][bits] / raw[name][4]
+        found[name, bits] = forward.heldout.kl_of(teacher)
+        module.weight.data = original
+    for (name, bits), kl in ((job, kl) for part in parallel.gathered(found) for job, kl in part.items()):
+        matrices[name][bits] = kl
+    for name in tables:
+        for bits in BIT_WIDTHS:
+            if bits not in ROUNDED_BITS:
+                matrices[name][bits] = matrices[name][4] * raw[name][bits] / raw[name][4]
 
 
 def _with_weights(teacher: Model, i: int, names: list[str], cache: RoundedCache, bits: float) -> AnyLayer:

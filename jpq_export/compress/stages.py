@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from jpq_export.compress import parallel
 from jpq_export.compress.apply import Compressor, LayerChoice, Recipe
 from jpq_export.compress.model import Model
 from jpq_export.compress.prepared import load_statistics
 from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.compress.student import to_compressed, to_student
-from jpq_export.compress.teaching import teaching_of
+from jpq_export.compress.teaching import shared_errors, teaching_of
 from jpq_export.compress.tune import TuneSettings
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.plan import Plan
@@ -55,14 +56,14 @@ def _statistics(
     if plan.method != "jpq":
         return teaching_of(teacher).plain_statistics(teacher, calibration)
     found = load_statistics(prepared, device=str(teacher.embed.weight.device))
-    if found is not None:
+    if all(parallel.gathered(found is not None)) and found is not None:
         return found
     return teaching_of(teacher).collect(teacher, calibration, seed=seed, outputs=outputs)
 
 
 def _heldout_error(teacher: Model, student: Model, sequences: np.ndarray) -> float:
     """Mean over tokens (KL, nats) or texts (1 - cosine), in fp32; the number every gate looks at."""
-    return float(teaching_of(teacher).errors(teacher, student, sequences).mean())
+    return float(shared_errors(teacher, student, sequences).mean())
 
 
 def recover(

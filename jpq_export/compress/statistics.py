@@ -2,14 +2,15 @@
 
 Targets are sampled from the teacher itself, so the squared gradients estimate the Fisher information, which at the
 teacher is the Hessian of KL(teacher ‖ model) (Kunstner et al., 2019). Everything is summed as it streams; memory does
-not grow with tokens except for one weight per token and linear (4 bytes each).
+not grow with tokens except for one weight per token and linear (4 bytes each). Under torchrun every process takes a
+share of the sequences; targets hang on seed and sequence, so that the sums are those of one process.
 
 Units: all prices are nats of KL per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jpq_export.compress import parallel
 from jpq_export.compress.decoder import Decoder
 from jpq_export.compress.model import Model
 from jpq_export.compress.precision import autocast, fast_bf16
@@ -154,17 +156,15 @@ def collect(
     """Statistics of the teacher on `sequences`: int64 [n, length]; `outputs`: also those of two-sided rounding."""
     stats, device = Statistics(), model.embed.weight.device
     stats.rows = torch.zeros(model.spec.vocab, device=device)
-    generator = torch.Generator(device=device).manual_seed(seed)
     recorder = Recorder(model, stats, outputs=outputs)
     try:
-        for start in range(0, len(sequences), batch):
-            ids = torch.from_numpy(sequences[start : start + batch]).to(device)
-            _one_batch(model, ids, stats, generator)
-            if progress:
-                progress(min(start + batch, len(sequences)), len(sequences))
+        for rows in shared_batches(len(sequences), batch, progress):
+            ids = torch.from_numpy(sequences[rows]).to(device)
+            _one_batch(model, ids, stats, generators(seed, rows, device))
     finally:
         recorder.close()
-    stats.token_weights = {name: torch.cat(parts) for name, parts in recorder.weights.items()}
+    sum_over_ranks(stats, recorder)
+    parallel.add_up(stats.rows)
     stats.tokens, stats.sequences = sequences.size, len(sequences)
     for table in (stats.hessians, stats.gates):
         for value in table.values():
@@ -174,17 +174,44 @@ def collect(
     return stats
 
 
-def _one_batch(model: Decoder, ids: Tensor, stats: Statistics, generator: torch.Generator) -> None:
+def shared_batches(count: int, batch: int, progress: Progress | None) -> Iterator[slice]:
+    """This rank's share of `count` sequences, in batches; `progress` tells of the share."""
+    mine = parallel.share(count)
+    for start in range(mine.start, mine.stop, batch):
+        stop = min(start + batch, mine.stop)
+        yield slice(start, stop)
+        if progress:
+            progress(stop - mine.start, mine.stop - mine.start)
+
+
+def generators(seed: int, rows: slice, device: torch.device) -> list[torch.Generator]:
+    """One of each sequence, whatever batch or rank it is in."""
+    seeds = [
+        np.random.SeedSequence((seed, row)).generate_state(1, np.uint64)[0] for row in range(rows.start, rows.stop)
+    ]
+    return [torch.Generator(device=device).manual_seed(int(state)) for state in seeds]
+
+
+def sum_over_ranks(stats: Statistics, recorder: Recorder) -> None:
+    """The token weights of all sequences in their order, and sums over all instead of this rank's."""
+    stats.token_weights = {name: parallel.joined(torch.cat(parts)) for name, parts in sorted(recorder.weights.items())}
+    for sums in (stats.hessians, stats.gates, stats.outputs):
+        for name in sorted(sums):  # one order on all ranks
+            parallel.add_up(sums[name])
+
+
+def _one_batch(model: Decoder, ids: Tensor, stats: Statistics, draws: list[torch.Generator]) -> None:
     with autocast(ids.device), torch.enable_grad():
         start = model.embed_tokens(ids).detach().requires_grad_(True)
         hidden = hidden_from(model, start, ids)
-    flat = hidden.detach().flatten(0, 1)  # [tokens, hidden]
-    gradient = torch.empty_like(flat)
-    for begin in range(0, len(flat), HEAD_ROWS_PER_CHUNK):
-        rows = slice(begin, begin + HEAD_ROWS_PER_CHUNK)
-        gradient[rows] = _sampled_gradient(model, flat[rows], stats, generator)
-    hidden.backward(gradient.view_as(hidden))
-    add_moment(stats.hessians, "head" if model.head is not None else "embed", flat.float())
+    final = hidden.detach()
+    gradient = torch.empty_like(final)
+    for states, slopes, generator in zip(final, gradient, draws, strict=True):
+        for begin in range(0, len(states), HEAD_ROWS_PER_CHUNK):
+            rows = slice(begin, begin + HEAD_ROWS_PER_CHUNK)
+            slopes[rows] = _sampled_gradient(model, states[rows], stats, generator)
+    hidden.backward(gradient)
+    add_moment(stats.hessians, "head" if model.head is not None else "embed", final.flatten(0, 1).float())
     if start.grad is not None:
         side = start.grad.flatten(0, 1).float().square().sum(0) * model.spec.embed_scale**2  # [hidden]
         name = "embed"

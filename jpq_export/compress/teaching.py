@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from jpq_export.compress import encoder_statistics, encoder_tune, statistics, tune
+from jpq_export.compress import encoder_statistics, encoder_tune, parallel, statistics, tune
 from jpq_export.compress.encoder import Encoder
 from jpq_export.compress.encoder_heldout import EncoderHeldout, text_errors
 from jpq_export.compress.heldout import Heldout
@@ -40,3 +42,28 @@ ENCODER = Teaching(
 def teaching_of(model: Model) -> Teaching:
     """How this kind of model is taught from."""
     return ENCODER if isinstance(model, Encoder) else DECODER
+
+
+def shared_errors(teacher: Model, student: Model, sequences: np.ndarray) -> Tensor:
+    """`errors` of all sequences [n, length], each rank having measured its share: float64, in order."""
+    mine = sequences[parallel.share(len(sequences))]
+    device = teacher.embed.weight.device
+    part = torch.empty(0, dtype=torch.float64, device=device)
+    if len(mine):
+        part = teaching_of(teacher).errors(teacher, student, mine)
+    return parallel.joined(part)
+
+
+class SharedHeldout:
+    """What `heldout` of a teaching measures, every rank keeping and measuring its share of the sequences only."""
+
+    def __init__(self, teacher: Model, sequences: np.ndarray) -> None:
+        mine = sequences[parallel.share(len(sequences))]
+        self.part = len(mine) / len(sequences)
+        self.device = teacher.embed.weight.device
+        self.heldout = teaching_of(teacher).heldout(teacher, mine) if len(mine) else None
+
+    def kl_of(self, model: Model) -> float:
+        """Mean error over all sequences, which are equally long; the same number on every rank."""
+        own = self.heldout.kl_of(model) if self.heldout is not None else 0.0
+        return float(parallel.add_up(torch.tensor(own * self.part, dtype=torch.float64, device=self.device)))

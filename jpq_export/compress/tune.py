@@ -2,7 +2,8 @@
 
 Codes stay frozen, so the packed bytes do not change (as in EfficientQAT's second phase, Chen et al., 2024). The loss is
 the full KL(teacher ‖ student) over the vocabulary; the teacher's final hidden states are kept in bf16 (2 * hidden bytes
-a token) and its logits are rebuilt chunk by chunk, which costs less than storing them.
+a token) and its logits are rebuilt chunk by chunk, which costs less than storing them. Under torchrun every process
+takes its share of each step's sequences.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jpq_export.compress import parallel
 from jpq_export.compress.decoder import Decoder, Norm
 from jpq_export.compress.precision import autocast, fast_bf16, head_table
 from jpq_export.compress.quant_linear import QuantLinear
@@ -37,13 +39,14 @@ class TuneSettings:
 
 @torch.no_grad()
 def teacher_hidden(teacher: Decoder, sequences: np.ndarray, *, batch: int = 4) -> Tensor:
-    """Final hidden states, bf16 [n, length, hidden]."""
-    out = []
-    for start in range(0, len(sequences), batch):
-        ids = torch.from_numpy(sequences[start : start + batch]).to(teacher.embed.weight.device)
+    """Final hidden states, bf16 [n, length, hidden]; every rank computes a share and gets all."""
+    mine, device = sequences[parallel.share(len(sequences))], teacher.embed.weight.device
+    out = [torch.empty(0, sequences.shape[1], teacher.spec.hidden, dtype=torch.bfloat16, device=device)]
+    for start in range(0, len(mine), batch):
+        ids = torch.from_numpy(mine[start : start + batch]).to(device)
         with autocast(ids.device):
             out.append(teacher.hidden(ids, teacher.context(ids)).bfloat16())
-    return torch.cat(out)
+    return parallel.joined(torch.cat(out))
 
 
 def heldout_kl(teacher: Decoder, student: Decoder, sequences: np.ndarray) -> float:
@@ -82,17 +85,33 @@ def tune(
 ) -> list[float]:
     """Train in place; returns the training KL of every step (nats per token)."""
     start_training(student)
-    optimizer = RelativeAdam(*trainable(student), settings)
+    layers, norms = trainable(student)
+    optimizer, parameters = RelativeAdam(layers, norms, settings), [*(layer.scales for layer in layers), *norms]
     hidden, table = teacher_hidden(teacher, sequences), head_table(teacher)
     losses = []
     for step, index in enumerate(schedule(len(sequences), settings, seed)):
-        ids = torch.from_numpy(sequences[index]).to(hidden.device)
-        losses.append(distil_step(table, student, ids, hidden[torch.from_numpy(index)]))
+        mine, loss = index[parallel.share(len(index))], 0.0
+        if len(mine):
+            ids = torch.from_numpy(sequences[mine]).to(hidden.device)
+            loss = distil_step(table, student, ids, hidden[torch.from_numpy(mine)], tokens=sequences[index].size)
+        losses.append(sum_gradients(parameters, loss))
         optimizer.step(step)
         if progress:
             progress(step + 1, settings.steps)
     stop_training(student)
     return losses
+
+
+def sum_gradients(parameters: list[nn.Parameter], loss: float) -> float:
+    """Gradients of the whole batch on every rank, from those of the ranks' shares; returns the sum of the losses."""
+    if parallel.world() == 1:
+        return loss
+    told = torch.tensor([loss], device=parameters[0].device)
+    flat = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+    sums = parallel.add_up(torch.cat([*flat, told])).split([*(p.numel() for p in parameters), 1])
+    for parameter, total in zip(parameters, sums, strict=False):  # the loss is behind them
+        parameter.grad = total.view_as(parameter).clone()
+    return float(sums[-1])
 
 
 def start_training(student: Decoder) -> None:
@@ -124,12 +143,15 @@ def schedule(count: int, settings: TuneSettings, seed: int) -> Iterator[np.ndarr
         pool = pool[settings.batch :]
 
 
-def distil_step(teacher_table: Tensor, student: Decoder, ids: Tensor, target: Tensor) -> float:
-    """Accumulate gradients of KL(teacher ‖ student) for one batch.
+def distil_step(
+    teacher_table: Tensor, student: Decoder, ids: Tensor, target: Tensor, *, tokens: int | None = None
+) -> float:
+    """Accumulate gradients of KL(teacher ‖ student) for one batch; returns their sum over `tokens`.
 
     teacher_table: the teacher's head [vocab, hidden] in the fast type; ids [batch, seq]; target: the teacher's final
-    hidden states [batch, seq, hidden].
+    hidden states [batch, seq, hidden]; tokens: of the batch that these are a share of, by default ids' own.
     """
+    tokens = tokens or ids.numel()
     with autocast(ids.device), torch.enable_grad():
         hidden = student.hidden(ids, student.context(ids))
     flat, goal = hidden.detach().flatten(0, 1), target.flatten(0, 1)
@@ -142,13 +164,13 @@ def distil_step(teacher_table: Tensor, student: Decoder, ids: Tensor, target: Te
             rows = slice(begin, begin + HEAD_ROWS_PER_CHUNK)
             piece = flat[rows].to(table.dtype)
             loss, slope = kl_and_slope(goal[rows].to(teacher_table.dtype) @ teacher_table.T, piece @ table.T)
-            slope = slope.div_(len(flat)).to(table.dtype)
+            slope = slope.div_(tokens).to(table.dtype)
             gradient[rows] = (slope @ table).to(flat.dtype)
             table_gradient.addmm_(slope.T, piece)
             total += loss
     head.add_scale_gradient(table_gradient)
     hidden.backward(gradient.view_as(hidden))
-    return total / len(flat)
+    return total / tokens
 
 
 def kl_and_slope(theirs: Tensor, mine: Tensor) -> tuple[float, Tensor]:

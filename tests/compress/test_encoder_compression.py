@@ -43,9 +43,13 @@ def teacher(save_encoder: Callable[..., Path], tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def texts() -> np.ndarray:
     """96 texts of 4 to 20 tokens."""
-    generator = np.random.default_rng(0)
-    ids = generator.integers(3, 300, (96, 20))
-    return np.where(np.arange(20) < generator.integers(4, 21, 96)[:, None], ids, 1)
+    return random_texts(96, seed=0)
+
+
+def random_texts(count: int, *, seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    ids = generator.integers(3, 300, (count, 20))
+    return np.where(np.arange(20) < generator.integers(4, 21, count)[:, None], ids, 1)
 
 
 def rounded(teacher: Encoder, texts: np.ndarray, bits: int, method: str = "jpq") -> CompressedModel:
@@ -117,11 +121,11 @@ def test_a_removed_sublayer_leaves_its_norm(teacher: Encoder, texts: np.ndarray)
 
 
 def test_recovery_lowers_the_distance(teacher: Encoder, texts: np.ndarray) -> None:
-    """Of the texts it learns from, well; of others at least a little: random weights have nothing in common."""
-    compressed = rounded(teacher, texts[:64], 2)
+    """Of the texts it learns from, and of others: from 64 texts that was luck, with 2 seeds of 5 they were further."""
+    compressed, learned = rounded(teacher, texts[:64], 2), random_texts(256, seed=1)
     schemes = {name: weight.scheme for name, weight in compressed.quantized.items()}
     student = to_student(compressed)
-    losses = ENCODER.tune(teacher, student, texts[:64], TuneSettings(steps=40), seed=0)
+    losses = ENCODER.tune(teacher, student, learned, TuneSettings(steps=40), seed=0)
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
     tuned = to_compressed(student, schemes)
     assert error(teacher, tuned, texts[64:]) < error(teacher, compressed, texts[64:])

@@ -77,10 +77,10 @@ class SparseCompressor(Compressor):
         super()._linear(i, part, old_in, new_in)
         self.part, self.refits = "", refits
 
-    def _round(self, W: Tensor, H: Tensor, scheme: Scheme | RowLayout) -> Rounded:
+    def _round(self, W: Tensor, H: Tensor, scheme: Scheme | RowLayout, top: Tensor) -> Rounded:
         # a table, or nothing to prune; no cell has rows of several widths
         if not self.part or self.cell.zeros.share == 0 or isinstance(scheme, RowLayout):
-            return super()._round(W, H, scheme)
+            return super()._round(W, H, scheme, top)
         return (prune_then_round if self.cell.case == "A" else prune_and_round)(W, H, self.cell.zeros, scheme)
 
 

@@ -1,0 +1,186 @@
+"""An export by two processes of torchrun: the plan and model of one process, one voice, and an end in order."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from jpq_export import pipeline
+from jpq_export.compress import load
+from jpq_export.compress.load import EXPORT_FACTOR, load_model
+from jpq_export.compress.plan import BudgetRequest
+from jpq_export.compress.quant_linear import QuantLinear
+from jpq_export.compress.student import to_student
+from jpq_export.errors import ModelError
+from jpq_export.format.compressed import CompressedModel
+from jpq_export.format.plan import Plan, load_plan
+from jpq_export.format.target import load_target
+from jpq_export.pipeline import Export
+from jpq_export.progress import Stages
+from jpq_export.request import Request
+
+# `fault.py MODULE FUNCTION WHAT ...`: the call of a function in rank 1 kills that process, or raises MemoryError.
+FAULT = """
+import importlib, os, signal, sys
+module, name, what = sys.argv[1:4]
+del sys.argv[1:4]
+
+def faulty(*args, **kwargs):
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise MemoryError
+
+if os.environ["RANK"] == "1":
+    setattr(importlib.import_module(module), name, faulty)
+from jpq_export.cli import main
+main()
+"""
+ROUNDING = 1e-3  # relative RMS of the weights. Sums in another order flip a code of ten thousand at most; seen: 0
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    text: str
+
+    @property
+    def errors(self) -> list[str]:
+        """Our lines and the starts of tracebacks of ours; torchrun's own report follows them."""
+        ours = self.text.split("torch/distributed/elastic")[0]
+        return [line for line in ours.splitlines() if line.startswith(("Error:", "Traceback"))]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, save_tiny: Callable[..., Path]) -> Path:
+    """The working folder of all runs, with the model m."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    save_tiny(folder / "m", "llama")
+    (folder / "fault.py").write_text(FAULT, encoding="utf-8")
+    return folder
+
+
+def run(place: Path, command: list[str], *, processes: int, cache: str) -> Done:
+    """`command` after `python`, in `processes`; each cache is a folder of its own, or prices would be found there."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "JPQ_CACHE": str(place / cache)}
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    whole = [sys.executable, *launcher, *command]
+    done = subprocess.run(whole, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    return Done(done.returncode, done.stderr + done.stdout)
+
+
+def export(out: str, *rest: str, bits: str = "3") -> list[str]:
+    options = ["--target", "jetson", "--effort", "quick", "--bits", bits, "--until", "compress", "--out", out]
+    return ["export", "m", *options, *rest]
+
+
+@pytest.fixture(scope="module")
+def one(place: Path) -> Path:
+    done = run(place, ["-m", "jpq_export", *export("one")], processes=1, cache="cache-one")
+    assert done.code == 0, done.text
+    return place / "one"
+
+
+@pytest.fixture(scope="module")
+def two(place: Path) -> tuple[Path, str]:
+    done = run(place, ["-m", "jpq_export", "-v", *export("two")], processes=2, cache="cache-two")
+    assert done.code == 0, done.text
+    return place / "two", done.text
+
+
+def decided(folder: Path) -> tuple:
+    """What a plan says to do, without the prices that say why."""
+    plan: Plan = load_plan(folder / "plan.json")
+    return plan.layers, [(choice.name, choice.layout or choice.scheme) for choice in plan.choices]
+
+
+def distance(folder: Path, other: Path) -> float:
+    """Relative RMS of the weights of two models of one structure; of differing structures, 1."""
+    mine, theirs = (
+        [module.weight for module in to_student(CompressedModel.load(path / "compressed.safetensors")).modules()
+         if isinstance(module, QuantLinear)]
+        for path in (folder, other)
+    )  # fmt: skip
+    if [w.shape for w in mine] != [w.shape for w in theirs]:
+        return 1.0
+    error = sum(float((a - b).square().sum()) for a, b in zip(mine, theirs, strict=True))
+    return (error / sum(float(a.square().sum()) for a in mine)) ** 0.5
+
+
+def test_two_ranks_decide_and_compute_what_one_does(one: Path, two: tuple[Path, str]) -> None:
+    assert decided(two[0]) == decided(one)
+    assert distance(one, two[0]) < ROUNDING
+
+
+def test_twin_another_seed_is_another_model(place: Path, one: Path) -> None:
+    done = run(place, ["-m", "jpq_export", *export("other", "--seed", "1")], processes=1, cache="cache-other")
+    assert done.code == 0, done.text
+    assert distance(one, place / "other") > 10 * ROUNDING
+
+
+def test_one_process_speaks_and_both_tell_what_they_took(two: tuple[Path, str]) -> None:
+    lines = two[1].splitlines()
+    assert sum(line.startswith("✓ collecting Fisher statistics") for line in lines) == 1
+    assert sum("plan for m on jetson" in line for line in lines) == 1
+    for rank in (0, 1):
+        assert sum(f"rank {rank}: statistics took" in line for line in lines) == 1, two[1]
+    assert {path.name for path in two[0].iterdir()} == {"plan.json", "compressed.safetensors"}
+    assert not two[0].with_name("two.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (("jpq_export.compress.prepare", "measure_prices", "kill"), "another process of this run ended without a word"),
+        (("jpq_export.compress.stages", "recover", "memory"), "out of memory"),
+    ],
+    ids=["killed", "memory"],
+)
+def test_a_failing_rank_ends_all_with_one_line_and_the_run_goes_on_in_one_process(
+    place: Path, one: Path, fault: tuple[str, ...], told: str
+) -> None:
+    out, cache = f"failed-{fault[2]}", f"cache-{fault[2]}"
+    done = run(place, ["fault.py", *fault, *export(out)], processes=2, cache=cache)
+    assert done.code == 1
+    assert len(done.errors) == 1, done.text
+    assert told in done.errors[0]
+    again = run(place, ["-m", "jpq_export", *export(out)], processes=1, cache=cache)
+    assert again.code == 0, again.text
+    assert ("search (found finished, resumed)" in again.text) == (fault[2] == "memory")
+    assert decided(place / out) == decided(one)
+    assert distance(one, place / out) < ROUNDING
+
+
+def test_every_process_of_a_machine_needs_the_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(str(place / "m"))
+    free = int(1.5 * 4 * model.spec.parameters() * EXPORT_FACTOR)
+    monkeypatch.setattr(load, "available_bytes", lambda: free)
+    request = Request(
+        str(place / "m"), load_target("jetson"), place / "much", BudgetRequest("bits", 3.0), effort="quick"
+    )
+    assert Export(request, Stages()).load().sha256 == model.sha256
+    monkeypatch.setattr(pipeline, "local_world", lambda: 2)
+    with pytest.raises(ModelError, match="of memory"):
+        Export(request, Stages()).load()
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["targets"], "targets: works in one process; start it without torchrun"),
+        (["export", "m", "--target", "jetson", "--effrt", "quick"], "No such option '--effrt'"),
+        (export("small", bits="0.5"), "cannot be met"),
+    ],
+    ids=["command", "option", "budget"],
+)
+def test_what_is_wrong_is_said_once(place: Path, command: list[str], told: str) -> None:
+    done = run(place, ["-m", "jpq_export", *command], processes=2, cache="cache-two")
+    assert done.code == 1
+    assert len(done.errors) == 1, done.text
+    assert told in done.errors[0]
+    assert not (place / "small.partial").exists()
