@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from jpq_export.errors import BundleError
 from jpq_export.format.compressed import CompressedModel
+from jpq_export.format.encoder_spec import Spec
 from jpq_export.format.spec import ModelSpec
 from jpq_export.format.tensor_file import save_tensors
 from jpq_export.parity import tolerance
@@ -46,6 +47,11 @@ class Runner(Protocol):
     @property
     def version(self) -> str:
         """Of the program that computes."""
+        ...
+
+    @property
+    def spec(self) -> Spec:
+        """Of the model it computes."""
         ...
 
     def forward(

@@ -87,8 +87,7 @@ def toga_plan(
         assert isinstance(loaded.model, Decoder)
         with stages.stage("hypernetwork", f"training the hypernetwork, {training.steps} steps") as report:
             pieces = calibration[:, : calibration.shape[1] // TOKENS * TOKENS].reshape(-1, TOKENS)
-            kind = {"activation_bits": activation_bits}
-            supernet = MaskedDecoder(loaded.model, pieces, found.widths, cost.target, **kind)
+            supernet = MaskedDecoder(loaded.model, pieces, found.widths, cost.target, activation_bits=activation_bits)
             unfinished = folder / UNFINISHED
             train(network, supernet, training, seed=seed, unfinished=unfinished, progress=report)
         _save(network, folder)
