@@ -13,10 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+# As in the command line: waiting threads that spin made a step four times as long on a busy machine. Before torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from torch import Tensor
@@ -80,7 +86,7 @@ def measure(
 
     def trained(fractions: tuple[float, float]) -> tuple[Hypernetwork, float]:
         network, start = Hypernetwork(shapes, seed=seed).to(ids.device), time.monotonic()
-        train(network, supernet, replace(whole, fractions=fractions), seed=seed)
+        train(network, supernet, replace(whole, fractions=fractions), seed=seed, progress=_steps)
         return network, time.monotonic() - start
 
     def answer(name: str, network: Callable[[float], Masks], budget: Budget, seconds: float) -> None:
@@ -106,6 +112,11 @@ def measure(
             answer(f"trained for {own.value:g} bits", network, budget, seconds)
     about = {"steps": steps, "rate": rate, "range": list(whole.fractions), "prune": prune}
     return {"widths": [first.widths.low, first.widths.high], "training": about, "rows": rows}
+
+
+def _steps(done: int, total: int) -> None:
+    """One line on the error stream, written over."""
+    print(f"\rstep {done} of {total}", end="" if done < total else "\n", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _random(shapes: list[dict[str, int]], seed: int) -> Callable[[float], Masks]:

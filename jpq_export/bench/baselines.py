@@ -15,7 +15,7 @@ import numpy as np
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec, Spec
 from jpq_export.format.plan import Plan
-from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
+from jpq_export.format.spec import FLOAT_ACTIVATIONS, FLOAT_CACHE, ModelSpec
 from jpq_export.numerics.affine import QuantizedWeight, store
 from jpq_export.numerics.row_blocks import StoredWeight
 from jpq_export.numerics.scheme import Scheme, choose_group_size
@@ -26,10 +26,11 @@ GROUP_SIZE = 64  # bytes a weight as in our own format; onnxruntime's fast path 
 
 
 def original_spec(pruned: SomeSpec, plan: Plan) -> SomeSpec:
-    """The model before pruning, from what the plan says each layer was made of; its cache was never int8."""
+    """The model before pruning, from what the plan says each layer was made of; nothing of it was int8."""
     pairs = zip(pruned.layers, plan.layers, strict=True)
     whole = pruned.with_layers(tuple(replace(old, kv_heads=p.kv_heads_of, ffn=p.ffn_of) for old, p in pairs))
-    return replace(whole, kv_cache=FLOAT_CACHE) if isinstance(whole, ModelSpec) else whole
+    plain = {"kv_cache": FLOAT_CACHE, "activations": FLOAT_ACTIVATIONS}
+    return replace(whole, **plain) if isinstance(whole, ModelSpec) else whole
 
 
 def random_model(spec: Spec, *, bits: float = BITS, symmetric: bool = False, seed: int = 0) -> CompressedModel:

@@ -11,7 +11,7 @@ from jpq_export.errors import BundleError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.lower.export import export_onnx
 from jpq_export.lower.weights import Form
-from jpq_export.numerics.affine import QuantizedWeight
+from jpq_export.numerics.affine import QuantizedWeight, store
 from jpq_export.parity import check, tolerance
 from jpq_export.parity.cases import make_cases
 from jpq_export.parity.check import check_parity
@@ -150,6 +150,37 @@ def test_wrong_head_is_named(models, prompts, tmp_path: Path):
     report = check_parity(model, tmp_path / "model.onnx", prompts=prompts, steps=4)
     assert report.first_diverging is not None
     assert report.first_diverging.place.startswith("logits")
+
+
+@pytest.fixture
+def rounding_model(models):
+    """One whose linears round what they read to 8 bits."""
+    model = models["pruned"]
+    return replace(model, spec=replace(model.spec, activations="int8"))
+
+
+def test_a_model_that_rounds_activations_passes(rounding_model, prompts, tmp_path: Path):
+    export_onnx(rounding_model, tmp_path / "model.onnx", form="custom_op")
+    report = check_parity(rounding_model, tmp_path / "model.onnx", prompts=prompts, steps=16)
+    (runtime,) = report.runtimes
+    assert report.passed
+    assert runtime.first_diverging is None
+    assert runtime.logits.rel_rms <= tolerance.logits(rounding_model.spec)
+
+
+@pytest.mark.parametrize("name", ["layers.0.attn.k", "layers.1.mlp.down", "head"])
+def test_one_wrong_code_of_it_is_named(rounding_model, prompts, tmp_path: Path, name: str):
+    """Its logits may differ by 10%; what a single code does to them is far below that."""
+    weight = rounding_model.quantized[name]
+    codes = weight.codes()
+    codes[3, 5] ^= 1
+    wrong = store(codes, weight.scales, None, weight.scheme)
+    damaged = replace(rounding_model, quantized=rounding_model.quantized | {name: wrong})
+    export_onnx(damaged, tmp_path / "model.onnx", form="custom_op")
+    report = check_parity(rounding_model, tmp_path / "model.onnx", prompts=prompts, steps=4)
+    assert not report.passed
+    assert report.first_diverging is not None
+    assert report.first_diverging.place.startswith("logits" if name == "head" else name)
 
 
 def test_a_tie_is_what_rounding_explains():

@@ -80,6 +80,22 @@ def test_twin_a_wrong_scale_in_the_file_fails_verify(shelf: Path) -> None:
     assert "layers.1.mlp.down" in told
 
 
+def test_beside_an_int8_cache(shelf: Path) -> None:
+    """Both rounded: proved, verified, and it runs."""
+    out = shelf / "both"
+    run(f"{EXPORT} --target cpu-x86 --activation-bits 8 --kv-cache int8 --out {out}")
+    assert json.loads((out / "parity.json").read_text())["passed"]
+    run(f"verify {out}")
+    assert run(f'run {out} "the man" --max-new-tokens 4')
+
+
+def test_its_plan_gives_the_same_bundle(shelf: Path) -> None:
+    again = shelf / "again"
+    run(f"export m --method toga --target cpu-x86 --effort quick --context 64 --activation-bits 8 "
+        f"--plan {shelf / 'w8a8' / 'plan.json'} --out {again}")  # fmt: skip
+    assert (again / "model.onnx.data").read_bytes() == (shelf / "w8a8" / "model.onnx.data").read_bytes()
+
+
 @pytest.mark.parametrize("bits", ["4", "3.2"])
 def test_fewer_bits_are_measured(shelf: Path, bits: str) -> None:
     out = shelf / f"a{bits}"

@@ -150,3 +150,25 @@ def test_the_published_training_is_one_option_away(cost):
     quick = settings(found, "quick", prune=True)
     assert quick.steps == 30
     assert quick.rate > 1e-3
+
+
+def test_the_supernet_is_trained_through_rounded_activations(cost):
+    """4 bits move the loss further than 8; the masks' gradient passes; the teacher is left as it was."""
+    from jpq_export.compress.decoder import build_decoder
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = cost.spec.matrices() | {name: (n,) for name, n in cost.spec.vectors().items()}
+    model = build_decoder(cost.spec, {n: torch.randn(s, generator=generator) * 0.2 for n, s in shapes.items()})
+    ids = np.random.default_rng(0).integers(0, 96, (4, 24))
+    before, losses = model(torch.from_numpy(ids)), []
+    masks = {name: torch.full((n,), 0.5) for layer in structures(cost.spec, prune=True) for name, n in layer.items()}
+    for bits in (16.0, 8.0, 4.0):
+        supernet = MaskedDecoder(model, ids, Widths(4, 8), cost.target, activation_bits=bits)
+        free = {name: value.clone().requires_grad_() for name, value in masks.items()}
+        loss = supernet.loss(free, 0)
+        loss.backward()
+        assert all(value.grad is not None and value.grad.any() for value in free.values())
+        losses.append(float(loss.detach()))
+    assert abs(losses[1] - losses[0]) < abs(losses[2] - losses[0])
+    assert losses[1] != losses[0]
+    assert torch.equal(model(torch.from_numpy(ids)), before)
