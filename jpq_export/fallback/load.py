@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
 
 from jpq_export.compress import tokenizer as tokenizing
 from jpq_export.compress.checkpoint import read_json, weight_files
@@ -19,7 +20,7 @@ from jpq_export.compress.families import id_tuple, supported
 from jpq_export.compress.load import MEMORY_FACTOR, check_memory, weights_sha256
 from jpq_export.compress.sources import Report, find
 from jpq_export.errors import ModelError
-from jpq_export.fallback.cache import cache_argument, past_tensors
+from jpq_export.fallback.cache import cache_argument, check_layers, past_tensors
 from jpq_export.fallback.quiet import quiet
 from jpq_export.format.spec import LayerSpec, ModelSpec, Traced
 
@@ -61,7 +62,7 @@ def load_traced(source: str | None, *, factor: float = MEMORY_FACTOR, progress: 
     `factor`: times the fp32 weights that must be free.
     """
     origin = find(source, progress=progress)
-    folder, where = origin.path, str(origin.path)
+    folder, where = origin.path, str(origin.path / "config.json")
     raw = read_json(folder / "config.json")
     architecture = str(next(iter(raw.get("architectures") or ()), raw.get("model_type")))
     if raw.get("quantization_config"):
@@ -73,6 +74,7 @@ def load_traced(source: str | None, *, factor: float = MEMORY_FACTOR, progress: 
     owners, traced = matrices_of(outline)
     _check_form(outline, traced, where, architecture)
     check_memory(_spec(config, traced, origin.name), where, factor=factor)
+    where = str(folder)
     model = _read(folder, config, where, architecture)
     spec = _facts(model, _spec(config, traced, origin.name), where, architecture)
     files = tokenizing.read_tokenizer(folder, vocab=spec.vocab, bos_id=spec.bos_id)
@@ -138,6 +140,10 @@ def _check_form(model: Any, traced: Traced, where: str, architecture: str) -> No
     """What can be seen without weights: a cache of keys and values, and linears that hold the parameters."""
     if cache_argument(model) is None or "attention_mask" not in inspect.signature(model.forward).parameters:
         raise refusal(where, architecture, "it takes no cache of keys and values, or no attention mask")
+    try:
+        check_layers(DynamicCache(config=model.config))
+    except ValueError as error:
+        raise refusal(where, architecture, str(error)) from error
     packed = sum(rows * columns for _, rows, columns in traced.matrices)
     if packed < LEAST_SHARE * (packed + traced.others):
         share = traced.others / (packed + traced.others)
