@@ -18,7 +18,7 @@ from jpq_export.compress import tokenizer as tokenizing
 from jpq_export.compress.checkpoint import read_json, weight_files
 from jpq_export.compress.families import id_tuple, supported
 from jpq_export.compress.load import MEMORY_FACTOR, check_memory, weights_sha256
-from jpq_export.compress.sources import Report, find
+from jpq_export.compress.sources import Origin, Report, find
 from jpq_export.errors import ModelError
 from jpq_export.fallback.cache import cache_argument, check_layers, past_tensors
 from jpq_export.fallback.quiet import quiet
@@ -56,31 +56,49 @@ class TracedModel:
         return self.model.get_submodule(name).weight
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Outline:
+    """What a model is before its weights are read; `owners` as in `TracedModel`."""
+
+    origin: Origin
+    architecture: str
+    config: Any
+    owners: dict[str, str]
+    traced: Traced
+
+
+def look(source: str | None, *, progress: Report | None = None) -> Outline:
+    """`source` as far as its configuration tells; ModelError names what the fallback cannot do with it."""
+    origin = find(source, progress=progress)
+    where = str(origin.path / "config.json")
+    raw = read_json(origin.path / "config.json")
+    architecture = str(next(iter(raw.get("architectures") or ()), raw.get("model_type")))
+    if raw.get("quantization_config"):
+        raise ModelError(f"{where}: weights are already quantized; give the original floating-point model")
+    config = _config(origin.path, where, architecture)
+    with torch.device("meta"):
+        model = _try(lambda: AutoModelForCausalLM.from_config(config), where, architecture)
+    owners, traced = matrices_of(model)
+    _check_form(model, traced, where, architecture)
+    return Outline(origin, architecture, config, owners, traced)
+
+
 def load_traced(source: str | None, *, factor: float = MEMORY_FACTOR, progress: Report | None = None) -> TracedModel:
     """Load `source`, of a family that is not described here; ModelError names what is wrong or cannot be done.
 
     `factor`: times the fp32 weights that must be free.
     """
-    origin = find(source, progress=progress)
-    folder, where = origin.path, str(origin.path / "config.json")
-    raw = read_json(folder / "config.json")
-    architecture = str(next(iter(raw.get("architectures") or ()), raw.get("model_type")))
-    if raw.get("quantization_config"):
-        raise ModelError(f"{where}: weights are already quantized; give the original floating-point model")
-    config = _config(folder, where, architecture)
+    outline = look(source, progress=progress)
+    folder, name, architecture = outline.origin.path, outline.origin.name, outline.architecture
+    where, spec = str(folder), _spec(outline.config, outline.traced, name)
     weight_files(folder)  # its errors are clearer
-    with torch.device("meta"):
-        outline = _try(lambda: AutoModelForCausalLM.from_config(config), where, architecture)
-    owners, traced = matrices_of(outline)
-    _check_form(outline, traced, where, architecture)
-    check_memory(_spec(config, traced, origin.name), where, factor=factor)
-    where = str(folder)
-    model = _read(folder, config, where, architecture)
-    spec = _facts(model, _spec(config, traced, origin.name), where, architecture)
+    check_memory(spec, where, factor=factor)
+    model = _read(folder, outline.config, where, architecture)
+    spec = _facts(model, spec, where, architecture)
     files = tokenizing.read_tokenizer(folder, vocab=spec.vocab, bos_id=spec.bos_id)
     spec = replace(spec, add_bos=files.add_bos, eos_ids=_stops(folder, spec))
     digest = weights_sha256(spec, dict(model.named_parameters()))
-    return TracedModel(model, spec, owners, files, architecture, origin.name, origin.source, where, digest)
+    return TracedModel(model, spec, outline.owners, files, architecture, name, outline.origin.source, where, digest)
 
 
 def refusal(where: str, architecture: str, why: str) -> ModelError:
