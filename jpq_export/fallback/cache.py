@@ -34,15 +34,17 @@ def cache_of(past: Sequence[Tensor]) -> DynamicCache:
     return cache
 
 
-def past_tensors(cache: Any) -> list[Tensor]:
-    """Undo `cache_of`; ValueError when layers keep anything else than keys and values."""
-    layers = getattr(cache, "layers", None)
-    if not layers:
-        raise ValueError(f"its cache is a {type(cache).__name__}, expected keys and values of every layer")
-    out = []
-    for layer in layers:
-        plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)  # subclasses keep other states too
-        if not plain or layer.keys is None or layer.keys.dim() != 4:
+def check_layers(cache: Any) -> None:
+    """ValueError when a layer keeps anything else than keys and values, such as the state of a recurrence."""
+    for layer in getattr(cache, "layers", ()):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):  # subclasses keep other states too
             raise ValueError(f"a layer of its cache is a {type(layer).__name__}, expected keys and values")
-        out += [layer.keys, layer.values]
-    return out
+
+
+def past_tensors(cache: Any) -> list[Tensor]:
+    """Undo `cache_of`; ValueError when there is anything else than keys and values of all layers."""
+    check_layers(cache)
+    kept = [tensor for layer in getattr(cache, "layers", ()) for tensor in (layer.keys, layer.values)]
+    if not kept or any(tensor is None or tensor.dim() != 4 for tensor in kept):
+        raise ValueError(f"its cache is a {type(cache).__name__}, expected keys and values of every layer")
+    return kept

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jpq_export.errors import BudgetError, TargetError, UsageError
-from jpq_export.fallback.load import TracedModel, load_traced
+from jpq_export.fallback.load import TracedModel, load_traced, look
 from jpq_export.fallback.plan import uniform_plan
 from jpq_export.format.bundle import MANIFEST, Manifest, read_manifest, write_manifest
 from jpq_export.format.compressed import CompressedModel
@@ -69,6 +69,7 @@ class FallbackExport:
     def run(self) -> dict[str, Any]:
         """All stages; the summary as `pipeline.Export.run`'s."""
         request = self.request
+        look(request.model)  # a model that no option could help says so first
         check_request(request, "this model is of no family described here and goes through torch.onnx.export")
         check_output(request.out, force=request.force)
         with self.stages.stage("load", "loading the model in transformers' own code") as report:

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
 
 from jpq_export.compress import tokenizer as tokenizing
 from jpq_export.compress.checkpoint import read_json, weight_files
 from jpq_export.compress.families import id_tuple, supported
 from jpq_export.compress.load import MEMORY_FACTOR, check_memory, weights_sha256
-from jpq_export.compress.sources import Report, find
+from jpq_export.compress.sources import Origin, Report, find
 from jpq_export.errors import ModelError
-from jpq_export.fallback.cache import cache_argument, past_tensors
+from jpq_export.fallback.cache import cache_argument, check_layers, past_tensors
 from jpq_export.fallback.quiet import quiet
 from jpq_export.format.spec import LayerSpec, ModelSpec, Traced
 
@@ -55,30 +56,49 @@ class TracedModel:
         return self.model.get_submodule(name).weight
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Outline:
+    """What a model is before its weights are read; `owners` as in `TracedModel`."""
+
+    origin: Origin
+    architecture: str
+    config: Any
+    owners: dict[str, str]
+    traced: Traced
+
+
+def look(source: str | None, *, progress: Report | None = None) -> Outline:
+    """`source` as far as its configuration tells; ModelError names what the fallback cannot do with it."""
+    origin = find(source, progress=progress)
+    where = str(origin.path / "config.json")
+    raw = read_json(origin.path / "config.json")
+    architecture = str(next(iter(raw.get("architectures") or ()), raw.get("model_type")))
+    if raw.get("quantization_config"):
+        raise ModelError(f"{where}: weights are already quantized; give the original floating-point model")
+    config = _config(origin.path, where, architecture)
+    with torch.device("meta"):
+        model = _try(lambda: AutoModelForCausalLM.from_config(config), where, architecture)
+    owners, traced = matrices_of(model)
+    _check_form(model, traced, where, architecture)
+    return Outline(origin, architecture, config, owners, traced)
+
+
 def load_traced(source: str | None, *, factor: float = MEMORY_FACTOR, progress: Report | None = None) -> TracedModel:
     """Load `source`, of a family that is not described here; ModelError names what is wrong or cannot be done.
 
     `factor`: times the fp32 weights that must be free.
     """
-    origin = find(source, progress=progress)
-    folder, where = origin.path, str(origin.path)
-    raw = read_json(folder / "config.json")
-    architecture = str(next(iter(raw.get("architectures") or ()), raw.get("model_type")))
-    if raw.get("quantization_config"):
-        raise ModelError(f"{where}: weights are already quantized; give the original floating-point model")
-    config = _config(folder, where, architecture)
+    outline = look(source, progress=progress)
+    folder, name, architecture = outline.origin.path, outline.origin.name, outline.architecture
+    where, spec = str(folder), _spec(outline.config, outline.traced, name)
     weight_files(folder)  # its errors are clearer
-    with torch.device("meta"):
-        outline = _try(lambda: AutoModelForCausalLM.from_config(config), where, architecture)
-    owners, traced = matrices_of(outline)
-    _check_form(outline, traced, where, architecture)
-    check_memory(_spec(config, traced, origin.name), where, factor=factor)
-    model = _read(folder, config, where, architecture)
-    spec = _facts(model, _spec(config, traced, origin.name), where, architecture)
+    check_memory(spec, where, factor=factor)
+    model = _read(folder, outline.config, where, architecture)
+    spec = _facts(model, spec, where, architecture)
     files = tokenizing.read_tokenizer(folder, vocab=spec.vocab, bos_id=spec.bos_id)
     spec = replace(spec, add_bos=files.add_bos, eos_ids=_stops(folder, spec))
     digest = weights_sha256(spec, dict(model.named_parameters()))
-    return TracedModel(model, spec, owners, files, architecture, origin.name, origin.source, where, digest)
+    return TracedModel(model, spec, outline.owners, files, architecture, name, outline.origin.source, where, digest)
 
 
 def refusal(where: str, architecture: str, why: str) -> ModelError:
@@ -138,6 +158,10 @@ def _check_form(model: Any, traced: Traced, where: str, architecture: str) -> No
     """What can be seen without weights: a cache of keys and values, and linears that hold the parameters."""
     if cache_argument(model) is None or "attention_mask" not in inspect.signature(model.forward).parameters:
         raise refusal(where, architecture, "it takes no cache of keys and values, or no attention mask")
+    try:
+        check_layers(DynamicCache(config=model.config))
+    except ValueError as error:
+        raise refusal(where, architecture, str(error)) from error
     packed = sum(rows * columns for _, rows, columns in traced.matrices)
     if packed < LEAST_SHARE * (packed + traced.others):
         share = traced.others / (packed + traced.others)
