@@ -56,7 +56,7 @@ class Stages:
             TimeRemainingColumn(),
         )
         reset_peak_memory()
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         # Disabled in a log file: rich would leave an empty line there for each stage.
         quiet = not self.console.is_interactive
         with Progress(*columns, console=self.console, transient=True, disable=quiet) as bars:
@@ -69,7 +69,8 @@ class Stages:
         seconds = time.perf_counter() - start
         return_freed_memory()
         self.records.append(StageRecord(name, round(seconds, 3), peak_memory_bytes()))
-        logger.info("rank %d: %s took %.1f s, peak %d bytes", rank(), name, seconds, self.records[-1].peak_rss_bytes)
+        told = (seconds, time.process_time() - worked, self.records[-1].peak_rss_bytes / 1e9)
+        logger.info("rank %d: %s took %.1f s, %.1f s of CPU, peak %.2f GB", rank(), name, *told)
         self.console.print(f"[green]✓[/green] {escape(text)} [dim]({seconds:.1f} s)[/dim]")
 
     def note(self, text: str) -> None:
