@@ -28,6 +28,7 @@ from jpq_export.format.plan import Plan, load_plan
 from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
 from jpq_export.given_plan import check_given
 from jpq_export.progress import Stages
+from jpq_export.published import PUBLISHED
 from jpq_export.ranks import local_world
 from jpq_export.read_activations import ACTIVATIONS, measure_activations, with_activations
 from jpq_export.request import QUALITY_SEQUENCES, Request, Texts, prepared_for
@@ -161,12 +162,8 @@ class Export:
             plan, *rivals = self.search(loaded, texts, cost)
             for i, each in enumerate([plan, *rivals] if rivals else []):
                 once(write_atomic, self.work.path(f"finalist-{i}.json"), each.to_json())
-        elif self.request.method == "toga":
-            plan = once(self.toga, loaded, texts, cost)
-        elif self.request.method == "qpruner":
-            plan = once(self.qpruner, loaded, texts, cost)
-        elif self.request.method == "llm-pruner":
-            plan = once(self.llm_pruner, loaded, texts, cost)
+        elif self.request.method in PUBLISHED:
+            plan = once(PUBLISHED[self.request.method], self.request, loaded, texts, cost, self.stages)
         else:
             kind = {"method": self.request.method, "widths": self.request.widths or BIT_WIDTHS}
             plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, **kind)
@@ -238,32 +235,6 @@ class Export:
                 make_plan(problem, trial.solution, trial.knobs, sha256=loaded.sha256, method="jpq", measured=measured)
             )
         return plans
-
-    def toga(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
-        """The masks of a trained hypernetwork."""
-        from jpq_export.methods.toga.search import toga_plan
-
-        request, budget = self.request, self.request.budget.resolve(loaded.spec)
-        kind = {"effort": request.effort, "prune": request.prune, "widths": request.widths, "seed": request.seed}
-        kind |= {"activation_bits": request.activation_bits}
-        return toga_plan(loaded, texts.calibration, cost, budget, **kind, stages=self.stages)
-
-    def qpruner(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
-        """Taylor pruning, then the best trial of the search over bits."""
-        from jpq_export.methods.qpruner.search import qpruner_plan
-
-        request, budget = self.request, self.request.budget.resolve(loaded.spec)
-        kind = {"effort": request.effort, "prune": request.prune, "widths": request.widths, "seed": request.seed}
-        kind |= {"rank": request.adapters, "stages": self.stages}
-        return qpruner_plan(loaded, texts.calibration, texts.heldout, cost, budget, **kind)
-
-    def llm_pruner(self, loaded: LoadedModel, texts: Texts, cost: Any) -> Plan:
-        """Taylor pruning to the budget at one width."""
-        from jpq_export.methods.llm_pruner import llm_pruner_plan
-
-        request, budget = self.request, self.request.budget.resolve(loaded.spec)
-        kind = {"effort": request.effort, "widths": request.widths, "stages": self.stages}
-        return llm_pruner_plan(loaded, texts.calibration, cost, budget, **kind)
 
     def round(self, loaded: LoadedModel, texts: Texts, plan: Plan) -> tuple[Plan, CompressedModel]:
         """Round every finalist; the plan that is best then, and its model."""

@@ -25,7 +25,7 @@ ROWS = (
     ("comparison_report",),
     ("peers",),
     ("pipeline", "prove", "fallback", "evaluation", "encoder_evaluation", "summary"),
-    ("given_plan", "read_activations"),
+    ("given_plan", "read_activations", "published"),
     ("request", "bench", "serve"),
     ("methods", "compress", "lower", "runtime", "engine", "parity", "evaluate", "workspace"),
     ("format",),
