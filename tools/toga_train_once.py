@@ -9,8 +9,8 @@ another budget of the list, which says how much the range is needed at all. Roun
 the teacher's inputs, not the compressed prefix's; embedding and head as they are), the same for all.
 
 An earlier form of this measured cross entropy instead of KL, widths only: SmolLM2-135M, 20 steps, 2 and 4 bits, 16
-held-out sequences of 256 tokens, nats (all high 4.462, all low 6.398). At 0.65 of the bytes random 5.867, trained for the
-range 5.421, for this size 5.445; at 0.80 random 5.139, range 4.737, this size 4.724.
+held-out sequences of 256 tokens, nats (all high 4.462, all low 6.398). At 0.65 of the bytes random 5.867, trained for
+the range 5.421, for this size 5.445; at 0.80 random 5.139, range 4.737, this size 4.724.
 """
 
 from __future__ import annotations
