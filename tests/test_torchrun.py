@@ -57,9 +57,10 @@ class Done:
 
     @property
     def errors(self) -> list[str]:
-        """Our lines and the starts of tracebacks of ours; torchrun's own report follows them."""
-        ours = self.text.split("torch/distributed/elastic")[0]
-        return [line for line in ours.splitlines() if line.startswith(("Error:", "Traceback"))]
+        """Our lines, and the starts of tracebacks but one, which is torchrun's report: it may come before or after."""
+        lines = [line for line in self.text.splitlines() if line.startswith(("Error:", "Traceback"))]
+        lines.remove("Traceback (most recent call last):")
+        return lines
 
 
 @pytest.fixture(scope="module")
