@@ -26,9 +26,11 @@ def revision(parts: tuple[str, ...] = ("",)) -> str:
 
 def commit() -> str:
     """The checkout's commit, with '+' where the package's sources differ from it; the version outside a checkout."""
-    asked = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "."])
+    # An installed package may lie inside somebody else's checkout: ours is one that tracks this file.
+    tracked = ["ls-files", "--error-unmatch", Path(__file__).name]
+    asked = (tracked, ["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "."])
     try:
-        found, changed = (
+        _, found, changed = (
             subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
             for words in asked
         )

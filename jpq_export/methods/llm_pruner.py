@@ -6,8 +6,6 @@ narrowest width that needs any: the plain rival of every method that chooses pru
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -17,7 +15,7 @@ from jpq_export.compress.load import LoadedModel
 from jpq_export.errors import BudgetError, UsageError
 from jpq_export.format.plan import Budget, Plan
 from jpq_export.format.spec import ModelSpec
-from jpq_export.methods.qpruner.choose import frame, uniform_plan_of
+from jpq_export.methods.qpruner.choose import Frame, frame, uniform_plan_of
 from jpq_export.methods.qpruner.importance import derivatives, keep
 from jpq_export.methods.qpruner.search import SEQUENCES
 from jpq_export.numerics.scheme import BIT_WIDTHS
@@ -69,7 +67,7 @@ def least_pruning(
     cost: CostModel,
     budget: Budget,
     widths: tuple[float, ...],
-) -> Any:
+) -> Frame:
     """The frame of the narrowest width that has to prune, or else of the widest; BudgetError where nothing fits."""
     choices = {rate: keep(spec, importance, rate) for rate in RATES}
     fitting, error = [], None
