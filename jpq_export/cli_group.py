@@ -93,4 +93,4 @@ def one_voice() -> Iterator[None]:
         if not first:
             raise click.exceptions.Exit(getattr(error, "exit_code", 1)) from error
         raise
-    parallel.stop()
+    parallel.leave()
