@@ -9,11 +9,12 @@ import onnx_ir as ir
 
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, ModelSpec
-from jpq_export.lower import basic, growing, growing_int8, half, int8_cache, standard
+from jpq_export.lower import basic, growing, growing_int8, half, int8_cache, rowwise, standard
 from jpq_export.lower.nodes import Nodes
 from jpq_export.lower.signed import SignedWeights
 from jpq_export.lower.weights import Form, Weights
 
+SIZE_OF = {"attn": "kv_heads", "mlp": "ffn"}
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 
 
@@ -22,7 +23,7 @@ class Dialect:
     """What the reader of the file understands. `fused`: Attention, RMSNormalization and RotaryEmbedding are known.
 
     `half`: attention and its cache are fp16. `growing`: our own operators for what onnxruntime is slow
-    at: attention over a cache that grows in place, products of one X at once.
+    at: attention over a cache that grows in place, products of one X at once, what stands between products.
     """
 
     opset: int = 23
@@ -57,6 +58,14 @@ class DecoderGraph:
         self.taps: list[ir.Value] = []
         self._rotary: dict[int, tuple[ir.Value, ir.Value]] = {}
         self._masks: dict[int | None, ir.Value] = {}
+        # Norms by the sub-layer they are for, the first of which is of the embedding: the others join a residual sum.
+        self._coming = iter(self._norms_of_sums() if dialect.growing and not self.spec.layer_norm else ())
+        self._ready: dict[str, ir.Value] = {}
+
+    def _norms_of_sums(self) -> list[str]:
+        layers = enumerate(self.spec.layers)
+        present = [(i, part) for i, layer in layers for part in ("attn", "mlp") if getattr(layer, SIZE_OF[part])]
+        return [*(f"layers.{i}.{part}_norm" for i, part in present), "norm"][1:]
 
     def build(self) -> ir.Value:
         """All nodes; returns the logits [batch, seq, vocab]."""
@@ -86,6 +95,7 @@ class DecoderGraph:
         facts = {"rotary": bool(spec.ropes), "scale": spec.attention_scale, "opset": opset}
         return [
             *(each for kv in sizes for each in ops.functions(kv * spec.heads_per_group, kv, spec.head_dim, **facts)),
+            *rowwise.functions(spec, opset),
             *found,
         ]
 
@@ -153,6 +163,8 @@ class DecoderGraph:
         return out
 
     def _norm(self, x: ir.Value, name: str) -> ir.Value:
+        if name in self._ready:
+            return self._ready.pop(name)
         factor, eps = self.weights.norm(name), self.spec.norm_eps
         if not self.spec.layer_norm:
             return self.ops.norm(self.nodes, x, factor, eps, name)
@@ -163,7 +175,12 @@ class DecoderGraph:
         """Add y to x, where y passes the post-norm first when the model has one: value `at`, a tap."""
         if self.spec.post_norms:
             y = self._norm(y, f"{at}_post_norm")
-        out = self.nodes("Add", x, y, name=at)
+        coming = next(self._coming, None)
+        if coming:
+            weight, names = self.weights.norm(coming), (at, coming)
+            out, self._ready[coming] = rowwise.add_norm(self.nodes, x, y, weight, self.spec.norm_eps, names)
+        else:
+            out = self.nodes("Add", x, y, name=at)
         self.taps.append(out)
         return out
 
@@ -218,6 +235,9 @@ class DecoderGraph:
         inner = self._norm(x, f"{at}_norm")
         names = [f"{at}.{part}" for part in (("gate", "up") if self.spec.gated else ("up",))]
         first, *factor = self.weights.linears(inner, names)
-        active = self.ops.ACTIVATIONS[self.spec.activation](self.nodes, first)
-        product = self.nodes("Mul" if factor else "Identity", active, *factor, name=f"{at}.inner")
+        if factor and self.dialect.growing:
+            product = rowwise.gated(self.nodes, self.spec.activation, first, *factor, name=f"{at}.inner")
+        else:
+            active = self.ops.ACTIVATIONS[self.spec.activation](self.nodes, first)
+            product = self.nodes("Mul" if factor else "Identity", active, *factor, name=f"{at}.inner")
         return self._residual(x, self.weights.linear(product, f"{at}.down"), at)

@@ -155,7 +155,7 @@ def keep(home: Path, library: str, make: Callable[[Path], None], facts: dict[str
 
 def _compile(folder: Path, compiler: str, out: Path) -> None:
     sources = [str(path) for path in _sources(folder) if path.suffix == ".c"]
-    command = [compiler, *FLAGS, "-o", str(out), *sources]
+    command = [compiler, *FLAGS, "-o", str(out), *sources, "-lm"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:

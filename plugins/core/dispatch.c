@@ -11,6 +11,7 @@ jpq_cpu jpq_cpu_features;
 __attribute__((constructor)) static void ask(void) {
   unsigned a, b, c, d, low, high;
   const unsigned basic = 1u << 12 | 1u << 27 | 1u << 29; /* FMA, OSXSAVE, F16C in ecx of leaf 1 */
+  jpq_cpu_features.amd = __get_cpuid(0, &a, &b, &c, &d) && b == 0x68747541; /* "Auth" of AuthenticAMD */
   if (!__get_cpuid(1, &a, &b, &c, &d) || (c & basic) != basic) return;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0)); /* registers the operating system saves */
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
@@ -60,6 +61,12 @@ static const jpq_implementation *choose(const jpq_weight *w, const char *name, j
 const jpq_implementation *jpq_choose_attention(int64_t dim, const char *name) {
   for (int j = 0; j < COUNT; j++)
     if ((!name || !strcmp(name, all[j]->name)) && all[j]->available() && all[j]->attend && dim % all[j]->lanes == 0) return all[j];
+  return NULL;
+}
+
+const jpq_implementation *jpq_choose_rowwise(const char *name) {
+  for (int j = 0; j < COUNT; j++)
+    if ((!name || !strcmp(name, all[j]->name)) && all[j]->available() && all[j]->add_norm) return all[j];
   return NULL;
 }
 

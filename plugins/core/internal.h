@@ -50,10 +50,17 @@ typedef struct jpq_implementation {
   /* A task of an attention (attention_task.h) whose heads are a multiple of `lanes` wide; NULL leaves it to others. */
   jpq_status (*attend)(const struct jpq_attention *attention, const struct attention_task *task);
   int lanes;
+  /* One row of jpq_add_norm, and jpq_gated (rowwise.h); NULL leaves them to others. */
+  void (*add_norm)(const float *a, const float *b, const float *weight, float epsilon, int64_t width, float *sum, float *y);
+  void (*silu_times)(const float *x, const float *factor, int64_t count, float *y);
+  void (*gelu_times)(const float *x, const float *factor, int64_t count, float *y);
 } jpq_implementation;
 
 /* The best implementation of attention with heads of width `dim`, or the one called `name`; NULL when there is none. */
 const jpq_implementation *jpq_choose_attention(int64_t dim, const char *name);
+
+/* Likewise of what stands in rowwise.h. */
+const jpq_implementation *jpq_choose_rowwise(const char *name);
 
 #ifdef JPQ_X86
 /* What processor and operating system both allow; asked of them, as compilers differ in the names they know. */
@@ -61,6 +68,7 @@ typedef struct jpq_cpu {
   int avx2;        /* with FMA and F16C */
   int avx512;      /* F, DQ, BW, VL */
   int avx512_vnni; /* with VBMI and GFNI */
+  int amd;         /* whose prefetching differs from Intel's */
 } jpq_cpu;
 extern jpq_cpu jpq_cpu_features; /* set when the library is loaded: asking takes 30 us in a virtual machine */
 #endif

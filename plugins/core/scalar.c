@@ -2,6 +2,7 @@
 #include <stdlib.h>
 
 #include "attention_task.h"
+#include "rowwise.inc"
 
 static int available(void) { return 1; }
 
@@ -126,4 +127,4 @@ static jpq_status attend(const jpq_attention *a, const attention_task *task) {
   return JPQ_OK;
 }
 
-const jpq_implementation jpq_scalar = {"scalar", available, takes, prepare, NULL, matmul_rows, dequantize, attend, 1};
+const jpq_implementation jpq_scalar = {"scalar", available, takes, prepare, NULL, matmul_rows, dequantize, attend, 1, add_norm, silu_times, gelu_times};

@@ -23,6 +23,7 @@ enum {
   FEW = 4,
   TILE_BYTES = 16384,  /* of packed rows that stay in the first-level cache while all rows of X pass */
   AHEAD = 2048,        /* bytes to prefetch ahead: without, a core reads weights at half the speed of memory */
+  AHEAD_AMD = 8192,    /* on Zen 4, into the second-level cache: 4 bits, activations in 8 or 15 bits, 1.2 times as fast */
 };
 
 static int available(void) { return jpq_cpu_features.avx512_vnni; }
@@ -218,10 +219,15 @@ JPQ_INLINE void blocks(const jpq_product *p, const prepared *x, const uint8_t *c
   const int64_t columns = x->columns, stride = x->groups, size = layout == HALVES ? 64 : p->weight->group_size;
   const int lines = bits == JPQ_TERNARY ? 1 : (block / 64 * bits + 1) / 2;
   const int8_t *q = x->q + m0 * parts * columns;
-  const uint8_t *ahead = codes + 4 * (j / 8 * bits) + AHEAD;
+  const int amd = jpq_cpu_features.amd;
+  const uint8_t *ahead = codes + 4 * (j / 8 * bits) + (amd ? AHEAD_AMD : AHEAD);
   int64_t g = j ? j / size : 0, next = (g + 1) * size;
   for (; j < stop; j += block) {
-    for (int line = 0; line < lines; line++, ahead += 64) _mm_prefetch((const char *)ahead, _MM_HINT_T0);
+    for (int line = 0; line < lines; line++, ahead += 64)
+      if (amd)
+        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+      else
+        _mm_prefetch((const char *)ahead, _MM_HINT_T0);
     if (layout != HALVES)
       for (; next <= j; next += size) g++;
     __m512i c[4][4];
@@ -324,5 +330,5 @@ static void dequantize(const jpq_weight *w, int64_t row, int64_t begin, int64_t 
   other(w)->dequantize(w, row, begin, end, out);
 }
 
-const jpq_implementation jpq_vnni = {"avx512-vnni", available, takes, prepare, form, matmul_rows, dequantize, NULL, 0};
+const jpq_implementation jpq_vnni = {"avx512-vnni", available, takes, prepare, form, matmul_rows, dequantize, NULL, 0, NULL, NULL, NULL};
 #endif

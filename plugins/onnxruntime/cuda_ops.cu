@@ -179,6 +179,7 @@ OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
   const Kernel &k = *static_cast<const Kernel *>(data);
   const OrtApi *api = k.api;
   const bool gather = k.kind == GATHER;
+  const source run = {api, context, nullptr};
   tensor x;
   void *y, *stream = nullptr;
   size_t at = 1;
@@ -187,7 +188,7 @@ OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
   for (int i = 0; i < k.count; i++) {
     jpq_weight w = k.parts[i].shape;
     const void *bias = nullptr;
-    TRY(read_weight(api, context, &at, k.parts[i].symmetric, &w));
+    TRY(read_weight(&run, &at, k.parts[i].symmetric, &w));
     if (!gather && k.parts[i].biased) TRY(read_bias(api, context, at++, &w, &bias));
     TRY(make_output(api, context, (size_t)i, &w, gather, &x, &y));
     TRY(gather ? look_up(api, w, x, y, stream) : multiply(api, w, x, bias, y, stream));

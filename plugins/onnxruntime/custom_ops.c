@@ -1,5 +1,5 @@
 /* `jpq::LowBitMatMul`, `jpq::LowBitMatMuls` (several of one X) and `jpq::LowBitGather` for onnxruntime on the CPU, over
- * plugins/core; attention is in attention_op.c and cache_codes_op.c.
+ * plugins/core; attention is in attention_op.c and cache_codes_op.c, what stands between products in rowwise_op.c.
  *
  * The session option "jpq.activations" ("fp32" when absent, "int16", "int8"), set before the library is registered,
  * says what may happen to X. Work is split over the session's own threads.
@@ -34,9 +34,10 @@ typedef struct kernel {
   const operator_ *op;
   int count;
   part parts[MOST_PARTS];
+  int constant; /* the parts have their weights; asking for each at every run takes 0.2 ms of a token's 6 */
 } kernel;
 
-extern const OrtCustomOp *const jpq_attention_operators[]; /* attention_op.c; NULL ends them */
+extern const OrtCustomOp *const jpq_attention_operators[], *const jpq_rowwise_operators[]; /* NULL ends them */
 
 /* ---- description ---- */
 
@@ -84,6 +85,18 @@ static OrtStatus *check(const OrtApi *api, const operator_ *op, const jpq_weight
   return NULL;
 }
 
+/* Whether all weights are constants of the graph, which then are in the parts. What is wrong with one, a run will say. */
+static int read_constants(const OrtApi *api, const OrtKernelInfo *info, kernel *k) {
+  const source constants = {api, NULL, info};
+  size_t at = 1;
+  for (int i = 0; i < k->count; i++) {
+    OrtStatus *status = read_weight(&constants, &at, k->parts[i].symmetric, &k->parts[i].shape);
+    if (status) return ORT(api, ReleaseStatus)(status), 0;
+    if (k->op->kind == MATMULS && k->parts[i].biased) at++;
+  }
+  return 1;
+}
+
 static OrtStatus *ORT_CALL create(const OrtCustomOp *base, const OrtApi *api, const OrtKernelInfo *info, void **out) {
   const operator_ *op = (const operator_ *)base;
   const int single = op->kind != MATMULS;
@@ -94,6 +107,7 @@ static OrtStatus *ORT_CALL create(const OrtCustomOp *base, const OrtApi *api, co
     TRY(read_part(api, info, single, made.count, made.parts + made.count));
     TRY(check(api, op, &made.parts[made.count].shape));
   }
+  made.constant = read_constants(api, info, &made);
   kernel *k = malloc(sizeof *k);
   if (!k) return fail(api, "out of memory", op->name);
   *k = made;
@@ -155,6 +169,7 @@ static OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
   const kernel *k = data;
   const OrtApi *api = k->api;
   const int gather = k->op->kind == GATHER;
+  const source run = {api, context, NULL};
   jpq_weight weights[MOST_PARTS];
   work all = {.count = k->count};
   tensor x;
@@ -165,7 +180,10 @@ static OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
     const part *each = k->parts + i;
     const void *bias = NULL;
     weights[i] = each->shape;
-    TRY(read_weight(api, context, &at, each->symmetric, weights + i));
+    if (k->constant)
+      at += each->symmetric ? 2 : 3;
+    else
+      TRY(read_weight(&run, &at, each->symmetric, weights + i));
     if (!gather && each->biased) TRY(read_bias(api, context, at++, weights + i, &bias));
     TRY(make_output(api, context, (size_t)i, weights + i, gather, &x, &y));
     all.products[i] = (jpq_product){.weight = weights + i, .x = x.data, .bias = bias, .y = y, .m = x.count / weights[i].k,
@@ -223,5 +241,6 @@ JPQ_EXPORT OrtStatus *ORT_CALL RegisterCustomOps(OrtSessionOptions *options, con
   TRY(ORT(api, CreateCustomOpDomain)("jpq", &domain)); /* lives as long as the library, as onnxruntime asks */
   for (int i = 0; i < 3; i++) TRY(ORT(api, CustomOpDomain_Add)(domain, jpq_cpu_operator(mode, i)));
   for (int i = 0; jpq_attention_operators[i]; i++) TRY(ORT(api, CustomOpDomain_Add)(domain, jpq_attention_operators[i]));
+  for (int i = 0; jpq_rowwise_operators[i]; i++) TRY(ORT(api, CustomOpDomain_Add)(domain, jpq_rowwise_operators[i]));
   return ORT(api, AddCustomOpDomain)(options, domain);
 }

@@ -55,6 +55,7 @@ enum {
   SLOT_KernelContext_GetGPUComputeStream = 193,
   SLOT_HasSessionConfigEntry = 237,
   SLOT_GetSessionConfigEntry = 238,
+  SLOT_KernelInfoGetConstantInput_tensor = 249,
   SLOT_KernelContext_ParallelFor = 274,
   SLOTS = 278,
 };
@@ -81,6 +82,8 @@ typedef OrtStatus *(ORT_CALL *GetTensorShapeElementCount_t)(const OrtTensorInfo 
 typedef OrtStatus *(ORT_CALL *GetTensorTypeAndShape_t)(const OrtValue *value, OrtTensorInfo **out);
 typedef OrtStatus *(ORT_CALL *KernelInfoGetAttribute_float_t)(const OrtKernelInfo *info, const char *name, float *out);
 typedef OrtStatus *(ORT_CALL *KernelInfoGetAttribute_int64_t)(const OrtKernelInfo *info, const char *name, int64_t *out);
+typedef OrtStatus *(ORT_CALL *KernelInfoGetConstantInput_tensor_t)(const OrtKernelInfo *info, size_t i, int *constant,
+                                                                    const OrtValue **out);
 typedef OrtStatus *(ORT_CALL *KernelContext_GetInputCount_t)(const OrtKernelContext *context, size_t *out);
 typedef OrtStatus *(ORT_CALL *KernelContext_GetInput_t)(const OrtKernelContext *context, size_t i, const OrtValue **out);
 typedef OrtStatus *(ORT_CALL *KernelContext_GetOutput_t)(OrtKernelContext *context, size_t i, const int64_t *dims,

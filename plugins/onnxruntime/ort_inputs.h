@@ -43,12 +43,10 @@ static inline OrtStatus *read_info(const OrtApi *api, const OrtTensorInfo *info,
   return NULL;
 }
 
-static inline OrtStatus *input(const OrtApi *api, const OrtKernelContext *context, size_t i, tensor *out) {
-  const OrtValue *value = NULL;
+static inline OrtStatus *read_tensor(const OrtApi *api, const OrtValue *value, tensor *out) {
   OrtTensorInfo *info;
   void *data;
   memset(out, 0, sizeof *out);
-  TRY(ORT(api, KernelContext_GetInput)(context, i, &value));
   if (!value) return NULL;
   TRY(ORT(api, GetTensorTypeAndShape)(value, &info));
   OrtStatus *status = read_info(api, info, out);
@@ -59,9 +57,31 @@ static inline OrtStatus *input(const OrtApi *api, const OrtKernelContext *contex
   return NULL;
 }
 
+static inline OrtStatus *input(const OrtApi *api, const OrtKernelContext *context, size_t i, tensor *out) {
+  const OrtValue *value = NULL;
+  TRY(ORT(api, KernelContext_GetInput)(context, i, &value));
+  return read_tensor(api, value, out);
+}
+
+/* Where inputs come from: a run, or, when a kernel is made, the constants of the graph, of which each run has the same. */
+typedef struct source {
+  const OrtApi *api;
+  const OrtKernelContext *context; /* NULL: the constants */
+  const OrtKernelInfo *info;
+} source;
+
+/* Input i; NULL data when it was not given or, of the constants, is none. */
+static inline OrtStatus *input_of(const source *from, size_t i, tensor *out) {
+  const OrtValue *value = NULL;
+  int constant = 0;
+  if (from->context) return input(from->api, from->context, i, out);
+  TRY(ORT(from->api, KernelInfoGetConstantInput_tensor)(from->info, i, &constant, &value));
+  return read_tensor(from->api, constant ? value : NULL, out);
+}
+
 /* One weight of an operator, as its attributes describe it. */
 typedef struct part {
-  jpq_weight shape; /* pointers are filled in at each run */
+  jpq_weight shape; /* pointers are filled in at each run, or once where they are constants of the graph */
   int symmetric, biased;
 } part;
 
@@ -94,23 +114,22 @@ static inline int is_matrix(const tensor *t, int type, int64_t rows, int64_t col
   return t->data && t->type == type && t->rank == 2 && t->dims[0] == rows && t->dims[1] == columns;
 }
 
-/* Of inputs from `*at` on, which then counts them: the weight of this run, in w that holds the attributes already. */
-static inline OrtStatus *read_weight(const OrtApi *api, const OrtKernelContext *context, size_t *at, int symmetric,
-                                     jpq_weight *w) {
+/* Of inputs from `*at` on, which then counts them: the weight, in w that holds the attributes already. */
+static inline OrtStatus *read_weight(const source *from, size_t *at, int symmetric, jpq_weight *w) {
   tensor t;
   const int64_t groups = w->k / w->group_size;
   w->zeros = NULL;
-  TRY(input(api, context, (*at)++, &t));
+  TRY(input_of(from, (*at)++, &t));
   if (!is_matrix(&t, ORT_UINT8, w->n, jpq_bytes(w->k, w->bits)))
-    return fail(api, "must be uint8 [N, bytes of K codes]", "packed");
+    return fail(from->api, "must be uint8 [N, bytes of K codes]", "packed");
   w->packed = (const uint8_t *)t.data;
-  TRY(input(api, context, (*at)++, &t));
-  if (!is_matrix(&t, ORT_FLOAT16, w->n, groups)) return fail(api, "must be float16 [N, K/group_size]", "scales");
+  TRY(input_of(from, (*at)++, &t));
+  if (!is_matrix(&t, ORT_FLOAT16, w->n, groups)) return fail(from->api, "must be float16 [N, K/group_size]", "scales");
   w->scales = (const uint16_t *)t.data;
   if (symmetric) return NULL;
-  TRY(input(api, context, (*at)++, &t));
+  TRY(input_of(from, (*at)++, &t));
   if (!is_matrix(&t, ORT_UINT8, w->n, jpq_bytes(groups, w->bits)))
-    return fail(api, "must be uint8 [N, bytes of K/group_size codes]", "zeros");
+    return fail(from->api, "must be uint8 [N, bytes of K/group_size codes]", "zeros");
   w->zeros = (const uint8_t *)t.data;
   return NULL;
 }
