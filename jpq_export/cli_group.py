@@ -82,15 +82,18 @@ def one_voice() -> Iterator[None]:
         return
     from jpq_export.compress import parallel
 
+    code = 0
     try:
         parallel.start()
-        yield
-    except click.exceptions.Exit:
-        raise
+        try:
+            yield
+        except click.exceptions.Exit as done:
+            code = done.exit_code
+        parallel.wait_for_all()
     except BaseException as error:
         first = parallel.first_to_fail()
         parallel.part_in_failure()
         if not first:
             raise click.exceptions.Exit(getattr(error, "exit_code", 1)) from error
         raise
-    parallel.leave()
+    parallel.leave(code)

@@ -126,7 +126,7 @@ def compare(comparison: Comparison, stages: Stages) -> list[dict[str, Any]]:
             cell, request = out / f"{method}-{bits:g}.json", request_for(comparison, method, bits)
             key = request.key(loaded.sha256, texts_of_run.sha256, code="") + inputs.hexdigest()
             row = json.loads(cell.read_text(encoding="utf-8")) if cell.is_file() else {}
-            stale = row.get("key") != key or not (keep or row["revision"] == revision())
+            stale = row.get("key") != key or "error" in row or not (keep or row["revision"] == revision())
             if stale or (questions and questions.need_another(row, request)):
                 stages.console.rule(f"{method}, {bits:g} bits")
                 make = _maker(method, loaded, texts_of_run)
@@ -172,7 +172,7 @@ class Questions:
         return self._names() | {"tasks": self._ask(self._reopened(request.out)), "teacher_tasks": found}
 
     def _names(self) -> dict[str, Any]:
-        return {"tasks_key": self.key, "tasks_revision": revision()}
+        return {"tasks_key": self.key, "tasks_revision": revision(), "tasks_made": provenance()}
 
     def _answered(self, row: dict[str, Any]) -> bool:
         return row.get("tasks_key") == self.key and (self.keep or row["tasks_revision"] == revision())

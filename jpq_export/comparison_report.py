@@ -65,8 +65,15 @@ def made_by(rows: list[Row]) -> list[str]:
     """'commit 1234567, 2026-11-23, AMD EPYC, 2 cores: joint, gptq-uniform': who made which rows."""
     makers: dict[str, dict[str, None]] = {}
     for row in rows:
-        makers.setdefault(f"commit {row['commit']}, {row['date']}, {row['machine']}", {})[row["method"]] = None
+        makers.setdefault(_maker(row), {})[row["method"]] = None
+        asked = row.get("tasks_made")
+        if asked and _maker(asked) != _maker(row):
+            makers.setdefault(_maker(asked), {})[f"tasks of {row['method']}"] = None
     return [f"{maker}: {', '.join(methods)}" for maker, methods in makers.items()]
+
+
+def _maker(facts: Row) -> str:
+    return f"commit {facts['commit']}, {facts['date']}, {facts['machine']}"
 
 
 def is_best(row: Row, rows: list[Row], name: str) -> bool:

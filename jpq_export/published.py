@@ -35,7 +35,7 @@ def llm_pruner(request: Request, loaded: LoadedModel, texts: Texts, cost: CostMo
     from jpq_export.methods.llm_pruner import llm_pruner_plan
 
     budget = request.budget.resolve(loaded.spec)
-    return llm_pruner_plan(loaded, texts.calibration, cost, budget, **_common(request, stages))
+    return llm_pruner_plan(loaded, texts.calibration, cost, budget, prune=request.prune, **_common(request, stages))
 
 
 def _common(request: Request, stages: Stages) -> dict[str, Any]:

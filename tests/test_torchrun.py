@@ -27,18 +27,22 @@ from jpq_export.pipeline import Export
 from jpq_export.progress import Stages
 from jpq_export.request import Request
 
-# `fault.py MODULE FUNCTION WHAT ...`: the call of a function in rank 1 kills that process, or raises MemoryError.
+# `fault.py RANK MODULE FUNCTION WHAT ...`: the call of a function in that rank kills the process, raises MemoryError,
+# or ends it in order with code 1, as an export does whose parity does not pass.
 FAULT = """
 import importlib, os, signal, sys
-module, name, what = sys.argv[1:4]
-del sys.argv[1:4]
+import click
+rank, module, name, what = sys.argv[1:5]
+del sys.argv[1:5]
 
 def faulty(*args, **kwargs):
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "exit":
+        raise click.exceptions.Exit(1)
     raise MemoryError
 
-if os.environ["RANK"] == "1":
+if os.environ["RANK"] == rank:
     setattr(importlib.import_module(module), name, faulty)
 from jpq_export.cli import main
 main()
@@ -166,24 +170,33 @@ def test_one_process_speaks_and_both_tell_what_they_took(two: tuple[Path, str]) 
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        (("jpq_export.compress.prepare", "measure_prices", "kill"), "another process of this run ended without a word"),
-        (("jpq_export.compress.stages", "recover", "memory"), "out of memory"),
+        (("1", "jpq_export.compress.prepare", "measure_prices", "kill"), "another process of this run ended without a"),
+        (("1", "jpq_export.compress.stages", "recover", "memory"), "out of memory"),
     ],
     ids=["killed", "memory"],
 )
 def test_a_failing_rank_ends_all_with_one_line_and_the_run_goes_on_in_one_process(
     place: Path, one: Path, fault: tuple[str, ...], told: str
 ) -> None:
-    out, cache = f"failed-{fault[2]}", f"cache-{fault[2]}"
+    out, cache = f"failed-{fault[3]}", f"cache-{fault[3]}"
     done = run(place, ["fault.py", *fault, *export(out)], processes=2, cache=cache)
     assert done.code == 1
     assert len(done.errors) == 1, done.text
     assert told in done.errors[0]
     again = run(place, ["-m", "jpq_export", *export(out)], processes=1, cache=cache)
     assert again.code == 0, again.text
-    assert ("search (found finished, resumed)" in again.text) == (fault[2] == "memory")
+    assert ("search (found finished, resumed)" in again.text) == (fault[3] == "memory")
     assert decided(place / out) == decided(one)
     assert distance(one, place / out) < ROUNDING
+
+
+@pytest.mark.parametrize(("what", "told"), [("memory", ["Error: out of memory"]), ("exit", [])])
+def test_what_rank_0_meets_while_the_others_wait_is_all_that_is_said(place: Path, what: str, told: list[str]) -> None:
+    fault = ["fault.py", "0", "jpq_export.lower.export", "export_onnx", what]
+    command = [part for part in export(f"last-{what}") if part not in ("--until", "compress")]
+    done = run(place, [*fault, *command], processes=2, cache="cache-two")
+    assert done.code == 1
+    assert [line[: len("Error: out of memory")] for line in done.errors] == told, done.text
 
 
 def test_every_process_of_a_machine_needs_the_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

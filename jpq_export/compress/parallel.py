@@ -83,18 +83,23 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def leave() -> NoReturn:
-    """End this process of a run that succeeded, when all have come to their end, without torch's own tidying up.
+def wait_for_all() -> None:
+    """Until every process has come so far; LostPeer when one has failed instead."""
+    if dist.is_initialized():
+        with _together():
+            dist.barrier()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process of a run in which all have come to their end, without torch's own tidying up.
 
     Nothing is left to tidy, and gloo's threads now and then abort a process that ends in the ordinary way ("terminate
     called without an active exception"), which torchrun would take for a failure of all.
     """
-    with _together():
-        dist.barrier()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def first_to_fail() -> bool:

@@ -33,9 +33,11 @@ def gated(nodes: Nodes, activation: str, x: ir.Value, factor: ir.Value, name: st
 
 
 def functions(spec: ModelSpec, opset: int) -> list[ir.Function]:
-    """The ONNX functions a decoder needs."""
-    norm = [] if spec.layer_norm else [norm_function(spec.norm_eps, opset)]
-    return norm + ([gate_function(spec.activation, opset)] if spec.gated else [])
+    """The ONNX functions a decoder needs, of which pruning may have left nothing to do."""
+    sums = not spec.layer_norm and any(layer.kv_heads or layer.ffn for layer in spec.layers)
+    gates = spec.gated and any(layer.ffn for layer in spec.layers)
+    norm = [norm_function(spec.norm_eps, opset)] if sums else []
+    return norm + ([gate_function(spec.activation, opset)] if gates else [])
 
 
 def norm_function(eps: float, opset: int) -> ir.Function:

@@ -32,11 +32,12 @@ def llm_pruner_plan(
     cost: CostModel,
     budget: Budget,
     *,
+    prune: bool,
     effort: str,
     widths: tuple[float, ...] | None,
     stages: Stages,
 ) -> Plan:
-    """The least pruning that fits, of one width.
+    """The least pruning that fits, of one width; without `prune`, the widest width that fits.
 
     Raises:
         UsageError: an encoder, or no byte budget.
@@ -48,7 +49,8 @@ def llm_pruner_plan(
     sequences = calibration[: SEQUENCES[effort]]
     with stages.stage("importance", "Taylor importance of heads and channels") as report:
         importance = derivatives(loaded.model, sequences, progress=report).importance(ORDER)
-    found = least_pruning(loaded.spec, importance, cost, budget, widths or BIT_WIDTHS)
+    rates = RATES if prune else RATES[:1]
+    found = least_pruning(loaded.spec, importance, cost, budget, widths or BIT_WIDTHS, rates)
     search = {"order": ORDER, "rate": found.rate, "width": found.widths[0]}
     return uniform_plan_of(found, budget, sha256=loaded.sha256, method="llm-pruner", reason=REASON, search=search)
 
@@ -67,9 +69,10 @@ def least_pruning(
     cost: CostModel,
     budget: Budget,
     widths: tuple[float, ...],
+    rates: tuple[float, ...] = RATES,
 ) -> Frame:
     """The frame of the narrowest width that has to prune, or else of the widest; BudgetError where nothing fits."""
-    choices = {rate: keep(spec, importance, rate) for rate in RATES}
+    choices = {rate: keep(spec, importance, rate) for rate in rates}
     fitting, error = [], None
     for width in sorted(widths):
         try:

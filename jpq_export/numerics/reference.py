@@ -25,6 +25,22 @@ def low_bit_matmul_integer(x: np.ndarray, weight: QuantizedWeight, bias: np.ndar
     return low_bit_matmul(codes.astype(x.dtype) * step, weight, bias)
 
 
+def add_rms_norm(a: np.ndarray, b: np.ndarray, weight: np.ndarray, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
+    """`jpq::AddRMSNormalization`: (a + b, its norm over the last axis); a, b [..., width], weight [width]."""
+    total = a + b
+    return total, total / np.sqrt(np.mean(np.square(total), -1, keepdims=True) + epsilon) * weight
+
+
+def silu_mul(x: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """`jpq::SiluMul`: x * sigmoid(x) * factor, of one shape."""
+    return x / (1 + np.exp(-np.maximum(x, -700))) * factor
+
+
+def gelu_tanh_mul(x: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """`jpq::GeluTanhMul`: GELU in its tanh form of x, * factor."""
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) * factor
+
+
 def low_bit_gather(indices: np.ndarray, weight: QuantizedWeight) -> np.ndarray:
     """`jpq::LowBitGather`: rows of dequantize(weight) at `indices` [...] -> float32 [..., K]."""
     return weight.dequantize()[indices]

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 FOLDERS = ("core", "onnxruntime")  # of plugins/, all .c files of which make the library
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden")
+LIBRARIES = ("-lm",)
 COMPILERS = ("cc", "gcc", "clang")
 LIBRARY = "libjpq_cpu.dylib" if sys.platform == "darwin" else "libjpq_cpu.so"
 RECORD = "build.json"
@@ -114,7 +115,7 @@ def _sources(folder: Path) -> list[Path]:
 def _key(folder: Path, compiler: str) -> str:
     """Changes with any source, the compiler or its version, or the flags."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=TIMEOUT_SECONDS).stdout
-    digest = hashlib.sha256(json.dumps([compiler, FLAGS, LIBRARY]).encode() + version)
+    digest = hashlib.sha256(json.dumps([compiler, FLAGS, LIBRARIES, LIBRARY]).encode() + version)
     for path in _sources(folder):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
@@ -131,8 +132,8 @@ def untouched(home: Path, library: str) -> bool:
 
 
 def _build(folder: Path, compiler: str, home: Path) -> None:
-    logger.warning("compiling the CPU kernels with %s, once (about 10 s)", compiler)
-    keep(home, LIBRARY, lambda out: _compile(folder, compiler, out), {"compiler": compiler, "flags": FLAGS})
+    logger.warning("compiling the CPU kernels with %s, once (about half a minute)", compiler)
+    keep(home, LIBRARY, lambda out: _compile(folder, compiler, out), {"compiler": compiler, "flags": FLAGS + LIBRARIES})
 
 
 def keep(home: Path, library: str, make: Callable[[Path], None], facts: dict[str, Any]) -> None:
@@ -155,7 +156,7 @@ def keep(home: Path, library: str, make: Callable[[Path], None], facts: dict[str
 
 def _compile(folder: Path, compiler: str, out: Path) -> None:
     sources = [str(path) for path in _sources(folder) if path.suffix == ".c"]
-    command = [compiler, *FLAGS, "-o", str(out), *sources, "-lm"]
+    command = [compiler, *FLAGS, "-o", str(out), *sources, *LIBRARIES]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:

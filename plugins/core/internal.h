@@ -27,7 +27,7 @@
 #define JPQ_TARGET_END JPQ_PRAGMA(GCC pop_options)
 #endif
 
-/* One line per width. Every width goes through the same text, so 1 and 7 bits cost nothing to keep. Tables have an
+/* One line per width. Every width goes through the same text. Tables have an
  * entry each, in this order: that of a width is at jpq_index. */
 #define JPQ_FOR_BINARY(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8)
 #define JPQ_FOR_BITS(DO) JPQ_FOR_BINARY(DO) DO(16)

@@ -28,7 +28,7 @@ enum {
 
 static int available(void) { return jpq_cpu_features.avx512_vnni; }
 
-static int takes(const jpq_weight *w) { return w->group_size % 8 == 0; }
+static int takes(const jpq_weight *w) { return w->group_size % 8 == 0 && w->bits != 7; }
 
 static const jpq_implementation *other(const jpq_weight *w) { return jpq_avx512.takes(w) ? &jpq_avx512 : &jpq_avx2; }
 
@@ -284,25 +284,34 @@ JPQ_INLINE void four_rows(const jpq_product *p, int64_t m0, int64_t first, int64
     _mm_mask_storeu_ps(p->y + (m0 + r) * w->n + first, real, _mm_add_ps(sum4(total[r]), bias));
 }
 
+/* Compiled for the layouts a width comes in, as each takes a fifth of a second; 7 bits are left to others. */
 #define ROWS(B, P, R, L)                                                                                  \
   static void rows_##B##_##P##_##R##_##L(const jpq_product *p, int64_t m0, int64_t first, int64_t last,   \
                                          float *scale, uint8_t *copy) {                                   \
     for (int64_t n = first; n < last; n += 4) four_rows(p, m0, n, last, R, P, B, L, scale, copy);         \
   }
-#define ENTRY(B, P, R, L) rows_##B##_##P##_##R##_##L
-#define ROWS_R(B, P, R) ROWS(B, P, R, 0) ROWS(B, P, R, 1) ROWS(B, P, R, 2)
-#define ROWS_P(B, P) ROWS_R(B, P, 1) ROWS_R(B, P, 2) ROWS_R(B, P, 4)
-#define ROWS_B(B) ROWS_P(B, 1) ROWS_P(B, 2) ROWS_P(B, 3)
-JPQ_FOR_BITS(ROWS_B)
+#define ROWS_R(B, L, P) ROWS(B, P, 1, L) ROWS(B, P, 2, L) ROWS(B, P, 4, L)
+#define ROWS_P(B, L) ROWS_R(B, L, 1) ROWS_R(B, L, 2) ROWS_R(B, L, 3)
+#define EACH(DO) \
+  DO(1, 0) DO(1, 1) DO(2, 0) DO(2, 1) DO(3, 0) DO(3, 1) DO(4, 0) DO(4, 1) \
+  DO(5, 0) DO(5, 1) DO(5, 2) DO(6, 0) DO(6, 1) DO(6, 2) DO(8, 0) DO(8, 2) DO(16, 0) DO(16, 2)
+EACH(ROWS_P)
 
 JPQ_TARGET_END
 
 typedef void (*rows_function)(const jpq_product *p, int64_t m0, int64_t first, int64_t last, float *scale,
                               uint8_t *copy);
-#define ENTRIES_R(B, P, R) {ENTRY(B, P, R, 0), ENTRY(B, P, R, 1), ENTRY(B, P, R, 2)}
-#define ENTRIES_P(B, P) {ENTRIES_R(B, P, 1), ENTRIES_R(B, P, 2), ENTRIES_R(B, P, 4)}
-#define ENTRIES(B) {ENTRIES_P(B, 1), ENTRIES_P(B, 2), ENTRIES_P(B, 3)},
-static const rows_function functions[JPQ_WIDTHS][3][3][3] = {JPQ_FOR_BITS(ENTRIES)}; /* bits, parts, rows 1 2 4, layout */
+#define ENTRY(B, P, R, L) rows_##B##_##P##_##R##_##L
+#define ENTRIES_R(B, P, L) {ENTRY(B, P, 1, L), ENTRY(B, P, 2, L), ENTRY(B, P, 4, L)}
+#define ENTRIES(B, L) [(B) == 16 ? 8 : (B) - 1][L] = {ENTRIES_R(B, 1, L), ENTRIES_R(B, 2, L), ENTRIES_R(B, 3, L)},
+static const rows_function functions[JPQ_WIDTHS][3][3][3] = {EACH(ENTRIES)}; /* bits, layout, parts, rows 1 2 4 */
+
+/* How the groups of a weight lie; where codes come as four vectors, or one, two of the three say the same. */
+static int layout_of(const jpq_weight *w) {
+  if (w->bits == 8 || w->bits == JPQ_TERNARY) return w->group_size % 64 ? ANY : WHOLE;
+  if (w->group_size == 64) return HALVES;
+  return w->bits <= 4 || w->group_size % 128 ? ANY : WHOLE;
+}
 
 static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last) {
   const jpq_weight *w = p->weight;
@@ -313,12 +322,12 @@ static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last)
   uint8_t *copy = (uint8_t *)(scale + floats);
   memset(copy, 0, 4 * (size_t)bytes + OVERREAD);
   int64_t step = p->m <= FEW ? last - first : 4 + TILE_BYTES / bytes / 4 * 4;
-  int layout = w->group_size == 64 ? HALVES : w->group_size % 128 ? ANY : WHOLE;
+  const rows_function(*chosen)[3] = functions[jpq_index(w->bits)][layout_of(w)];
   for (int64_t n = first; n < last; n += step) {
     int64_t stop = n + step < last ? n + step : last;
     for (int64_t m = 0; m < p->m;) {
       int log = p->m - m >= 4 ? 2 : p->m - m >= 2 ? 1 : 0;
-      functions[jpq_index(w->bits)][p->parts - 1][log][layout](p, m, n, stop, scale, copy);
+      chosen[p->parts - 1][log](p, m, n, stop, scale, copy);
       m += 1 << log;
     }
   }

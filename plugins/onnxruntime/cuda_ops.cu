@@ -1,5 +1,5 @@
 /* `jpq::LowBitMatMul`, `jpq::LowBitMatMuls` (several of one X) and `jpq::LowBitGather` for onnxruntime's CUDA provider,
- * over plugins/core's CUDA kernels; the body of `jpq::Attention` is of operators the provider has.
+ * over plugins/core's CUDA kernels; the bodies of the others are of operators the provider has.
  *
  * Everything is queued on the provider's stream and nothing is waited for.
  *

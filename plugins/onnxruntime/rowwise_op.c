@@ -65,8 +65,7 @@ static void task(void *data, size_t i) {
 }
 
 static int alike(const tensor *a, const tensor *b) {
-  return a->data && b->data && a->type == ORT_FLOAT && b->type == ORT_FLOAT && a->rank == b->rank &&
-         !memcmp(a->dims, b->dims, a->rank * sizeof *a->dims);
+  return a->type == ORT_FLOAT && b->type == ORT_FLOAT && a->rank == b->rank && !memcmp(a->dims, b->dims, a->rank * sizeof *a->dims);
 }
 
 static OrtStatus *make(const OrtApi *api, OrtKernelContext *context, size_t i, const tensor *like, float **out) {

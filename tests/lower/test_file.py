@@ -190,6 +190,11 @@ def test_onnxruntime_gets_the_operators_of_opset_23(write):
     _, proto, _ = write("gemma3")
     operators = {node.op_type for node in proto.graph.node}
     assert {"Attention", "RMSNormalization", "AddRMSNormalization", "GeluTanhMul"} <= operators
+
+
+@pytest.mark.parametrize("case", ["gemma3", "gpt2", "pruned"])
+def test_every_function_is_of_an_operator_that_is_there(write, case):
+    _, proto, _ = write(case)
     assert len(proto.functions) == len({(f.name, f.overload) for f in proto.functions})
     used = {(node.op_type, node.overload) for node in proto.graph.node if node.domain == "jpq"}
     assert used == {(f.name, f.overload) for f in proto.functions}

@@ -22,7 +22,7 @@ ROUNDING = {
 }
 ROWS = (1, 2, 3, 4, 7, 16, 63, 128)
 # K is a whole number of groups, not always of the 64 codes a block holds; 1088 is more than one panel.
-SHAPES = {16: 112, 32: 96, 48: 144, 64: 1088, 128: 256, 24: 72, 40: 40, 5: 35}
+SHAPES = {16: 112, 32: 96, 48: 144, 64: 1088, 128: 256, 192: 384, 24: 72, 40: 40, 5: 35}
 VECTOR_GROUPS = {"avx512-vnni": 8, "avx512": 16, "avx2": 8, "neon": 8, "scalar": 1}
 TOLERANCE = 2e-6  # relative RMS of an fp32 sum of some hundred terms
 

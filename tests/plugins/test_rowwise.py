@@ -1,6 +1,8 @@
 """Residual sum and norm, and gates, in C and as operators of onnxruntime, against their definitions in fp64."""
 
 import ctypes
+import json
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -9,6 +11,7 @@ import pytest
 from jpq_export.lower import rowwise
 from jpq_export.lower.functions import DOMAIN
 from jpq_export.lower.nodes import Nodes
+from jpq_export.numerics import reference
 from jpq_export.runtime import native
 
 ort = pytest.importorskip("onnxruntime")
@@ -22,14 +25,11 @@ NAMES = {"silu": SILU, "gelu_tanh": GELU}
 
 
 def expected_norm(a, b, weight):
-    total = a.astype(np.float64) + b
-    return total, total / np.sqrt(np.mean(total**2, -1, keepdims=True) + EPSILON) * weight
+    return reference.add_rms_norm(a.astype(np.float64), b, weight, EPSILON)
 
 
 def expected_gate(gate, x, factor):
-    x = x.astype(np.float64)
-    bent = 2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3) if gate == GELU else x
-    return x / (1 + np.exp(-bent)) * factor
+    return (reference.silu_mul if gate == SILU else reference.gelu_tanh_mul)(x.astype(np.float64), factor)
 
 
 def distance(got, wanted):
@@ -80,13 +80,14 @@ def test_sum_and_norm_are_the_definitions(library, name, shape):
 def test_gates_are_the_definitions_from_end_to_end(library, name, gate):
     if name not in native.cpu_library().implementations:
         pytest.skip(f"no {name} on this processor")
-    x = np.concatenate([np.linspace(-20, 20, 4001), [0, -0.0, 200, -200, 1e-30]]).astype(np.float32)
+    x = np.concatenate([np.linspace(-20, 20, 4001), [0, -0.0, 200, -200, 1e-30, 1e12, -1e12, -3e38]]).astype(np.float32)
     factor = np.random.default_rng(1).normal(size=x.size).astype(np.float32)
     y = outputs(x.size)[0]
     count, code = ctypes.c_int64(x.size), ctypes.c_int(NAMES[gate])
     assert library.jpq_gated(code, pointer(x), pointer(factor), count, pointer(y), name.encode()) == 0
     assert np.isnan(y[x.size :]).all()
-    wanted = expected_gate(NAMES[gate], x, factor)
+    with np.errstate(over="ignore"):
+        wanted = expected_gate(NAMES[gate], x, factor)
     np.testing.assert_allclose(y[: x.size], wanted, rtol=4e-6, atol=1e-6)
     other = expected_gate(1 - NAMES[gate], x, factor)
     assert not np.allclose(y[: x.size], other, rtol=4e-6, atol=1e-6)  # the twin
@@ -104,8 +105,9 @@ def proto(activation, width, *, weight_shape=None):
     kind = ir.TensorType(ir.DataType.FLOAT)
     a, b, weight = (ir.Value(name=name, shape=ir.Shape(shape), type=kind) for name, shape in shapes.items())
     nodes = Nodes()
-    made = [*rowwise.add_norm(nodes, a, b, weight, EPSILON, ("total", "normed"))]
-    made.append(rowwise.gated(nodes, activation, a, b, "gated"))
+    made_before = nodes("Neg", nodes("Neg", a))  # where a node made it, an empty tensor has no address
+    made = [*rowwise.add_norm(nodes, made_before, b, weight, EPSILON, ("total", "normed"))]
+    made.append(rowwise.gated(nodes, activation, made_before, b, "gated"))
     for value in made:
         value.type = kind
     opsets = {"": 23, DOMAIN: 1}
@@ -114,13 +116,29 @@ def proto(activation, width, *, weight_shape=None):
     return ir.to_proto(ir.Model(graph, ir_version=10, functions=bodies)).SerializeToString()
 
 
-def run(model, feeds, *, ours, threads=2):
+def open_session(model, *, ours, profile=None):
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.intra_op_num_threads, options.log_severity_level = 2, 4
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if ours:
         options.register_custom_ops_library(str(native.cpu_library().path))
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run(model, feeds, *, ours):
+    return open_session(model, ours=ours).run(None, feeds)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["operators", "bodies"])
+@pytest.mark.parametrize("gate", NAMES)
+def test_where_the_library_is_its_operators_run_and_not_the_bodies(gate, ours, tmp_path):
+    session = open_session(proto(gate, 8), ours=ours, profile=tmp_path / "profile")
+    session.run(None, {name: np.ones((1, 1, 8), np.float32) for name in "ab"} | {"weight": np.ones(8, np.float32)})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = {event.get("args", {}).get("op_name") for event in events}
+    both = {rowwise.ADD_NORM, rowwise.GATES[gate]}
+    assert both & ran == (both if ours else set())
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["operators", "bodies"])

@@ -65,3 +65,12 @@ def test_what_cannot_be_met_or_asked_is_said(shelf: Path) -> None:
     told = run(f"{EXPORT} --widths 8 --bits 1 --until plan --out no", 1)
     assert "--method llm-pruner with 8 bits everywhere and 90% removed needs at least" in told.replace("\n", " ")
     assert "--method llm-pruner knows budgets of bytes only" in run(f"{EXPORT} --latency 1ms", 2)
+
+
+def test_no_prune_takes_the_widest_width_that_fits_whole(shelf: Path) -> None:
+    run(f"{EXPORT} --bits 4 --no-prune --until plan --out unpruned")
+    plan = plan_of(shelf / "unpruned")
+    assert plan["removed"] == []
+    assert plan["search"]["rate"] == 0
+    assert {choice["bits"] for choice in plan["choices"]} == {3}  # 4 bits and their scales are more than 4 a weight
+    assert "and 0% removed" in run(f"{EXPORT} --widths 4 --bits 4 --no-prune --until plan --out none", 1)
