@@ -144,6 +144,9 @@ def test_a_layout_stated_twice(core_of, random, name, bits):
             x = rng.normal(size=(m, k)).astype(np.float32)
             for zero, stored in (((levels - 1) / 2, None), (np.repeat(zeros, group_size, axis=1), packed_zeros)):
                 weight = core.weight(host, packed=address(packed), bits=bits, zeros=address(stored))
+                if (name, bits) == ("avx512-vnni", 7):  # not compiled: no model has this width
+                    assert core.matmul(x, host, name, weight=weight)[0] == NOT_HERE
+                    continue
                 expected = x @ ((codes - 1.0 * zero) * scales).T
                 assert distance(core.matmul(x, host, name, weight=weight)[1], expected) < TOLERANCE, (group_size, m)
                 turned = core.weight(host, packed=address(packed[::-1].copy()), bits=bits, zeros=address(stored))
