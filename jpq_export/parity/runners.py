@@ -185,7 +185,7 @@ class OrtRunner:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
         if kernels:
-            native.register(options, exact=exact)
+            native.register(options, native.FP32 if exact else native.INT16)
         try:
             return onnxruntime.InferenceSession(
                 self.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]

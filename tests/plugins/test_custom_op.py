@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from jpq_export.lower.export import export_onnx
 from jpq_export.numerics.reference import low_bit_matmul
 from jpq_export.runtime.cache import CacheLayout
+from jpq_export.runtime.session import OrtModel
 
 ort = pytest.importorskip("onnxruntime")
 PRODUCTS = {"LowBitMatMul", "LowBitMatMuls"}
@@ -80,6 +81,20 @@ def test_a_registered_kernel_wins_over_the_function_body(exported, library, tmp_
         events = json.loads(Path(run.end_profiling()).read_text())
         ran = {event["name"] for event in events if event.get("args", {}).get("op_name") in PRODUCTS}
         assert {name.removesuffix("_kernel_time") for name in ran} == expected
+
+
+def test_the_bits_of_fast_reach_the_kernels(exported, library, monkeypatch):
+    monkeypatch.setenv("JPQ_KERNELS", "cpu")
+    ids, found = np.arange(1, 9)[None], {}
+    for mode in ("fp32", "16", "8"):
+        if mode != "fp32":
+            monkeypatch.setenv("JPQ_FAST_BITS", mode)
+        model = OrtModel(exported[0], threads=1, exact=mode == "fp32", device="cpu")
+        assert model.path.endswith("fp32" if mode == "fp32" else f"{mode} bits for few rows")
+        found[mode] = model.forward(ids).logits
+    far = {mode: distance(found[mode], found["fp32"]) for mode in ("16", "8")}
+    assert 0 < far["16"] < far["8"] / 20
+    assert far["8"] < 0.1
 
 
 def test_threads_do_not_change_a_bit(exported, library):

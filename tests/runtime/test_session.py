@@ -5,6 +5,7 @@ import onnx
 import pytest
 
 from jpq_export.errors import BundleError, UsageError
+from jpq_export.runtime import native
 from jpq_export.runtime.session import OrtModel
 
 IDS = np.array([[3, 4, 5, 6, 7, 8]])
@@ -104,3 +105,17 @@ def test_a_graph_of_someone_else(tmp_path, text):
     onnx.save(proto, tmp_path / "model.onnx")
     with pytest.raises(BundleError, match="not written by jpq-export"):
         OrtModel(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(("asked", "rounded"), [(None, "int16"), ("16", "int16"), ("8", "int8")])
+def test_fast_rounds_as_the_environment_asks(monkeypatch, asked, rounded):
+    monkeypatch.delenv("JPQ_FAST_BITS", raising=False)
+    if asked:
+        monkeypatch.setenv("JPQ_FAST_BITS", asked)
+    assert native.fast_activations() == rounded
+
+
+def test_fast_with_other_bits_is_refused(monkeypatch):
+    monkeypatch.setenv("JPQ_FAST_BITS", "4")
+    with pytest.raises(UsageError, match="JPQ_FAST_BITS=4: expected 16 or 8"):
+        native.fast_activations()

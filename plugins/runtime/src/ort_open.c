@@ -48,20 +48,31 @@ static jpq_result find_kernels(const char *folder, const manifest *m, const char
   return *found = library_beside(KERNELS, path), JPQ_SUCCESS;
 }
 
+/* What `fast` rounds activations to: 16 bits, or 8 where JPQ_FAST_BITS says so, as in Python. */
+static jpq_result fast_activations(const char **out, jpq_error *error) {
+  const char *asked = getenv("JPQ_FAST_BITS");
+  *out = asked && !strcmp(asked, "8") ? "int8" : "int16";
+  if (!asked || !strcmp(asked, "8") || !strcmp(asked, "16")) return JPQ_SUCCESS;
+  return jpq_fail(error, JPQ_BAD_ARGUMENT, "JPQ_FAST_BITS=%.40s: expected 16 or 8; correct it or unset it", asked);
+}
+
 static jpq_result set_options(ort_backend *self, const char *folder, const manifest *m, const jpq_load_options *asked,
                               OrtSessionOptions *options, jpq_error *error) {
   const OrtApi *api = self->api;
   char kernels[PATH_MOST];
+  const char *fast;
   int found;
+  JPQ_TRY(fast_activations(&fast, error));
   if (asked->threads > 0) ORT_TRY(self, ORT(api, SetIntraOpNumThreads)(options, asked->threads), "threads");
   /* Threads spin during a pass, or waking them costs more than they give, but not between the tokens of a stream. */
   ORT_TRY(self, ORT(api, AddSessionConfigEntry)(options, "session.force_spinning_stop", "1"), "options");
   ORT_TRY(self, ORT(api, AddSessionConfigEntry)(options, "session.qdq_matmulnbits_accuracy_level", asked->fast ? "4" : "1"), "options");
-  ORT_TRY(self, ORT(api, AddSessionConfigEntry)(options, "jpq.activations", asked->fast ? "int16" : "fp32"), "options");
+  ORT_TRY(self, ORT(api, AddSessionConfigEntry)(options, "jpq.activations", asked->fast ? fast : "fp32"), "options");
   JPQ_TRY(find_kernels(folder, m, asked->kernels, kernels, &found, error));
   if (found) ORT_TRY(self, ORT(api, RegisterCustomOpsLibrary)(options, kernels, &self->kernels), kernels);
   snprintf(self->base.path, sizeof self->base.path, "onnxruntime CPU, %s, activations %s",
-           found ? "jpq kernels" : "function bodies", !asked->fast ? "in fp32" : found ? "in 16 bits for few rows" : "rounded to 8 bits");
+           found ? "jpq kernels" : "function bodies",
+           !asked->fast ? "in fp32" : !found ? "rounded to 8 bits" : strcmp(fast, "int8") ? "in 16 bits for few rows" : "in 8 bits for few rows");
   return JPQ_SUCCESS;
 }
 
