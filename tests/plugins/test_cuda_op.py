@@ -207,7 +207,7 @@ def test_without_the_provider_the_cpu_computes_and_asking_for_the_gpu_says_why(
     conftest_of, tmp_path, caplog, monkeypatch
 ):
     monkeypatch.delenv("JPQ_KERNELS")
-    monkeypatch.setattr(native, "register", lambda _options, *, exact: None)
+    monkeypatch.setattr(native, "register", lambda _options, _activations: None)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     path = export(conftest_of, tmp_path, 32)
     assert OrtModel(path, threads=1).device == "cpu"

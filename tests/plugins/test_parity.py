@@ -32,7 +32,7 @@ def exported(request, tmp_path_factory, conftest_of):
 def rounding_kernels(library):
     """What `native.register` would be if it let the kernels round activations to 8 bits where fp32 was asked for."""
 
-    def register(options, *, exact):
+    def register(options, activations):
         options.add_session_config_entry("jpq.activations", "int8")
         options.register_custom_ops_library(str(library.path))
         return library
