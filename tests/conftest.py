@@ -4,6 +4,7 @@ tiny_config("gemma3")            -> transformers configuration, also of OTHERS
 tiny_model("gemma3")             -> transformers model, seeded, weights large enough that every term matters
 tiny_folder("gemma3", **changes) -> folder with config.json, model.safetensors, tokenizer.json
 save_tiny(folder, "gemma3", **changes): the same at a place of the test's own, for fixtures of wider scope
+quick_shelf("name"), run("export m ..."): a working folder for whole commands on tiny models, and the command line
 tiny_encoder("mpnet"), save_encoder(folder, "mpnet"): the same for sentence encoders, with sentence-transformers' files
 """
 
@@ -12,7 +13,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +269,39 @@ def kernels(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions, also those of child processes, compute in our kernels."""
     monkeypatch.setenv("JPQ_KERNELS", "on")
     monkeypatch.setenv("JPQ_CACHE", str(library.path.parents[2]))
+
+
+@pytest.fixture(scope="session")
+def quick_shelf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`with quick_shelf(name) as (folder, patch)`: an empty working folder with a cache, and `quick` for tiny models.
+
+    `steps`: of recovery. `patch` undoes at the end what a test module changes further.
+    """
+    from jpq_export.compress import effort
+
+    @contextmanager
+    def make(name: str, *, steps: int = 2) -> Iterator[tuple[Path, pytest.MonkeyPatch]]:
+        folder = tmp_path_factory.mktemp(name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("JPQ_CACHE", str(folder / "cache"))
+            quick = effort.Effort("quick", 4, 2, 32, 1, 4, steps, (("table", (1.0,)),))
+            patch.setitem(effort.EFFORTS, "quick", quick)
+            patch.chdir(folder)
+            yield folder, patch
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., str]:
+    """`run("export m --bits 3 ...", expected=0)`: what the command prints, which ends with that exit code."""
+    from click.testing import CliRunner
+
+    from jpq_export.cli import main
+
+    def invoke(command: str, expected: int = 0) -> str:
+        done = CliRunner().invoke(main, shlex.split(command))
+        assert done.exit_code == expected, (done.output, done.exception)
+        return done.output
+
+    return invoke

@@ -22,7 +22,6 @@ from safetensors.numpy import load_file, save_file
 
 import jpq_export
 from jpq_export.cli import main
-from jpq_export.compress import effort
 from jpq_export.workspace import Workspace
 
 Damage = Callable[[], object]
@@ -30,16 +29,11 @@ WEIGHTS = Path("m/model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory, save_tiny: Callable[..., Path]) -> Iterator[Path]:
+def shelf(quick_shelf: Callable, save_tiny: Callable[..., Path], run: Callable[..., str]) -> Iterator[Path]:
     """Good things to spoil: a model m, its plan.json, its bundle b; and a cache that knows the model's prices."""
-    folder = tmp_path_factory.mktemp("shelf")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JPQ_CACHE", str(folder / "cache"))
-        patch.setitem(effort.EFFORTS, "quick", effort.Effort("quick", 4, 2, 32, 1, 4, 2, (("table", (1.0,)),)))
-        patch.chdir(folder)
+    with quick_shelf("shelf") as (folder, _):
         save_tiny(folder / "m", "llama")
-        done = CliRunner().invoke(main, shlex.split(export("--bits 5").replace("--out out", "--out b")))
-        assert done.exit_code == 0, done.output
+        run(export("--bits 5").replace("--out out", "--out b"))
         shutil.copy("b/plan.json", "plan.json")
         yield folder
 

@@ -10,10 +10,7 @@ from typing import Any
 
 import onnx
 import pytest
-from click.testing import CliRunner
 
-from jpq_export.cli import main
-from jpq_export.compress import effort
 from jpq_export.format.bundle import read_manifest
 
 EXPORT = "export m --effort quick --context 64 --method rtn --bits 6"
@@ -21,24 +18,16 @@ PROMPT = "the man"
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory, save_tiny: Callable, save_encoder: Callable) -> Iterator[Path]:
+def shelf(
+    quick_shelf: Callable, save_tiny: Callable, save_encoder: Callable, run: Callable[..., str]
+) -> Iterator[Path]:
     """A model m, an encoder e, its bundle `int8` and the one with a float cache, `float`."""
-    folder = tmp_path_factory.mktemp("kv-cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JPQ_CACHE", str(folder / "cache"))
-        patch.setitem(effort.EFFORTS, "quick", effort.Effort("quick", 4, 2, 32, 1, 4, 2, (("table", (1.0,)),)))
-        patch.chdir(folder)
+    with quick_shelf("kv-cache") as (folder, _):
         save_tiny(folder / "m", "qwen3", tie_word_embeddings=False)
         save_encoder(folder / "e", "bert")
         run(f"{EXPORT} --target cpu --kv-cache int8 --out int8")
         run(f"{EXPORT} --target cpu --out float")
         yield folder
-
-
-def run(command: str, expected: int = 0) -> str:
-    done = CliRunner().invoke(main, shlex.split(command))
-    assert done.exit_code == expected, done.output
-    return done.output
 
 
 def cache_of(bundle: Path) -> dict[str, Any]:
@@ -72,7 +61,7 @@ def test_the_bundle_says_what_its_cache_takes_and_costs(shelf: Path) -> None:
     assert "int8 cache" not in other
 
 
-def test_its_graph_keeps_codes_and_its_parity_passes(shelf: Path) -> None:
+def test_its_graph_keeps_codes_and_its_parity_passes(shelf: Path, run: Callable[..., str]) -> None:
     graph = onnx.load(shelf / "int8" / "model.onnx", load_external_data=False).graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.input if value.name.startswith("past.")}
     parts = {"key": onnx.TensorProto.INT8, "value": onnx.TensorProto.INT8}
@@ -85,7 +74,7 @@ def test_its_graph_keeps_codes_and_its_parity_passes(shelf: Path) -> None:
     assert json.loads((shelf / "float" / "parity.json").read_text())["runtimes"][0]["cache"] is None
 
 
-def test_it_runs_and_is_evaluated(shelf: Path, tmp_path: Path) -> None:
+def test_it_runs_and_is_evaluated(shelf: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     assert run(f"run int8 {shlex.quote(PROMPT)} --max-new-tokens 8")
     (tmp_path / "t.txt").write_text("the other thing that they thought of, then " * 20)
     text = f"--text {tmp_path / 't.txt'} --windows 2 --context 64 --no-teacher"
@@ -112,7 +101,9 @@ def test_it_runs_and_is_evaluated(shelf: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_have_it_refuses_by_name(shelf: Path, command: str, code: int, said: str) -> None:
+def test_what_cannot_have_it_refuses_by_name(
+    shelf: Path, command: str, code: int, said: str, run: Callable[..., str]
+) -> None:
     output = run(command, expected=code)
     assert said in " ".join(output.split())
     assert not (shelf / "x").exists()

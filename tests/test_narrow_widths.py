@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 
-from jpq_export.cli import main
-from jpq_export.compress import effort
 from jpq_export.errors import BundleError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.numerics.scheme import TERNARY
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory, save_tiny: Callable[..., Path]) -> Iterator[Path]:
+def shelf(quick_shelf: Callable, save_tiny: Callable[..., Path]) -> Iterator[Path]:
     """A model m; one search finds all plans, for every run reads the same prices."""
-    folder = tmp_path_factory.mktemp("narrow")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JPQ_CACHE", str(folder / "cache"))
-        patch.setitem(effort.EFFORTS, "quick", effort.Effort("quick", 4, 2, 32, 1, 4, 2, (("table", (1.0,)),)))
-        patch.chdir(folder)
+    with quick_shelf("narrow") as (folder, _):
         save_tiny(folder / "m", "llama")
         yield folder
-
-
-def run(command: str, expected: int = 0) -> str:
-    done = CliRunner().invoke(main, shlex.split(command))
-    assert done.exit_code == expected, done.output
-    return done.output
 
 
 def widths_of(bundle: Path) -> set[float]:
@@ -47,7 +33,7 @@ EXPORT = "export m --effort quick --context 64 --no-prune"
 @pytest.mark.parametrize(
     ("target", "method"), [("jetson", "jpq"), ("cpu-x86", "jpq"), ("cpu-x86", "rtn"), ("jetson", "gptq")]
 )
-def test_a_whole_export_is_proved(shelf: Path, target: str, method: str) -> None:
+def test_a_whole_export_is_proved(shelf: Path, target: str, method: str, run: Callable[..., str]) -> None:
     out = shelf / f"{target}-{method}"
     run(f"{EXPORT} --target {target} --method {method} --bits 2.3 --widths 1,1.6,2 --out {out}")
     used = widths_of(out)
@@ -63,7 +49,7 @@ def test_a_whole_export_is_proved(shelf: Path, target: str, method: str) -> None
     run(f"verify {out}", expected=1)
 
 
-def test_a_plan_made_once_is_exported_again(shelf: Path) -> None:
+def test_a_plan_made_once_is_exported_again(shelf: Path, run: Callable[..., str]) -> None:
     first, again = shelf / "first", shelf / "again"
     run(f"plan m --effort quick --context 64 --no-prune --target cpu-x86 --bits 2.2 --widths 1.6,2 --out {first}")
     run(f"{EXPORT} --target cpu-x86 --plan {first / 'plan.json'} --out {again}")
@@ -85,7 +71,7 @@ def test_a_compressed_model_is_read_back(shelf: Path, conftest_of: Callable) -> 
         CompressedModel.load(path)
 
 
-def test_without_the_option_nothing_is_narrower_than_two_bits(shelf: Path) -> None:
+def test_without_the_option_nothing_is_narrower_than_two_bits(shelf: Path, run: Callable[..., str]) -> None:
     out = shelf / "usual"
     run(f"plan m --effort quick --context 64 --no-prune --target cpu-x86 --bits 2.6 --out {out}")
     assert min(widths_of(out)) >= 2

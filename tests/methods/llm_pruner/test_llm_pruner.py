@@ -1,7 +1,6 @@
 """`--method llm-pruner`: as little pruning as one width needs, a whole export, and what is refused."""
 
 import json
-import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,37 +8,23 @@ import pytest
 
 pytest.importorskip("torch")
 
-from click.testing import CliRunner
-
-from jpq_export.cli import main
-from jpq_export.compress import effort
 
 EXPORT = "export m --method llm-pruner --target jetson --effort quick --context 64"
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory, save_tiny: Callable[..., Path]) -> Iterator[Path]:
+def shelf(quick_shelf: Callable, save_tiny: Callable[..., Path]) -> Iterator[Path]:
     """A model m and a cache."""
-    folder = tmp_path_factory.mktemp("llm_pruner")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JPQ_CACHE", str(folder / "cache"))
-        patch.setitem(effort.EFFORTS, "quick", effort.Effort("quick", 4, 2, 32, 1, 4, 2, (("table", (1.0,)),)))
-        patch.chdir(folder)
+    with quick_shelf("llm_pruner") as (folder, _):
         save_tiny(folder / "m", "llama", intermediate_size=256, num_key_value_heads=4)
         yield folder
-
-
-def run(command: str, expected: int = 0) -> str:
-    done = CliRunner().invoke(main, shlex.split(command))
-    assert done.exit_code == expected, (done.output, done.exception)
-    return done.output
 
 
 def plan_of(folder: Path) -> dict:
     return json.loads((folder / "plan.json").read_text())
 
 
-def test_a_whole_export_is_proved(shelf: Path) -> None:
+def test_a_whole_export_is_proved(shelf: Path, run: Callable[..., str]) -> None:
     run(f"{EXPORT} --bits 4 --out bundle")
     plan, manifest = plan_of(shelf / "bundle"), json.loads((shelf / "bundle/manifest.json").read_text())
     assert json.loads((shelf / "bundle/parity.json").read_text())["passed"]
@@ -50,7 +35,7 @@ def test_a_whole_export_is_proved(shelf: Path) -> None:
     assert plan["removed"]
 
 
-def test_more_room_prunes_less_until_nothing_goes(shelf: Path) -> None:
+def test_more_room_prunes_less_until_nothing_goes(shelf: Path, run: Callable[..., str]) -> None:
     rates = []
     for bits in (3.4, 3.8, 4.1):
         run(f"{EXPORT} --widths 4 --bits {bits} --until plan --out plan-{bits}")
@@ -61,13 +46,13 @@ def test_more_room_prunes_less_until_nothing_goes(shelf: Path) -> None:
     assert not plan_of(shelf / "whole")["removed"]
 
 
-def test_what_cannot_be_met_or_asked_is_said(shelf: Path) -> None:
+def test_what_cannot_be_met_or_asked_is_said(shelf: Path, run: Callable[..., str]) -> None:
     told = run(f"{EXPORT} --widths 8 --bits 1 --until plan --out no", 1)
     assert "--method llm-pruner with 8 bits everywhere and 90% removed needs at least" in told.replace("\n", " ")
     assert "--method llm-pruner knows budgets of bytes only" in run(f"{EXPORT} --latency 1ms", 2)
 
 
-def test_no_prune_takes_the_widest_width_that_fits_whole(shelf: Path) -> None:
+def test_no_prune_takes_the_widest_width_that_fits_whole(shelf: Path, run: Callable[..., str]) -> None:
     run(f"{EXPORT} --bits 4 --no-prune --until plan --out unpruned")
     plan = plan_of(shelf / "unpruned")
     assert plan["removed"] == []

@@ -1,7 +1,6 @@
 """LoftQ's start against zero and against the best of its rank, and an export with trained branches."""
 
 import json
-import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,10 +13,7 @@ pytest.importorskip("botorch", reason="BoTorch is not installed")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
 
-from click.testing import CliRunner  # noqa: E402
 
-from jpq_export.cli import main  # noqa: E402
-from jpq_export.compress import effort  # noqa: E402
 from jpq_export.compress.rounding import quantize  # noqa: E402
 from jpq_export.compress.student import dequantized, to_student  # noqa: E402
 from jpq_export.errors import PlanError  # noqa: E402
@@ -53,30 +49,20 @@ def test_twin_the_start_of_another_residual_does_not(residual):
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory, save_tiny: Callable[..., Path]) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JPQ_CACHE", str(folder / "cache"))
-        patch.setitem(effort.EFFORTS, "quick", effort.Effort("quick", 4, 2, 32, 1, 4, 3, (("table", (1.0,)),)))
+def shelf(quick_shelf: Callable, save_tiny: Callable[..., Path]) -> Iterator[Path]:
+    with quick_shelf("adapters", steps=3) as (folder, patch):
         patch.setitem(search.TRIALS, "quick", 4)
-        patch.chdir(folder)
         save_tiny(folder / "m", "llama_biased", intermediate_size=256, num_key_value_heads=4)
         yield folder
 
 
-def run(command: str, expected: int = 0) -> str:
-    done = CliRunner().invoke(main, shlex.split(command))
-    assert done.exit_code == expected, (done.output, done.exception)
-    return done.output
-
-
 @pytest.fixture(scope="module")
-def bundle(shelf: Path) -> Path:
+def bundle(shelf: Path, run: Callable[..., str]) -> Path:
     run(f"{EXPORT} --adapters {RANK} --out {shelf / 'bundle'}")
     return shelf / "bundle"
 
 
-def test_an_export_with_branches_is_proved(bundle: Path) -> None:
+def test_an_export_with_branches_is_proved(bundle: Path, run: Callable[..., str]) -> None:
     assert json.loads((bundle / "parity.json").read_text())["passed"]
     run(f"verify {bundle}")
     plan, manifest = (json.loads((bundle / f"{name}.json").read_text()) for name in ("plan", "manifest"))
@@ -89,7 +75,7 @@ def test_an_export_with_branches_is_proved(bundle: Path) -> None:
     assert sum(name.endswith(".adapter.up") for name in stored) == 14
 
 
-def test_twin_a_flipped_branch_is_named(bundle: Path) -> None:
+def test_twin_a_flipped_branch_is_named(bundle: Path, run: Callable[..., str]) -> None:
     model = onnx.load(str(bundle / "model.onnx"), load_external_data=False)
     tensor = next(t for t in model.graph.initializer if t.name == "layers.1.mlp.down.adapter.down")
     at = {entry.key: entry.value for entry in tensor.external_data}
@@ -102,7 +88,7 @@ def test_twin_a_flipped_branch_is_named(bundle: Path) -> None:
     data.write_bytes(whole)
 
 
-def test_branches_are_stored_and_computed_alike(shelf: Path, bundle: Path) -> None:
+def test_branches_are_stored_and_computed_alike(shelf: Path, bundle: Path, run: Callable[..., str]) -> None:
     """The file, the model that computes with codes and branches, and the plain matrices agree."""
     run(f"{EXPORT} --adapters {RANK} --until compress --out {shelf / 'stopped'}")
     model = CompressedModel.load(shelf / "stopped" / "compressed.safetensors")
@@ -115,7 +101,7 @@ def test_branches_are_stored_and_computed_alike(shelf: Path, bundle: Path) -> No
     assert not torch.allclose(to_student(without)(ids), merged, rtol=1e-2, atol=1e-2)
 
 
-def test_the_rtx_graph_has_them_too(shelf: Path) -> None:
+def test_the_rtx_graph_has_them_too(shelf: Path, run: Callable[..., str]) -> None:
     from jpq_export.lower.export import export_onnx
 
     run(f"{EXPORT} --adapters {RANK} --target rtx-4090 --until onnx --out {shelf / 'rtx'}")
@@ -125,12 +111,12 @@ def test_the_rtx_graph_has_them_too(shelf: Path) -> None:
     assert sum(tensor.name.endswith(".adapter.up") for tensor in graph.initializer) == len(model.adapters) > 0
 
 
-def test_only_qpruner_has_them(shelf: Path) -> None:
+def test_only_qpruner_has_them(shelf: Path, run: Callable[..., str]) -> None:
     out = run(f"export m --method gptq --adapters 4 --target jetson --bits 4 --out {shelf / 'no'}", expected=2)
     assert "--method qpruner" in out
 
 
-def test_a_plan_of_another_rank_is_refused(shelf: Path, bundle: Path) -> None:
+def test_a_plan_of_another_rank_is_refused(shelf: Path, bundle: Path, run: Callable[..., str]) -> None:
     options = f"--method qpruner --target jetson --effort quick --plan {bundle / 'plan.json'}"
     assert "has rank 4" in run(f"export m {options} --adapters 5 --out {shelf / 'no'}", expected=2)
     run(f"export m {options} --adapters 4 --until compress --out {shelf / 'same'}")
@@ -143,7 +129,7 @@ def test_a_damaged_rank_is_named(bundle: Path, tmp_path: Path) -> None:
         load_plan(tmp_path / "plan.json")
 
 
-def test_the_comparison_has_a_row_with_and_one_without(shelf: Path) -> None:
+def test_the_comparison_has_a_row_with_and_one_without(shelf: Path, run: Callable[..., str]) -> None:
     (shelf / "text.txt").write_text("the weight of the thing there and the rest of what they then thought " * 4)
     options = "--target jetson --effort quick --budgets 5.5 --windows 2 --window-context 32 --text text.txt"
     run(f"compare m --methods qpruner,qpruner-lora {options} --out {shelf / 'table'}")

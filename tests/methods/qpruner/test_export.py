@@ -14,7 +14,6 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 from click.testing import CliRunner
 
 from jpq_export.cli import main
-from jpq_export.compress import effort
 from jpq_export.methods.qpruner import search
 from jpq_export.methods.qpruner.trials import TrialModel
 
@@ -22,26 +21,16 @@ EXPORT = "export m --method qpruner --target jetson --effort quick --context 64"
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory, save_tiny: Callable[..., Path]) -> Iterator[Path]:
+def shelf(quick_shelf: Callable, save_tiny: Callable[..., Path]) -> Iterator[Path]:
     """A model m and a cache; nine trials."""
-    folder = tmp_path_factory.mktemp("qpruner")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JPQ_CACHE", str(folder / "cache"))
-        patch.setitem(effort.EFFORTS, "quick", effort.Effort("quick", 4, 2, 32, 1, 4, 2, (("table", (1.0,)),)))
+    with quick_shelf("qpruner") as (folder, patch):
         patch.setitem(search.TRIALS, "quick", 9)
-        patch.chdir(folder)
         save_tiny(folder / "m", "llama", intermediate_size=256, num_key_value_heads=4)
         yield folder
 
 
-def run(command: str, expected: int = 0) -> str:
-    done = CliRunner().invoke(main, shlex.split(command))
-    assert done.exit_code == expected, (done.output, done.exception)
-    return done.output
-
-
 @pytest.fixture(scope="module")
-def bundle(shelf: Path) -> Path:
+def bundle(shelf: Path, run: Callable[..., str]) -> Path:
     run(f"{EXPORT} --bits 3.6 --out {shelf / 'bundle'}")
     return shelf / "bundle"
 
@@ -50,7 +39,7 @@ def plan_of(folder: Path) -> dict:
     return json.loads((folder / "plan.json").read_text())
 
 
-def test_a_whole_export_is_proved(bundle: Path) -> None:
+def test_a_whole_export_is_proved(bundle: Path, run: Callable[..., str]) -> None:
     assert json.loads((bundle / "parity.json").read_text())["passed"]
     run(f"verify {bundle}")
     plan, manifest = plan_of(bundle), json.loads((bundle / "manifest.json").read_text())
@@ -85,7 +74,7 @@ def test_the_report_shows_every_trial_and_the_front(bundle: Path) -> None:
     assert "Bayesian search" in page
 
 
-def test_twin_a_flipped_byte_is_named(bundle: Path) -> None:
+def test_twin_a_flipped_byte_is_named(bundle: Path, run: Callable[..., str]) -> None:
     codes = bundle / "model.onnx.data"
     whole = codes.read_bytes()
     codes.write_bytes(whole[::-1])
@@ -94,7 +83,7 @@ def test_twin_a_flipped_byte_is_named(bundle: Path) -> None:
 
 
 def test_a_stopped_search_goes_on_and_ends_the_same(
-    shelf: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    shelf: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Callable[..., str]
 ) -> None:
     """Stopped after three trials; six more are measured, and the plan has the same bytes."""
     monkeypatch.setenv("JPQ_CACHE", str(tmp_path))
@@ -124,12 +113,12 @@ def test_a_stopped_search_goes_on_and_ends_the_same(
     assert (tmp_path / "seed" / "plan.json").read_bytes() != (bundle / "plan.json").read_bytes()
 
 
-def test_its_plan_gives_the_same_bundle(shelf: Path, bundle: Path) -> None:
+def test_its_plan_gives_the_same_bundle(shelf: Path, bundle: Path, run: Callable[..., str]) -> None:
     run(f"{EXPORT} --plan {bundle / 'plan.json'} --out {shelf / 'again'}")
     assert (shelf / "again" / "model.onnx.data").read_bytes() == (bundle / "model.onnx.data").read_bytes()
 
 
-def test_without_pruning_only_bits_are_chosen(shelf: Path) -> None:
+def test_without_pruning_only_bits_are_chosen(shelf: Path, run: Callable[..., str]) -> None:
     run(f"{EXPORT} --no-prune --widths 3,4,6 --bits 4.5 --until plan --out {shelf / 'whole'}")
     plan = plan_of(shelf / "whole")
     assert plan["removed"] == []
@@ -144,12 +133,14 @@ def test_without_pruning_only_bits_are_chosen(shelf: Path) -> None:
         ("--target jetson --bits 0.4", "cannot be met", 1),
     ],
 )
-def test_what_it_cannot_do_is_one_line(shelf: Path, options: str, told: str, code: int) -> None:
+def test_what_it_cannot_do_is_one_line(
+    shelf: Path, options: str, told: str, code: int, run: Callable[..., str]
+) -> None:
     out = run(f"export m --method qpruner --effort quick {options} --out {shelf / 'no'}", expected=code)
     assert told in out
     assert "Traceback" not in out
 
 
-def test_a_missing_extra_is_named(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(shelf: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., str]) -> None:
     monkeypatch.setattr(search, "EXTRA", ("not_a_package",))
     assert "pip install" in run(f"{EXPORT} --bits 3 --out {shelf / 'no'}", expected=2)

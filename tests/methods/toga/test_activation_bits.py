@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 
-from jpq_export.cli import main
-from jpq_export.compress import effort
 from jpq_export.format.bundle import read_manifest
 from jpq_export.methods.toga import search
 
@@ -24,31 +20,21 @@ EXPORT = "export m --method toga --effort quick --context 64 --bits 5"
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory, save_tiny: Callable[..., Path]) -> Iterator[Path]:
+def shelf(quick_shelf: Callable, save_tiny: Callable[..., Path], run: Callable[..., str]) -> Iterator[Path]:
     """A model m, a cache, and the bundle w8a8."""
-    folder = tmp_path_factory.mktemp("activations")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JPQ_CACHE", str(folder / "cache"))
-        patch.setitem(effort.EFFORTS, "quick", effort.Effort("quick", 4, 2, 32, 1, 4, 2, (("table", (1.0,)),)))
+    with quick_shelf("activations") as (folder, patch):
         patch.setitem(search.STEPS, "quick", 4)
         patch.setattr(search, "TOKENS", 32)
-        patch.chdir(folder)
         save_tiny(folder / "m", "llama", intermediate_size=256, num_key_value_heads=4)
         run(f"{EXPORT} --target cpu-x86 --activation-bits 8 --out w8a8")
         yield folder
-
-
-def run(command: str, expected: int = 0) -> str:
-    done = CliRunner().invoke(main, shlex.split(command))
-    assert done.exit_code == expected, (done.output, done.exception)
-    return done.output
 
 
 def measured(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "activations.json").read_text())
 
 
-def test_8_bits_are_exported_and_proved(shelf: Path) -> None:
+def test_8_bits_are_exported_and_proved(shelf: Path, run: Callable[..., str]) -> None:
     parity = json.loads((shelf / "w8a8" / "parity.json").read_text())
     assert parity["passed"]
     assert all(runtime["divergence"] is None for runtime in parity["runtimes"])
@@ -66,7 +52,7 @@ def test_8_bits_are_exported_and_proved(shelf: Path) -> None:
     assert "Activations: the linears" in (shelf / "w8a8" / "parity.html").read_text()
 
 
-def test_twin_a_wrong_scale_in_the_file_fails_verify(shelf: Path) -> None:
+def test_twin_a_wrong_scale_in_the_file_fails_verify(shelf: Path, run: Callable[..., str]) -> None:
     data = shelf / "w8a8" / "model.onnx.data"
     whole = data.read_bytes()
     file = onnx.load(str(shelf / "w8a8" / "model.onnx"), load_external_data=False)
@@ -80,7 +66,7 @@ def test_twin_a_wrong_scale_in_the_file_fails_verify(shelf: Path) -> None:
     assert "layers.1.mlp.down" in told
 
 
-def test_beside_an_int8_cache(shelf: Path) -> None:
+def test_beside_an_int8_cache(shelf: Path, run: Callable[..., str]) -> None:
     """Both rounded: proved, verified, and it runs."""
     out = shelf / "both"
     run(f"{EXPORT} --target cpu-x86 --activation-bits 8 --kv-cache int8 --out {out}")
@@ -89,7 +75,7 @@ def test_beside_an_int8_cache(shelf: Path) -> None:
     assert run(f'run {out} "the man" --max-new-tokens 4')
 
 
-def test_its_plan_gives_the_same_bundle(shelf: Path) -> None:
+def test_its_plan_gives_the_same_bundle(shelf: Path, run: Callable[..., str]) -> None:
     again = shelf / "again"
     run(f"export m --method toga --target cpu-x86 --effort quick --context 64 --activation-bits 8 "
         f"--plan {shelf / 'w8a8' / 'plan.json'} --out {again}")  # fmt: skip
@@ -97,7 +83,7 @@ def test_its_plan_gives_the_same_bundle(shelf: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", ["4", "3.2"])
-def test_fewer_bits_are_measured(shelf: Path, bits: str) -> None:
+def test_fewer_bits_are_measured(shelf: Path, bits: str, run: Callable[..., str]) -> None:
     out = shelf / f"a{bits}"
     told = run(f"{EXPORT} --target jetson --activation-bits {bits} --until compress --out {out}")
     found = measured(out)
@@ -108,7 +94,7 @@ def test_fewer_bits_are_measured(shelf: Path, bits: str) -> None:
     assert plan["search"]["activation_bits"] == float(bits)
 
 
-def test_a_network_is_trained_for_its_activations(shelf: Path) -> None:
+def test_a_network_is_trained_for_its_activations(shelf: Path, run: Callable[..., str]) -> None:
     before = len(list((shelf / "cache").rglob("hypernetwork.safetensors")))
     run(f"{EXPORT} --target cpu-x86 --activation-bits 8 --until plan --out {shelf / 'same'}")
     assert len(list((shelf / "cache").rglob("hypernetwork.safetensors"))) == before
@@ -125,7 +111,7 @@ def test_a_network_is_trained_for_its_activations(shelf: Path) -> None:
         ("--method jpq --target cpu-x86 --activation-bits 8", "use --method toga"),
     ],
 )
-def test_what_cannot_be_exported_is_one_line(shelf: Path, options: str, told: str) -> None:
+def test_what_cannot_be_exported_is_one_line(shelf: Path, options: str, told: str, run: Callable[..., str]) -> None:
     out = run(f"export m --effort quick {options} --out {shelf / 'no'}", expected=2)
     assert told in out
     assert "Traceback" not in out

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnx
 import pytest
-from click.testing import CliRunner
 
-from jpq_export.cli import main
-from jpq_export.compress import effort
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.methods.toga import search
 from jpq_export.numerics.row_blocks import RowBlocks
@@ -21,23 +17,13 @@ EXPORT = "export m --method toga --target jetson --effort quick --context 64"
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory, save_tiny: Callable[..., Path]) -> Iterator[Path]:
+def shelf(quick_shelf: Callable, save_tiny: Callable[..., Path]) -> Iterator[Path]:
     """A model m and a cache; ten steps of training."""
-    folder = tmp_path_factory.mktemp("toga")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JPQ_CACHE", str(folder / "cache"))
-        patch.setitem(effort.EFFORTS, "quick", effort.Effort("quick", 4, 2, 32, 1, 4, 2, (("table", (1.0,)),)))
+    with quick_shelf("toga") as (folder, patch):
         patch.setitem(search.STEPS, "quick", 10)
         patch.setattr(search, "TOKENS", 32)
-        patch.chdir(folder)
         save_tiny(folder / "m", "llama", intermediate_size=256, num_key_value_heads=4)
         yield folder
-
-
-def run(command: str, expected: int = 0) -> str:
-    done = CliRunner().invoke(main, shlex.split(command))
-    assert done.exit_code == expected, (done.output, done.exception)
-    return done.output
 
 
 def networks(shelf: Path) -> int:
@@ -45,18 +31,18 @@ def networks(shelf: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def bits_only(shelf: Path) -> Path:
+def bits_only(shelf: Path, run: Callable[..., str]) -> Path:
     run(f"{EXPORT} --no-prune --bits 3.2 --out {shelf / 'bits'}")
     return shelf / "bits"
 
 
 @pytest.fixture(scope="module")
-def joint(shelf: Path) -> Path:
+def joint(shelf: Path, run: Callable[..., str]) -> Path:
     run(f"{EXPORT} --bits 2.2 --out {shelf / 'joint'}")
     return shelf / "joint"
 
 
-def test_a_whole_export_is_proved(bits_only: Path) -> None:
+def test_a_whole_export_is_proved(bits_only: Path, run: Callable[..., str]) -> None:
     assert json.loads((bits_only / "parity.json").read_text())["passed"]
     run(f"verify {bits_only}")
     plan = json.loads((bits_only / "plan.json").read_text())
@@ -76,7 +62,7 @@ def test_a_whole_export_is_proved(bits_only: Path) -> None:
     assert nodes.count("LowBitMatMul") > 15  # 14 linears and the head
 
 
-def test_twin_a_flipped_byte_is_named(bits_only: Path) -> None:
+def test_twin_a_flipped_byte_is_named(bits_only: Path, run: Callable[..., str]) -> None:
     codes = bits_only / "model.onnx.data"
     whole = codes.read_bytes()
     codes.write_bytes(whole[::-1])
@@ -91,7 +77,7 @@ def test_pruning_and_widths_together(joint: Path) -> None:
     assert plan["predicted"]["bytes"] <= plan["budget"]["bytes"]
 
 
-def test_another_budget_needs_no_training(shelf: Path, bits_only: Path) -> None:
+def test_another_budget_needs_no_training(shelf: Path, bits_only: Path, run: Callable[..., str]) -> None:
     before = networks(shelf)
     run(f"{EXPORT} --no-prune --bits 3.0 --until plan --out {shelf / 'other'}")
     assert networks(shelf) == before
@@ -99,20 +85,20 @@ def test_another_budget_needs_no_training(shelf: Path, bits_only: Path) -> None:
     assert sizes[0] < sizes[1]
 
 
-def test_a_damaged_network_is_trained_again(shelf: Path, bits_only: Path) -> None:
+def test_a_damaged_network_is_trained_again(shelf: Path, bits_only: Path, run: Callable[..., str]) -> None:
     for path in (shelf / "cache").rglob("hypernetwork.safetensors"):
         path.write_bytes(path.read_bytes()[:100])
     run(f"{EXPORT} --no-prune --bits 3.2 --until plan --out {shelf / 'retrained'}")
     assert (shelf / "retrained" / "plan.json").read_bytes() == (bits_only / "plan.json").read_bytes()
 
 
-def test_its_plan_gives_the_same_bundle(shelf: Path, bits_only: Path) -> None:
+def test_its_plan_gives_the_same_bundle(shelf: Path, bits_only: Path, run: Callable[..., str]) -> None:
     again = shelf / "again"
     run(f"{EXPORT} --plan {bits_only / 'plan.json'} --out {again}")
     assert (again / "model.onnx.data").read_bytes() == (bits_only / "model.onnx.data").read_bytes()
 
 
-def test_a_run_goes_on_after_its_plan(shelf: Path, bits_only: Path) -> None:
+def test_a_run_goes_on_after_its_plan(shelf: Path, bits_only: Path, run: Callable[..., str]) -> None:
     """A run that stops after rounding and one that goes through write the same weights."""
     stopped = shelf / "stopped"
     run(f"{EXPORT} --no-prune --bits 3.2 --until compress --out {stopped}")
@@ -130,12 +116,14 @@ def test_a_run_goes_on_after_its_plan(shelf: Path, bits_only: Path) -> None:
         ("--target rtx-4090 --bits 3", "rows of several widths", 2),
     ],
 )
-def test_what_it_cannot_do_is_one_line(shelf: Path, options: str, told: str, code: int) -> None:
+def test_what_it_cannot_do_is_one_line(
+    shelf: Path, options: str, told: str, code: int, run: Callable[..., str]
+) -> None:
     out = run(f"export m --method toga --effort quick {options} --out {shelf / 'no'}", expected=code)
     assert told in out
     assert "Traceback" not in out
 
 
-def test_its_plan_is_refused_where_rows_must_be_alike(shelf: Path, bits_only: Path) -> None:
+def test_its_plan_is_refused_where_rows_must_be_alike(shelf: Path, bits_only: Path, run: Callable[..., str]) -> None:
     told = run(f"export m --target rtx-4090 --effort quick --plan {bits_only / 'plan.json'} --out no", expected=1)
     assert "rows of several widths do not fit" in told
