@@ -110,7 +110,6 @@ class Remembered:
 def compare(comparison: Comparison, stages: Stages) -> list[dict[str, Any]]:
     """All cells, computed or found; also written to `<out>/comparison.json`."""
     out = comparison.request.out
-    out.mkdir(parents=True, exist_ok=True)
     texts = [read_text(path) for path in comparison.texts]  # a wrong path is said at once
     if comparison.tasks:
         check_tasks(comparison.tasks)
@@ -119,6 +118,7 @@ def compare(comparison: Comparison, stages: Stages) -> list[dict[str, Any]]:
     texts_of_run = PermutedExport(comparison.request, stages).texts(loaded)
     inputs = sha256(json.dumps([text.sha256 for text in texts] + [comparison.windows, comparison.context]).encode())
     teacher, rows = Remembered(loaded.model), []
+    out.mkdir(parents=True, exist_ok=True)  # nothing is left behind by what was wrong so far
     tasks, keep = comparison.tasks, comparison.keep
     questions = None if tasks is None else Questions(tasks, loaded, out, stages, keep)
     for bits in comparison.bits:

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from jpq_export.cli import COMPARED as METHODS
 from jpq_export.comparison import pruned_width
+from jpq_export.comparison_report import made_by
 from jpq_export.compress import effort
 from jpq_export.errors import BudgetError
 from jpq_export.evaluate import text_quality
@@ -177,6 +178,24 @@ def test_a_peer_that_cannot_run_is_a_row(
     assert result.exit_code == 0, result.output
     assert [row.get("error") for row in rows] == [str(error), None]
     assert f"did not run: {error}" in result.output
+    again = ValueError("tried again")
+    error = PeerError(str(again))
+    _, rows = compare("--methods", "hqq,rtn-uniform", "--text", str(tmp_path / "text.txt"), "--keep")
+    assert rows[0]["error"] == str(again)
+
+
+def test_a_text_that_is_missing_leaves_no_folder(compare: Callable, tmp_path: Path) -> None:
+    result, _ = compare("--text", str(tmp_path / "no.txt"))
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_asked_elsewhere_name_who_asked() -> None:
+    made = {"commit": "1111111", "date": "2026-01-01", "machine": "A"}
+    asked = made | {"commit": "2222222"}
+    row = made | {"method": "joint"}
+    assert made_by([row | {"tasks_made": made}]) == ["commit 1111111, 2026-01-01, A: joint"]
+    assert made_by([row | {"tasks_made": asked}])[1] == "commit 2222222, 2026-01-01, A: tasks of joint"
 
 
 def test_tasks_need_data_before_anything_runs(compare: Callable, tmp_path: Path) -> None:

@@ -154,13 +154,14 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
 
     Raises:
         BundleError: no bundle.
-        UsageError: the second bundle is an encoder.
+        UsageError: the second bundle is an encoder; a file for llama.cpp, or llama.cpp, is missing.
         BenchError: a runtime stopped, for want of memory for example.
     """
     manifest, plan = read_manifest(folder), load_plan(folder / "plan.json")
     if settings.other and read_manifest(settings.other).kind == KIND:
         raise UsageError(f"{settings.other}: a sentence encoder, {folder} is a decoder; compare bundles of one kind")
     spec = original_spec(ModelSpec.from_json(json.dumps(manifest.model["spec"])), plan)
+    rivals = {f"llama.cpp {path.stem}": LlamaBench(path, settings.threads) for path in settings.gguf}
     with ExitStack() as stack:
         graphs: dict[str, Path] = {}
         uniform: dict[str, Path] = {}
@@ -173,7 +174,7 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
         with stages.stage("load", "loading every runtime") as report:
             others = {compared_name(settings.other): settings.other / "model.onnx"} if settings.other else {}
             ways = _ways({"jpq": folder / "model.onnx"} | others | uniform, graphs)
-            workers = _workers(stack, ways, settings, report)
+            workers = _workers(stack, ways, settings, report) | rivals
         with stages.stage("measure", "taking turns") as report:
             meters = find_meters()
             speeds = _take_turns(workers, settings, report, meters)
@@ -234,8 +235,6 @@ def _workers(
         worker.ask(decode=1)
         workers[name] = worker
         report(i + 1, len(wanted))
-    for path in settings.gguf:
-        workers[f"llama.cpp {path.stem}"] = LlamaBench(path, settings.threads)
     return workers
 
 

@@ -194,6 +194,12 @@ def test_a_runtime_that_stops_is_told(tmp_path):
         worker.ask(decode=1)
 
 
+def test_a_missing_gguf_is_said_before_any_graph_is_written(bundle, monkeypatch, tmp_path):
+    monkeypatch.setattr(rounds, "write_baselines", lambda *_: pytest.fail("written"))
+    with pytest.raises(UsageError, match=r"no\.gguf: no such file"):
+        bench(bundle, Settings(gguf=(tmp_path / "no.gguf",)), Stages())
+
+
 def test_llama_bench_takes_its_turn(tmp_path, monkeypatch):
     model, program = tmp_path / "m.gguf", tmp_path / "llama-bench"
     model.touch()
