@@ -140,8 +140,8 @@ def _picture(rows: list[Row], name: str) -> Markup:
         parts.append(element("path", d=path, stroke=colour, fill="none", stroke_width=2))
         parts += [element("circle", cx=a, cy=b, r=3.5, fill=colour) for a, b in points]
         height = points[-1][1] + 4
-        while any(abs(height - other) < 14 for other in ends):
-            height -= 14  # labels of lines that end close together stand above each other
+        while any(abs(height - other) < 16 for other in ends):
+            height -= 16  # labels of lines that end close together stand above each other
         ends.append(height)
         parts.append(text(WIDTH - RIGHT + 12, height, method, fill=colour))
     return svg(WIDTH, HEIGHT, *parts, label=f"KL against bits per weight on {name}")
