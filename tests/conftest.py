@@ -24,7 +24,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core
-os.environ["JPQ_KERNELS"] = "off"  # compiling them takes ten seconds a cache; tests/plugins turns them on
+os.environ["JPQ_KERNELS"] = "off"  # compiling them takes half a minute a cache; tests/plugins turns them on
 
 COMMON = {
     "vocab_size": 320,
