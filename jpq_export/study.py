@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jpq_export.comparison import Remembered
+from jpq_export.comparison_cells import Remembered
 from jpq_export.compress.decoder import Decoder
 from jpq_export.errors import StorageError, UsageError
 from jpq_export.evaluate.predictors import TorchPredictor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from jpq_export.comparison import Remembered
+from jpq_export.comparison_cells import Remembered
 from jpq_export.errors import TargetError
 from jpq_export.evaluate.text_quality import evaluate_text
 from jpq_export.format.compressed import CompressedModel

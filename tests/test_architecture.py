@@ -22,7 +22,7 @@ ROWS = (
     ("study_export",),
     ("study",),
     ("comparison",),
-    ("comparison_report",),
+    ("comparison_cells", "comparison_report"),
     ("peers",),
     ("pipeline", "prove", "fallback", "evaluation", "encoder_evaluation", "summary"),
     ("given_plan", "read_activations", "published"),

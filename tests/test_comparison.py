@@ -61,7 +61,7 @@ def test_finished_cells_are_kept_and_stale_ones_made_again(
     _, first = compare()
     calls = []
     original = text_quality.evaluate_text
-    monkeypatch.setattr("jpq_export.comparison.evaluate_text", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    monkeypatch.setattr("jpq_export.comparison_cells.evaluate_text", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
     _, again = compare()
     assert again == first
     assert not calls
@@ -132,7 +132,7 @@ def test_tasks_are_columns_that_can_come_later(
     asked = [*options, "--tasks", "piqa,lambada_openai", "--task-data", str(questions)]
     _, before = compare(*options)
     made = []
-    monkeypatch.setattr("jpq_export.comparison.evaluate_text", lambda *a, **k: made.append(1))
+    monkeypatch.setattr("jpq_export.comparison_cells.evaluate_text", lambda *a, **k: made.append(1))
     result, after = compare(*asked)
     assert result.exit_code == 0, result.output
     assert not made

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ from jpq_export.compress.rounding import quantize
 from jpq_export.compress.statistics import plain_statistics
 from jpq_export.errors import JpqError
 from jpq_export.format.spec import ModelSpec
-from jpq_export.peers.layout import LAYOUT, MODEL, PEERS, FileLayout, Layout, Peer, layout_for
+from jpq_export.peers.layout import LAYOUT, MODEL, PEERS, WIDTHS, FileLayout, Layout, Peer, layout_bytes, layout_for
 
+Moments = Callable[[], dict[str, Tensor]]
 ROWS = 16384  # of a table at once: bounds the memory of a large vocabulary
 
 
@@ -40,8 +43,18 @@ class PeerModel:
     done: dict[str, Any]
 
 
-def peer_model(name: str, teacher: Decoder, calibration: np.ndarray, budget_bytes: int, folder: Path) -> PeerModel:
-    """Quantize `teacher` by peer `name`, its files in `folder`. Raises PeerError, and BudgetError when nothing fits."""
+def peer_model(
+    name: str,
+    teacher: Decoder,
+    calibration: np.ndarray,
+    budget_bytes: int,
+    folder: Path,
+    moments: Moments | None = None,
+) -> PeerModel:
+    """Quantize `teacher` by peer `name`, its files in `folder`; `moments`: `table_moments` where they are known.
+
+    Raises PeerError, and BudgetError when nothing fits.
+    """
     peer = PEERS[name]
     if teacher.spec.learned_positions:  # its bytes would be counted as a linear's, its values stay fp32
         raise PeerError(
@@ -53,12 +66,17 @@ def peer_model(name: str, teacher: Decoder, calibration: np.ndarray, budget_byte
     weights = {key: value.detach().cpu().contiguous() for key, value in named_weights(teacher).items()}
     bits, group_size = (layout.bits, layout.group_size) if layout else (0, 0)
     job = {"spec": teacher.spec.to_json(), "budget_bytes": budget_bytes, "bits": bits, "group_size": group_size}
-    job["iterations"] = peer.iterations
     rounded = _run(name, weights, teacher, job, calibration, folder)
     done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+    if layout and peer.mixed:
+        widths = json.loads((folder / WIDTHS).read_text(encoding="utf-8"))
+        layout = replace(layout, bytes=layout_bytes(teacher.spec, peer, widths, group_size, layout.table))
+        if layout.bytes > budget_bytes:
+            raise PeerError(f"{name}: chose {layout.bytes:,} bytes, asked for at most {budget_bytes:,}")
     for part in ("weights.safetensors", "tokens.npy", "linears.safetensors"):
         (folder / part).unlink()
-    weights |= rounded | (_tables(teacher, layout, calibration) if layout else {})
+    moments = moments or partial(table_moments, teacher, calibration)
+    weights |= rounded | (_tables(teacher, layout, moments()) if layout else {})
     save_file({key: value.contiguous() for key, value in weights.items()}, folder / MODEL)
     chosen = layout or FileLayout(**json.loads((folder / LAYOUT).read_text(encoding="utf-8")))
     return PeerModel(build_decoder(teacher.spec, weights), chosen, done)
@@ -97,7 +115,7 @@ def _run(
         env=os.environ | {"PYTHONPATH": paths},
     )
     if done.returncode:
-        told = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        told = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line] or ["no message"]
         raise PeerError(f"{name}: {told[-1].strip()}")
     return _checked(name, load_file(folder / "linears.safetensors"), teacher)
 
@@ -113,9 +131,14 @@ def _checked(name: str, linears: dict[str, Tensor], teacher: Decoder) -> dict[st
     return {key: linears[key] for key in shapes}
 
 
-def _tables(teacher: Decoder, layout: Layout, calibration: np.ndarray) -> dict[str, Tensor]:
+def table_moments(teacher: Decoder, calibration: np.ndarray) -> dict[str, Tensor]:
+    """Second moments [hidden, hidden] of what embedding and head read: the same for every peer."""
+    return plain_statistics(teacher, calibration).hessians
+
+
+def _tables(teacher: Decoder, layout: Layout, hessians: dict[str, Tensor]) -> dict[str, Tensor]:
     """Embedding and head as our GPTQ baseline rounds them."""
-    hessians, out = plain_statistics(teacher, calibration).hessians, {}
+    out = {}
     for key in ("embed", "head"):
         weight = named_weights(teacher).get(key)
         if weight is not None:

@@ -31,9 +31,8 @@ class Job:
     peer: Peer
     folder: Path
     budget_bytes: int
-    bits: int
+    bits: float
     group_size: int
-    iterations: int
     weights: dict[str, Tensor]
     tokens: np.ndarray
 
@@ -61,7 +60,6 @@ def main(name: str, folder: Path) -> None:
         raw["budget_bytes"],
         raw["bits"],
         raw["group_size"],
-        raw["iterations"],
         load_file(folder / "weights.safetensors"),
         np.load(folder / "tokens.npy"),
     )

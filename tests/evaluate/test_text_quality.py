@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import jpq_export.evaluate.text_quality as text_quality
-from jpq_export.comparison import Remembered
+from jpq_export.comparison_cells import Remembered
 from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
 from jpq_export.errors import ModelError
 from jpq_export.evaluate.text_quality import LogitSource, TextQuality, evaluate_text

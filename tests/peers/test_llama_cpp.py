@@ -32,7 +32,7 @@ def loaded(save_tiny, tmp_path_factory):
 @pytest.fixture
 def job(loaded, tmp_path):
     weights = {name: value.contiguous() for name, value in named_weights(loaded.model).items()}
-    return Job(loaded.spec, PEERS["llama.cpp"], tmp_path, 10**6, 0, 0, 0, weights, TOKENS)
+    return Job(loaded.spec, PEERS["llama.cpp"], tmp_path, 10**6, 0, 0, weights, TOKENS)
 
 
 def tensors(path):
@@ -93,7 +93,7 @@ def test_without_the_program_the_row_says_so(loaded, tmp_path, monkeypatch):
 def test_nothing_fits(job, tmp_path, monkeypatch):
     types = {peer.theirs(name): "Q4_0" for name in job.spec.matrices()}
     monkeypatch.setattr(peer, "_dry_run", lambda _, preset, table: peer.Choice(preset, table, types))
-    small = Job(job.spec, job.peer, tmp_path, 1000, 0, 0, 0, job.weights, TOKENS)
+    small = Job(job.spec, job.peer, tmp_path, 1000, 0, 0, job.weights, TOKENS)
     with pytest.raises(BudgetError, match=r"llama\.cpp: its smallest file has 0\.0\d MB, asked for 0\.00 MB"):
         peer._choose(small, tmp_path)
     assert peer._choose(job, tmp_path).types == types
