@@ -26,6 +26,7 @@ from jpq_export.cli_options import (
 from jpq_export.cli_study import study
 from jpq_export.errors import JpqError, UncoveredError, UsageError
 from jpq_export.numerics.scheme import BIT_WIDTHS
+from jpq_export.peers.layout import PEERS
 from jpq_export.ranks import launched, rank
 
 # Threads that wait without spinning: beside two busy processes on two cores a tuning step took 4.5 s instead of 29 s.
@@ -34,7 +35,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some microseconds: a recovery step takes 2.4 s, without 2.8
 
 COMPARED = ("gptq-uniform", "prune-then-quantize", "bits-only", "joint")
-PEERS = ("hqq", "auto-round-rtn", "auto-round", "gptqmodel", "llama.cpp")
 COMPARABLE = (*COMPARED, "rtn-uniform", "toga", "qpruner", "qpruner-lora", "srcr", "llm-pruner", *PEERS)
 STOPS = ("plan", "compress", "onnx")
 EXAMPLES = """

@@ -61,7 +61,9 @@ def test_finished_cells_are_kept_and_stale_ones_made_again(
     _, first = compare()
     calls = []
     original = text_quality.evaluate_text
-    monkeypatch.setattr("jpq_export.comparison_cells.evaluate_text", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    monkeypatch.setattr(
+        "jpq_export.comparison_cells.evaluate_text", lambda *a, **k: (calls.append(1), original(*a, **k))[1]
+    )
     _, again = compare()
     assert again == first
     assert not calls
