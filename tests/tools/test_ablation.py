@@ -1,0 +1,58 @@
+"""tools/ablation.py on a tiny model: every row is another model, found rows are not made again, the table compares."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    spec = importlib.util.spec_from_file_location("ablation", ROOT / "tools" / "ablation.py")
+    assert spec
+    assert spec.loader
+    module: Any = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "ablation", module)  # its dataclass looks itself up
+    spec.loader.exec_module(module)
+    return module
+
+
+PLANS = ("search by prices alone, without true KL",)  # on a tiny model the plan may be the same
+
+
+def test_every_row_is_another_model(tool, quick_shelf, save_tiny):
+    with quick_shelf("ablation") as (folder, _):
+        (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+        facts = {"effort": "quick", "rows": None, "windows": 2, "context": 32, "bits": [3.6], "out": folder / "out"}
+        asked = argparse.Namespace(model=str(save_tiny(folder / "m", "llama_tied")), text=folder / "text.txt", **facts)
+        cells = {cell["row"]: cell for cell in tool.run(asked, tool.Laboratory)}
+        assert set(cells) == {row.name for row in tool.ROWS}
+        assert all(0 < cell["bits_per_weight"] <= 3.6 and cell["kl_mean"] > 0 for cell in cells.values())
+        own = [cell["kl_mean"] for name, cell in cells.items() if name not in ("nothing removed", *PLANS)]
+        assert len(set(own)) == len(own)
+
+        def never(_: Any) -> None:
+            raise AssertionError("everything is there")
+
+        assert tool.run(asked, never) == list(cells.values())
+
+
+def test_the_table_compares_with_all(tool):
+    cells = [{"row": "all", "bits": 2.5, "kl_mean": 0.5}, {"row": "x", "bits": 2.5, "kl_mean": 0.6}]
+    lines = tool.table([*cells, {"row": "all", "bits": 3.0, "kl_mean": 0.2}]).splitlines()
+    assert lines[0] == "| | 2.5 bits | 3 bits |"
+    assert lines[2:] == ["| all | 0.5000 (1.000) | 0.2000 (1.000) |", "| x | 0.6000 (1.200) | - |"]
+
+
+def test_an_unknown_row_is_refused(tool, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ablation", "--bits", "3", "--rows", "magic", "--text", "t", "--out", "o"])
+    with pytest.raises(SystemExit):
+        tool.main()
+    assert "'magic': expected one of all; recovered" in capsys.readouterr().err
