@@ -129,6 +129,12 @@ def search_options(command: Any) -> Any:
                 "--prune/--no-prune", default=True, show_default=True, help="Let the search remove structure."
             ),
             click.option(
+                "--rotate/--no-rotate",
+                default=True,
+                show_default=True,
+                help="Let the residual stream have another basis where a trial says that it rounds better there.",
+            ),
+            click.option(
                 "--adapters",
                 type=click.IntRange(0),
                 metavar="RANK",

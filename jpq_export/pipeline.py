@@ -32,6 +32,7 @@ from jpq_export.published import PUBLISHED
 from jpq_export.ranks import local_world
 from jpq_export.read_activations import ACTIVATIONS, measure_activations, with_activations
 from jpq_export.request import QUALITY_SEQUENCES, Request, Texts, prepared_for
+from jpq_export.rotate import settle_rotation
 from jpq_export.workspace import Workspace, check_disk, check_output, write_atomic
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Export:
         plan = once(load_plan, self.request.plan) if self.request.plan else None
         loaded = self.load()
         texts = once(self.texts, loaded)
+        loaded = settle_rotation(loaded, texts, self.request, plan, self.stages)
         self.work = Workspace(self.request.out)
         once(self.work.open, self.request.key(loaded.sha256, texts.sha256))
         try:

@@ -38,6 +38,7 @@ class Request:
     seed: int = 0
     device: str = "cpu"
     prune: bool = True
+    rotate: bool = True
     widths: tuple[float, ...] | None = None
     kv_cache: str = FLOAT_CACHE
     adapters: int = 0
@@ -47,6 +48,8 @@ class Request:
     def key(self, model_sha256: str, calibration_sha256: str, *, code: str | None = None) -> str:
         """Hash of what determines the bytes of the bundle; `code`: its digest, by default that of this code."""
         raw = {k: v for k, v in asdict(self).items() if k not in ("out", "force", "until", "plan", "calibration")}
+        if self.rotate:
+            del raw["rotate"]  # younger than the keys of results that are kept
         plan = self.plan.read_text(encoding="utf-8") if self.plan else None
         raw |= {"model": model_sha256, "calibration": calibration_sha256, "plan": plan}
         raw["revision"] = revision() if code is None else code

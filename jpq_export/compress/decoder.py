@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from jpq_export.compress.activations import Rounding, round_inputs
 from jpq_export.compress.int8_cache import Stored, stored_int8
-from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, LayerSpec, ModelSpec
+from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, LayerSpec, ModelSpec, rotation_sizes
 
 Tap = Callable[[str, Tensor], None]
 M = TypeVar("M", bound=nn.Module)
@@ -257,6 +257,32 @@ class Layer(nn.Module):
         return self.mlp_part(self.attention_part(x, context))
 
 
+class Rotation(nn.Module):
+    """Into the basis of a rotated stream and back: x (A ⊗ B), x (A ⊗ B)ᵀ, in fp32 (see `rotation`)."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.sizes = rotation_sizes(hidden)
+        self.outer, self.inner = (nn.Parameter(torch.eye(size).flatten()) for size in self.sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]."""
+        outer, inner = self._factors()
+        return self._apply_both(x, outer.T, inner)
+
+    def back(self, x: Tensor) -> Tensor:
+        """Undo `forward`."""
+        outer, inner = self._factors()
+        return self._apply_both(x, outer, inner.T)
+
+    def _factors(self) -> list[Tensor]:
+        return [p.view(size, size) for p, size in zip((self.outer, self.inner), self.sizes, strict=True)]
+
+    def _apply_both(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # the stream stays fp32
+            return (left @ (x.float().unflatten(-1, self.sizes) @ right)).flatten(-2)
+
+
 class Decoder(nn.Module):
     """The whole model; parameters carry the canonical names of `ModelSpec` (see `named_weights`)."""
 
@@ -269,6 +295,7 @@ class Decoder(nn.Module):
         self.positions = nn.Embedding(spec.max_positions, spec.hidden) if spec.learned_positions else None
         layers = nn.ModuleList(Layer(spec, i) for i in range(len(spec.layers)))
         self.layers = layers  # pyright: ignore[reportAttributeAccessIssue] see the annotation above
+        self.rotation = Rotation(spec.hidden) if spec.rotated else None
         self.norm = make_norm(spec)
         self.stored: Stored | None = stored_int8 if spec.kv_cache == INT8_CACHE else None
         self.head = None if spec.tied else nn.Linear(spec.hidden, spec.vocab, bias=False)
@@ -294,6 +321,8 @@ class Decoder(nn.Module):
     def embed_tokens(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """[batch, seq] -> [batch, seq, hidden]; `positions` [batch or 1, seq], by default 0, 1, ..."""
         x = table_rows(self.embed, ids) * self.spec.embed_scale
+        if self.rotation is not None:
+            return self.rotation(x)
         if self.positions is None:
             return x
         at = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
@@ -311,10 +340,14 @@ class Decoder(nn.Module):
             x = layer.mlp_part(x)
             if tap:
                 tap(f"layers.{i}.mlp", x)
-        x = self.norm(x)
+        x = self.finish(x)
         if tap:
             tap("norm", x)
         return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Final hidden states from the stream after the last layer: [..., hidden] -> [..., hidden]."""
+        return self.norm(x if self.rotation is None else self.rotation.back(x))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab]."""

@@ -24,7 +24,7 @@ class Heldout:
     @torch.no_grad()
     def __init__(self, teacher: Decoder, sequences: np.ndarray) -> None:
         self.ids = torch.from_numpy(sequences).to(teacher.embed.weight.device)
-        self.norm = teacher.norm
+        self.finish = teacher.finish
         self.context, self.table = teacher.context(self.ids), head_table(teacher)
         with autocast(self.ids.device):
             final = teacher.hidden(self.ids, self.context).flatten(0, 1)
@@ -44,7 +44,7 @@ class Heldout:
 
     def stream_kl(self, stream: Tensor) -> float:
         """The same from the teacher's residual stream after its last layer, [batch, seq, hidden]."""
-        return self.final_kl(self.norm(stream).flatten(0, 1), self.table)
+        return self.final_kl(self.finish(stream).flatten(0, 1), self.table)
 
     def final_kl(self, hidden: Tensor, table: Tensor) -> float:
         """The same from a model's final hidden states [tokens, hidden] and head [vocab, hidden]."""

@@ -213,7 +213,8 @@ def _one_batch(model: Decoder, ids: Tensor, stats: Statistics, draws: list[torch
     hidden.backward(gradient)
     add_moment(stats.hessians, "head" if model.head is not None else "embed", final.flatten(0, 1).float())
     if start.grad is not None:
-        side = start.grad.flatten(0, 1).float().square().sum(0) * model.spec.embed_scale**2  # [hidden]
+        slopes = start.grad.float() if model.rotation is None else model.rotation.back(start.grad)
+        side = slopes.flatten(0, 1).square().sum(0) * model.spec.embed_scale**2  # [hidden]
         name = "embed"
         if name not in stats.hessians:
             stats.hessians[name] = torch.zeros(len(side), len(side), device=side.device)
@@ -228,7 +229,7 @@ def hidden_from(model: Decoder, embedded: Tensor, ids: Tensor) -> Tensor:
     x = embedded
     for layer in model.layers:
         x = layer(x, context)
-    return model.norm(x)
+    return model.finish(x)
 
 
 def _sampled_gradient(model: Decoder, hidden: Tensor, stats: Statistics, generator: torch.Generator) -> Tensor:

@@ -37,7 +37,16 @@ class RopeSpec:
 # Written only where they are not the default: models without them keep the identity (weights_sha256) they had before
 # these facts existed, so that their plans and caches stay good.
 LATER_FACTS = {"kv_cache": FLOAT_CACHE, "layer_norm": False, "gated": True, "learned_positions": False, "traced": None}
-LATER_FACTS |= {"activations": FLOAT_ACTIVATIONS}
+LATER_FACTS |= {"activations": FLOAT_ACTIVATIONS, "rotated": False}
+LARGEST_HADAMARD = 128
+
+
+def rotation_sizes(hidden: int) -> tuple[int, int]:
+    """(a, b) with a * b = hidden: the sizes of the two factors of a rotation, b a power of two."""
+    b = 1
+    while hidden % (2 * b) == 0 and 2 * b <= LARGEST_HADAMARD:
+        b *= 2
+    return hidden // b, b
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,7 @@ class ModelSpec:
         layers.{i}.mlp.{gate,up,down}          [out, in], bias at layers.{i}.mlp.{gate,up,down}.bias; gate only if gated
         norm                                   [hidden]
         head                                   [vocab, hidden], only when not tied
+        rotation.outer, rotation.inner         [a * a], [b * b], only if rotated, see `rotation_sizes`
 
     Query head j reads key/value head j // heads_per_group. No `ropes`: queries and keys are not rotated. `layer_norm`:
     norms subtract the mean and have a bias at "<norm>.bias". Not `gated`: down(act(up(x))) instead of
@@ -80,6 +90,10 @@ class ModelSpec:
 
     `activations`: what the linears of the layers (not the head) multiply. "float": their input as it is. "int8": every
     token of it as codes round(x / step) with step = max |x| / 127 in fp32; the product of codes is one of integers.
+
+    `rotated`: between the embedding and the last norm the stream is x (A ⊗ B) instead of x, with orthogonal A [a, a],
+    `rotation.outer` by rows, and B [b, b], `rotation.inner`: embedded tokens are turned into that basis, the stream is
+    turned back before the last norm, and the layers' weights are made for it.
 
     `traced`: the graph is no decoder of this form but one that torch.onnx.export traced. Vocabulary, positions, token
     ids and cache (head_dim, kv_heads and window of every layer) are facts then; everything else is not and lies at 0.
@@ -113,6 +127,7 @@ class ModelSpec:
     learned_positions: bool = False
     activations: str = FLOAT_ACTIVATIONS
     traced: Traced | None = None
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         """Check: a kind of cache or activations that this version does not know is a ValueError."""
@@ -174,14 +189,20 @@ class ModelSpec:
                 has = {"q": self.qkv_bias, "k": self.qkv_bias, "v": self.qkv_bias, "o": self.o_bias}
                 if has.get(part, self.mlp_bias):
                     out[f"{at}.{name}.bias"] = rows
+        if self.rotated:
+            out |= {
+                f"rotation.{part}": size**2
+                for part, size in zip(("outer", "inner"), rotation_sizes(self.hidden), strict=True)
+            }
         return out | self._norm("norm")
 
     def _norm(self, name: str) -> dict[str, int]:
         return dict.fromkeys([name, f"{name}.bias"] if self.layer_norm else [name], self.hidden)
 
     def parameters(self) -> int:
-        """Number of parameters, tied weights counted once."""
-        others = self.traced.others if self.traced else sum(self.vectors().values())
+        """Number of parameters, tied weights counted once; a rotation is none of the model's."""
+        own = (size for name, size in self.vectors().items() if not name.startswith("rotation."))
+        others = self.traced.others if self.traced else sum(own)
         return sum(n * k for n, k in self.matrices().values()) + others
 
     def cache_bytes(self, kv_heads: int, *, float_bytes: int = 4) -> int:

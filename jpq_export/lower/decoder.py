@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.format.compressed import CompressedModel
-from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, ModelSpec
+from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, ModelSpec, rotation_sizes
 from jpq_export.lower import basic, growing, growing_int8, half, int8_cache, rowwise, standard
 from jpq_export.lower.nodes import Nodes
 from jpq_export.lower.signed import SignedWeights
@@ -41,6 +41,7 @@ class DecoderGraph:
         """Start with an empty graph."""
         assert isinstance(model.spec, ModelSpec)
         self.spec: ModelSpec = model.spec
+        self._vectors = model.vectors
         self.dialect = dialect
         self.nodes = Nodes()
         if form == "signed":
@@ -65,7 +66,8 @@ class DecoderGraph:
     def _norms_of_sums(self) -> list[str]:
         layers = enumerate(self.spec.layers)
         present = [(i, part) for i, layer in layers for part in ("attn", "mlp") if getattr(layer, SIZE_OF[part])]
-        return [*(f"layers.{i}.{part}_norm" for i, part in present), "norm"][1:]
+        last = [] if self.spec.rotated else ["norm"]  # of a stream that is turned back first
+        return [*(f"layers.{i}.{part}_norm" for i, part in present), *last][1:]
 
     def build(self) -> ir.Value:
         """All nodes; returns the logits [batch, seq, vocab]."""
@@ -76,13 +78,17 @@ class DecoderGraph:
         self._rotary = self._rotary_tables(positions)
         self._masks = self._attention_masks(ids, mask)
         x = self._embed(ids, positions)
-        for i in range(len(self.spec.layers)):
+        spec = self.spec
+        for i in range(len(spec.layers)):
             x = self._attention(i, x)
             x = self._mlp(i, x)
+        if spec.rotated:
+            self.nodes.scope = "rotation"
+            x = self._rotated(x, back=True)
         self.nodes.scope = ""
         x = self._norm(x, "norm")
         self.taps.append(x)
-        return self.weights.linear(x, "logits", weight="embed" if self.spec.tied else "head")
+        return self.weights.linear(x, "logits", weight="embed" if spec.tied else "head")
 
     def functions(self) -> list[ir.Function]:
         """Bodies of all our operators used so far, sorted."""
@@ -108,14 +114,29 @@ class DecoderGraph:
         """[batch, seq] -> [batch, seq, hidden]."""
         nodes, spec = self.nodes, self.spec
         nodes.scope = "embed"
-        looked_up = None if spec.learned_positions else "embed"
+        looked_up = None if spec.learned_positions or spec.rotated else "embed"
         rows = self.weights.rows(ids, "embed", name=looked_up if spec.embed_scale == 1 else None)
         if spec.embed_scale != 1:
             rows = nodes("Mul", rows, nodes.const(spec.embed_scale, np.float32), name=looked_up)
         if spec.learned_positions:
             rows = nodes("Add", rows, self.weights.rows(positions, "positions", name=None), name="embed")
+        if spec.rotated:
+            rows = self._rotated(rows, name="embed")
         self.taps.append(rows)
         return rows
+
+    def _rotated(self, x: ir.Value, *, back: bool = False, name: str | None = None) -> ir.Value:
+        """X (A ⊗ B) or, `back`, x (A ⊗ B)ᵀ: as rows of [a, b], Aᵀ x B or A x Bᵀ."""
+        nodes, (a, b) = self.nodes, rotation_sizes(self.spec.hidden)
+        outer, inner = self._vectors["rotation.outer"].reshape(a, a), self._vectors["rotation.inner"].reshape(b, b)
+        factors = {"left": outer if back else outer.T, "right": inner.T if back else inner}
+        way = "back" if back else "into"
+        left, right = (
+            nodes.initializer(f"rotation.{way}.{side}", ir.tensor(np.ascontiguousarray(factor)))
+            for side, factor in factors.items()
+        )
+        split = nodes("Reshape", x, nodes.ints(0, 0, a, b))
+        return nodes("Reshape", nodes("MatMul", left, nodes("MatMul", split, right)), nodes.ints(0, 0, -1), name=name)
 
     def _rotary_tables(self, positions: ir.Value) -> dict[int, tuple[ir.Value, ir.Value]]:
         """Cosine and sine [batch, seq, head_dim / 2] of every rope a layer uses, computed once a pass."""

@@ -83,7 +83,7 @@ def _observe(model: Decoder, sequences: np.ndarray) -> tuple[list[Tensor], Tenso
         for layer, stream in zip(model.layers, streams[1:], strict=True):
             x = layer(x, context)
             stream.append(x[0, 1:])
-        finals.append(model.norm(x)[0, 1:])
+        finals.append(model.finish(x)[0, 1:])
     joined = [torch.cat(parts).float().cpu()[:TOKENS] for parts in streams]
     outputs = [after - before for before, after in pairwise(joined)]
     table = (model.embed.weight if model.head is None else model.head.weight).float().cpu()

@@ -1,0 +1,68 @@
+"""The first stage after loading: whether the residual stream gets another basis, by a trial on held-out text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from jpq_export.compress.parallel import once
+from jpq_export.format.plan import Plan
+from jpq_export.format.spec import ModelSpec
+from jpq_export.progress import Stages
+from jpq_export.request import Request, Texts
+from jpq_export.revision import PRICING, revision
+from jpq_export.workspace import write_atomic
+
+if TYPE_CHECKING:
+    from jpq_export.compress.load import LoadedModel
+
+
+def settle_rotation(
+    loaded: LoadedModel, texts: Texts, request: Request, given: Plan | None, stages: Stages
+) -> LoadedModel:
+    """The model with a rotated stream where that makes it easier to round, otherwise the model as it is.
+
+    Published methods and plain rounding keep the model they were made for, and a given plan the basis it was made in.
+    """
+    from jpq_export.compress.decoder import Decoder
+    from jpq_export.compress.rotation import can_rotate, rotated
+
+    sha256 = f"rotated-{loaded.sha256}"
+    if given is not None and given.model_sha256 != sha256:
+        return loaded
+    wanted = given is not None or (request.method == "jpq" and request.rotate)
+    if not wanted or not isinstance(loaded.spec, ModelSpec) or not can_rotate(loaded.spec):
+        return loaded
+    assert isinstance(loaded.model, Decoder)
+    with stages.stage("rotate", "rotating the residual stream"):
+        model = rotated(loaded.model, seed=request.seed)
+        plain, turned = (0.0, 0.0) if given is not None else once(_trial, loaded, model, texts, request)
+    if given is None:
+        verdict = "rotated" if turned < plain else "left as it is"
+        stages.note(f"held-out KL of 3 bits to nearest {plain:.4f}, of the rotated model {turned:.4f}: {verdict}")
+    if turned > plain:
+        return loaded
+    return replace(loaded, model=model, spec=model.spec, sha256=sha256)
+
+
+def _trial(loaded: LoadedModel, model: object, texts: Texts, request: Request) -> tuple[float, float]:
+    """Held-out KL of both models, rounded to nearest; remembered, as prices are."""
+    from jpq_export.compress.decoder import Decoder
+    from jpq_export.compress.prepared import check_cache, prepared_folder
+    from jpq_export.compress.rotation import trial_error
+    from jpq_export.compress.teaching import SharedHeldout
+
+    facts = {"model": loaded.sha256, "texts": texts.sha256, "seed": request.seed, "revision": revision(PRICING)}
+    folder = prepared_folder(kind="rotation", device=request.device, **facts)
+    file = folder.with_suffix(".json")
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found["plain"], found["rotated"]
+    check_cache(folder)
+    assert isinstance(loaded.model, Decoder)
+    assert isinstance(model, Decoder)
+    heldout = SharedHeldout(loaded.model, texts.heldout)
+    plain, turned = (trial_error(heldout, each) for each in (loaded.model, model))
+    write_atomic(file, json.dumps({"plain": plain, "rotated": turned}) + "\n")
+    return plain, turned

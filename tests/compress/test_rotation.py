@@ -1,0 +1,103 @@
+"""A rotated stream computes the same; what forbids it; what the spec says and counts."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from jpq_export.compress import statistics
+from jpq_export.compress.decoder import KVCache, build_decoder, named_weights
+from jpq_export.compress.load import load_model
+from jpq_export.compress.rotation import can_rotate, make_rotation, rotated
+from jpq_export.format.spec import ModelSpec, rotation_sizes
+
+ROTATED = ("llama", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3")
+IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 250, (2, 24)))
+
+
+@pytest.fixture
+def model(request, tiny_folder):
+    return load_model(str(tiny_folder(request.param))).model
+
+
+def with_scales(model):
+    """Norms of a random model are all ones, which would hide that they are forgotten."""
+    weights, generator = dict(named_weights(model)), torch.Generator().manual_seed(1)
+    for name in model.spec.vectors():
+        weights[name] = weights[name] + 0.3 * torch.rand(weights[name].shape, generator=generator)
+    return build_decoder(model.spec, weights)
+
+
+@pytest.mark.parametrize("hidden", [16, 64, 192, 576, 640, 2048, 100])
+def test_a_rotation_is_orthogonal_and_its_factors_small(hidden):
+    outer, inner = make_rotation(hidden, 3)
+    a, b = rotation_sizes(hidden)
+    assert (outer.shape, inner.shape, a * b) == ((a, a), (b, b), hidden)
+    whole = np.kron(outer, inner)
+    np.testing.assert_allclose(whole @ whole.T, np.eye(hidden), atol=1e-12)
+    np.testing.assert_allclose(np.abs(inner), b**-0.5)
+    assert not np.array_equal(make_rotation(hidden, 4)[1], inner)
+
+
+@pytest.mark.parametrize("model", ROTATED, indirect=True)
+def test_the_rotated_model_computes_the_same(model):
+    model = with_scales(model)
+    other = rotated(model, seed=0)
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        for kind in ({}, {"attention_mask": mask}):
+            torch.testing.assert_close(other(IDS, **kind), model(IDS, **kind), rtol=1e-4, atol=1e-4)
+        cache = KVCache()
+        steps = torch.cat([other(IDS[:, :20], cache=cache), other(IDS[:, 20:], cache=cache)], 1)
+        torch.testing.assert_close(steps, model(IDS), rtol=1e-4, atol=1e-4)
+        stream = other.embed_tokens(IDS)
+        torch.testing.assert_close(other.rotation.back(stream), model.embed_tokens(IDS), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(stream, model.embed_tokens(IDS), atol=1e-2)
+        weights = dict(named_weights(other))
+        weights["rotation.inner"] = weights["rotation.inner"].roll(1)
+        assert not torch.allclose(build_decoder(other.spec, weights)(IDS), model(IDS), atol=1e-2)
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_a_removed_sub_layer_and_biases_of_what_is_added(model):
+    weights, spec = dict(named_weights(with_scales(model))), model.spec
+    spec = replace(spec, o_bias=True, mlp_bias=True)
+    for name, size in spec.vectors().items():
+        weights.setdefault(name, torch.linspace(-1, 1, size))
+    layers = (replace(spec.layers[0], kv_heads=0), *spec.layers[1:])
+    weights = {name: value for name, value in weights.items() if not name.startswith("layers.0.attn")}
+    model = build_decoder(spec.with_layers(layers), weights)
+    with torch.no_grad():
+        torch.testing.assert_close(rotated(model, seed=0)(IDS), model(IDS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["gemma3", "gpt2"], indirect=True)
+def test_norms_after_sub_layers_and_layer_norms_forbid_it(model):
+    assert not can_rotate(model.spec)
+
+
+@pytest.mark.parametrize("model", ["llama_tied"], indirect=True)
+def test_the_spec_says_so_and_counts_its_bytes_but_no_parameters(model):
+    spec = rotated(model, seed=0).spec
+    a, b = rotation_sizes(spec.hidden)
+    assert can_rotate(model.spec)
+    assert not can_rotate(spec)
+    assert ModelSpec.from_json(spec.to_json()) == spec
+    assert "rotated" not in json.loads(model.spec.to_json())  # an older identity stays
+    assert sum(spec.vectors().values()) == sum(model.spec.vectors().values()) + a * a + b * b
+    assert spec.parameters() == model.spec.parameters()
+
+
+@pytest.mark.parametrize("model", ["llama_tied"], indirect=True)
+def test_the_embedding_is_weighed_in_its_own_basis(model, monkeypatch):
+    """The Fisher of the table does not depend on the basis of the stream."""
+    monkeypatch.setattr(statistics, "autocast", lambda _: nullcontext())  # bf16's error differs, and is a tenth
+    model = with_scales(model)
+    plain, other = (
+        statistics.collect(each, IDS.numpy(), seed=0).hessians["embed"] for each in (model, rotated(model, seed=0))
+    )
+    torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
