@@ -58,14 +58,20 @@ class Export:
 
     def run(self) -> dict[str, Any]:
         """All stages up to `request.until`; returns the summary shown at the end."""
+        from jpq_export.compress.plan import check_reachable
+        from jpq_export.compress.prepare import GROUP_SIZE
+
         once(check_output, self.request.out, force=self.request.force)
         plan = once(load_plan, self.request.plan) if self.request.plan else None
         loaded = self.load()
         texts = once(self.texts, loaded)
-        loaded = settle_rotation(loaded, texts, self.request, plan, self.stages)
         self.work = Workspace(self.request.out)
         once(self.work.open, self.request.key(loaded.sha256, texts.sha256))
         try:
+            if plan is None and self.request.method == "jpq" and not once(self.work.has, "plan.json"):
+                kind = {"group_size": GROUP_SIZE, "prune": self.request.prune}
+                once(check_reachable, loaded.spec, *self._asked(loaded.spec), **kind)
+            loaded = settle_rotation(loaded, texts, self.request, plan, self.stages)
             plan = self.plan(loaded, texts, plan)
         except JpqError:
             if lead():
@@ -146,9 +152,7 @@ class Export:
 
     def plan(self, loaded: LoadedModel, texts: Texts, given: Plan | None) -> Plan:
         """plan.json: the user's, a killed run's, a uniform baseline's, or the search's."""
-        from jpq_export.compress.cost import CostModel
         from jpq_export.compress.plan import uniform_plan
-        from jpq_export.numerics.scheme import BIT_WIDTHS
 
         if given is not None:
             check_given(given, self.request, loaded)
@@ -158,8 +162,7 @@ class Export:
         if once(self.work.has, "plan.json"):
             self.stages.resumed("plan", "search")
             return once(load_plan, self.work.path("plan.json"))
-        cost = CostModel(self.cached_spec(loaded.spec), self.request.target, self.request.context)
-        budget = self.request.budget.resolve(loaded.spec)
+        cost, budget, widths = self._asked(loaded.spec)
         if self.request.method == "jpq":
             plan, *rivals = self.search(loaded, texts, cost)
             for i, each in enumerate([plan, *rivals] if rivals else []):
@@ -167,11 +170,19 @@ class Export:
         elif self.request.method in PUBLISHED:
             plan = once(PUBLISHED[self.request.method], self.request, loaded, texts, cost, self.stages)
         else:
-            kind = {"method": self.request.method, "widths": self.request.widths or BIT_WIDTHS}
+            kind = {"method": self.request.method, "widths": widths}
             plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, **kind)
         self.check_board(plan, loaded.spec)
         once(write_atomic, self.work.path("plan.json"), plan.to_json())
         return plan
+
+    def _asked(self, spec: Spec) -> tuple[Any, Any, tuple[float, ...]]:
+        """Costs on the target, the budget, and the widths to choose from."""
+        from jpq_export.compress.cost import CostModel
+        from jpq_export.numerics.scheme import BIT_WIDTHS
+
+        cost = CostModel(self.cached_spec(spec), self.request.target, self.request.context)
+        return cost, self.request.budget.resolve(spec), self.request.widths or BIT_WIDTHS
 
     def check_board(self, plan: Plan, spec: Spec) -> None:
         """Weights and KV cache (fp16 or int8) must fit the board's memory."""
@@ -186,24 +197,18 @@ class Export:
 
     def search(self, loaded: LoadedModel, texts: Texts, cost: Any) -> list[Plan]:
         """Prices, exact solution, true-KL refinement; the finalists, best first."""
-        from jpq_export.compress.plan import Problem, contrast, make_plan, unpriced
-        from jpq_export.compress.prepare import GROUP_SIZE, prepare
+        from jpq_export.compress.plan import Problem, contrast, make_plan
+        from jpq_export.compress.prepare import prepare
         from jpq_export.compress.prepared import check_cache
         from jpq_export.compress.prices import narrow_widths
         from jpq_export.compress.refine import finalists, refine
-        from jpq_export.compress.search import Knobs
+        from jpq_export.compress.search import start_knobs
         from jpq_export.compress.teaching import SharedHeldout
-        from jpq_export.numerics.scheme import BIT_WIDTHS
 
-        request = self.request
-        widths = request.widths or BIT_WIDTHS
+        request, (_, budget, widths) = self.request, self._asked(loaded.spec)
         folder = prepared_for(request, loaded, texts)
         calibration = texts.calibration[: self.effort.sequences]
-        budget = request.budget.resolve(loaded.spec)
-        start = Knobs() if request.prune else Knobs(removal=float("inf"))
-        # A budget that cannot be met and a cache that cannot be written are said before the long part.
-        once(Problem(unpriced(loaded.spec, GROUP_SIZE), cost, budget, widths).solve, start)
-        once(check_cache, folder)
+        once(check_cache, folder)  # one that cannot be written is said before the long part
         kind = {"seed": request.seed, "stages": self.stages, "narrow": narrow_widths(widths)}
         kind |= {"outputs": self.effort.two_sided}
         prepared = prepare(loaded.model, calibration, texts.heldout, folder, **kind)
@@ -216,7 +221,7 @@ class Export:
                 prepared.prices,
                 prepared.cache,
                 heldout,
-                start=start,
+                start=start_knobs(prune=request.prune),
                 trials=self.effort.trials,
                 progress=report,
             )

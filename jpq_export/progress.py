@@ -73,6 +73,10 @@ class Stages:
         logger.info("rank %d: %s took %.1f s, %.1f s of CPU, peak %.2f GB", rank(), name, *told)
         self.console.print(f"[green]✓[/green] {escape(text)} [dim]({seconds:.1f} s)[/dim]")
 
+    def told(self, text: str) -> None:
+        """What a stage has found, as a line like its own."""
+        self.console.print(f"[green]✓[/green] {escape(text)}", soft_wrap=True)
+
     def note(self, text: str) -> None:
         """One line beside the stages."""
         self.console.print(f"  {escape(text)}", soft_wrap=True)

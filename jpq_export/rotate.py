@@ -26,7 +26,7 @@ def settle_rotation(
     Published methods and plain rounding keep the model they were made for, and a given plan the basis it was made in.
     """
     from jpq_export.compress.decoder import Decoder
-    from jpq_export.compress.rotation import can_rotate, rotated
+    from jpq_export.compress.rotated import can_rotate, rotated
 
     sha256 = f"rotated-{loaded.sha256}"
     if given is not None and given.model_sha256 != sha256:
@@ -35,14 +35,14 @@ def settle_rotation(
     if not wanted or not isinstance(loaded.spec, ModelSpec) or not can_rotate(loaded.spec):
         return loaded
     assert isinstance(loaded.model, Decoder)
-    with stages.stage("rotate", "rotating the residual stream"):
+    with stages.stage("rotate", "rotating the residual stream, and trying it"):
         model = rotated(loaded.model, seed=request.seed)
         plain, turned = (0.0, 0.0) if given is not None else once(_trial, loaded, model, texts, request)
     if given is None:
-        verdict = "rotated" if turned < plain else "left as it is"
-        stages.note(f"held-out KL of 3 bits to nearest {plain:.4f}, of the rotated model {turned:.4f}: {verdict}")
-    if turned > plain:
-        return loaded
+        verdict = "rotated" if turned < plain else "left in its basis"
+        stages.told(f"residual stream {verdict}: KL at 3 bits, to nearest, {plain:.4f}, rotated {turned:.4f}")
+        if turned >= plain:
+            return loaded
     return replace(loaded, model=model, spec=model.spec, sha256=sha256)
 
 
@@ -50,7 +50,7 @@ def _trial(loaded: LoadedModel, model: object, texts: Texts, request: Request) -
     """Held-out KL of both models, rounded to nearest; remembered, as prices are."""
     from jpq_export.compress.decoder import Decoder
     from jpq_export.compress.prepared import check_cache, prepared_folder
-    from jpq_export.compress.rotation import trial_error
+    from jpq_export.compress.rotated import trial_error
     from jpq_export.compress.teaching import SharedHeldout
 
     facts = {"model": loaded.sha256, "texts": texts.sha256, "seed": request.seed, "revision": revision(PRICING)}

@@ -30,6 +30,7 @@ from jpq_export.comparison_cells import PermutedExport, Remembered
 from jpq_export.compress.apply import Compressor, LayerChoice, Recipe
 from jpq_export.compress.cost import CostModel
 from jpq_export.compress.decoder import Decoder
+from jpq_export.compress.load import LoadedModel
 from jpq_export.compress.plan import BudgetRequest, Problem, make_plan, uniform_plan
 from jpq_export.compress.prepare import prepare
 from jpq_export.compress.search import Knobs
@@ -45,6 +46,7 @@ from jpq_export.numerics.scheme import BIT_WIDTHS
 from jpq_export.progress import Stages
 from jpq_export.request import Request, prepared_for
 from jpq_export.revision import provenance
+from jpq_export.rotate import settle_rotation
 from jpq_export.workspace import write_atomic
 
 
@@ -59,11 +61,13 @@ class Row:
     descent: bool = True  # after GPTQ: coordinate descent and closed-form scales
     two_sided: bool = False
     recovered: bool = False
+    rotated: bool = True
 
 
 ROWS = (
     Row("all"),
     Row("recovered", recovered=True),
+    Row("without rotation", rotated=False),
     Row("without the Fisher's weights", fisher=False),
     Row("without the refit to arriving inputs", refit=False),
     Row("without descent and scale refits", descent=False),
@@ -71,7 +75,7 @@ ROWS = (
     Row("nothing removed", plan="bits"),
     Row("search by prices alone, without true KL", plan="prices"),
     Row("one width", plan="uniform"),
-    Row("one width, GPTQ", plan="uniform", fisher=False, refit=False, descent=False),
+    Row("one width, GPTQ", plan="uniform", fisher=False, refit=False, descent=False, rotated=False),
 )
 
 
@@ -85,58 +89,67 @@ class Laboratory:
         self.stages, self.out = Stages(), asked.out
         self.export = PermutedExport(self.request, self.stages)
         self.loaded = self.export.load()
-        assert isinstance(self.loaded.model, Decoder)
-        self.teacher, self.texts = self.loaded.model, self.export.texts(self.loaded)
+        self.texts = self.export.texts(self.loaded)
+        turned = settle_rotation(self.loaded, self.texts, self.request, None, self.stages)
+        self.bases = {False: self.loaded, True: turned}
         self.calibration = self.texts.calibration[: self.export.effort.sequences]
         bos_id = self.loaded.spec.bos_id if self.loaded.spec.add_bos else None
         text = read_text(asked.text)
         self.windows = token_windows(
             text, self.loaded.encode, windows=asked.windows, context=asked.context, bos_id=bos_id
         )
-        self.reference = Remembered(self.teacher)
-        self.found: dict[str, Statistics] = {}
-        self.plans: dict[tuple[str, float], Plan] = {}
+        self.reference = Remembered(self.loaded.model)
+        self.found: dict[tuple[str, bool], Statistics] = {}
+        self.plans: dict[tuple[str, bool, float], Plan] = {}
+
+    def teacher(self, row: Row) -> Decoder:
+        """The model in the row's basis."""
+        model = self.bases[row.rotated].model
+        assert isinstance(model, Decoder)
+        return model
 
     def statistics(self, row: Row) -> Statistics:
         """Of the row's kind; found once."""
         kind = "plain" if not row.fisher else "two-sided" if row.two_sided else "fisher"
-        if kind not in self.found:
+        key = kind, row.rotated
+        if key not in self.found:
             with self.stages.stage("statistics", f"statistics: {kind}"):
                 if kind == "plain":
-                    self.found[kind] = plain_statistics(self.teacher, self.calibration)
+                    self.found[key] = plain_statistics(self.teacher(row), self.calibration)
                 else:
-                    self.found[kind] = collect(self.teacher, self.calibration, seed=0, outputs=row.two_sided)
-        return self.found[kind]
+                    self.found[key] = collect(self.teacher(row), self.calibration, seed=0, outputs=row.two_sided)
+        return self.found[key]
 
-    def plan(self, kind: str, bits: float) -> Plan:
+    def plan(self, row: Row, bits: float) -> Plan:
         """The plan of a budget; made once."""
-        if (kind, bits) not in self.plans:
-            self.plans[kind, bits] = self._plan(kind, bits)
-        return self.plans[kind, bits]
+        key = row.plan, row.rotated, bits
+        if key not in self.plans:
+            self.plans[key] = self._plan(row.plan, self.bases[row.rotated], bits)
+        return self.plans[key]
 
-    def _plan(self, kind: str, bits: float) -> Plan:
+    def _plan(self, kind: str, loaded: LoadedModel, bits: float) -> Plan:
         request = replace(self.request, budget=BudgetRequest("bits", bits), prune=kind != "bits")
         export = PermutedExport(request, self.stages)
-        cost = CostModel(self.loaded.spec, request.target, request.context)
-        budget = request.budget.resolve(self.loaded.spec)
+        cost = CostModel(loaded.spec, request.target, request.context)
+        budget = request.budget.resolve(loaded.spec)
         if kind == "uniform":
-            return uniform_plan(self.loaded.spec, cost, budget, sha256=self.loaded.sha256, method="gptq")
+            return uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, method="gptq")
         if kind == "prices":
-            folder = prepared_for(request, self.loaded, self.texts)
+            folder = prepared_for(request, loaded, self.texts)
             options = {"seed": 0, "stages": self.stages, "narrow": (), "outputs": export.effort.two_sided}
-            prices = prepare(self.teacher, self.calibration, self.texts.heldout, folder, **options).prices
+            prices = prepare(loaded.model, self.calibration, self.texts.heldout, folder, **options).prices
             problem = Problem(prices, cost, budget, BIT_WIDTHS)
             knobs = Knobs()
-            return make_plan(problem, problem.solve(knobs), knobs, sha256=self.loaded.sha256, method="jpq", measured={})
-        return export.search(self.loaded, self.texts, cost)[0]
+            return make_plan(problem, problem.solve(knobs), knobs, sha256=loaded.sha256, method="jpq", measured={})
+        return export.search(loaded, self.texts, cost)[0]
 
     def model(self, row: Row, bits: float) -> CompressedModel:
         """Rounded, and recovered where the row says so."""
-        plan, effort = self.plan(row.plan, bits), self.export.effort
+        plan, effort, teacher = self.plan(row, bits), self.export.effort, self.teacher(row)
         schemes = {choice.name: choice.layout or choice.scheme for choice in plan.choices}
         layers = tuple(LayerChoice(layer.kv_heads, layer.kept_channels) for layer in plan.layers)
         recipe = Recipe(layers, schemes, "jpq" if row.descent else "gptq", effort.passes)
-        compressor = Compressor(self.teacher, recipe, self.statistics(row), self.calibration)
+        compressor = Compressor(teacher, recipe, self.statistics(row), self.calibration)
         compressor.refits = row.refit
         with self.stages.stage("compress", f"{row.name}, {bits:g} bits: rounding") as report:
             compressed = to_compressed(compressor.run(report), schemes)
@@ -144,7 +157,7 @@ class Laboratory:
             tokens = self.texts.calibration[: effort.tune_sequences]
             with self.stages.stage("recover", f"{row.name}, {bits:g} bits: recovery") as report:
                 kind = {"steps": effort.tune_steps, "seed": 0, "progress": report}
-                compressed, _ = recover(self.teacher, compressed, tokens, self.texts.heldout, **kind)
+                compressed, _ = recover(teacher, compressed, tokens, self.texts.heldout, **kind)
         return compressed
 
     def cell(self, row: Row, bits: float) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from jpq_export.compress.activations import Rounding, round_inputs
 from jpq_export.compress.int8_cache import Stored, stored_int8
-from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, LayerSpec, ModelSpec, rotation_sizes
+from jpq_export.compress.rotation import Rotation
+from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, LayerSpec, ModelSpec
 
 Tap = Callable[[str, Tensor], None]
 M = TypeVar("M", bound=nn.Module)
@@ -255,32 +256,6 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         return self.mlp_part(self.attention_part(x, context))
-
-
-class Rotation(nn.Module):
-    """Into the basis of a rotated stream and back: x (A ⊗ B), x (A ⊗ B)ᵀ, in fp32 (see `rotation`)."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.sizes = rotation_sizes(hidden)
-        self.outer, self.inner = (nn.Parameter(torch.eye(size).flatten()) for size in self.sizes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> [..., hidden]."""
-        outer, inner = self._factors()
-        return self._apply_both(x, outer.T, inner)
-
-    def back(self, x: Tensor) -> Tensor:
-        """Undo `forward`."""
-        outer, inner = self._factors()
-        return self._apply_both(x, outer, inner.T)
-
-    def _factors(self) -> list[Tensor]:
-        return [p.view(size, size) for p, size in zip((self.outer, self.inner), self.sizes, strict=True)]
-
-    def _apply_both(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # the stream stays fp32
-            return (left @ (x.float().unflatten(-1, self.sizes) @ right)).flatten(-2)
 
 
 class Decoder(nn.Module):

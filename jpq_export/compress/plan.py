@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jpq_export.compress.cost import CostModel
 from jpq_export.compress.prices import PriceList, StructurePrice, ffn_step
 from jpq_export.compress.refine import bits_of, layer_choices
-from jpq_export.compress.search import Class, Knobs, Solution, build_classes, front, rounded_up, solve
+from jpq_export.compress.search import Class, Knobs, Solution, build_classes, front, rounded_up, solve, start_knobs
 from jpq_export.errors import BudgetError
 from jpq_export.format.encoder_spec import Spec, is_table
 from jpq_export.format.plan import Budget, Choice, FrontPoint, LayerPlan, Plan, Predicted, Removal
@@ -219,6 +219,13 @@ def _removals(problem: Problem, solution: Solution) -> tuple[Removal, ...]:
         reason = f"{text}: costs {price:.2g} nats, less than the same room is worth at {rate}"
         out.append(Removal(name, price, reason))
     return tuple(out)
+
+
+def check_reachable(
+    spec: Spec, cost: CostModel, budget: Budget, widths: tuple[float, ...], *, group_size: int, prune: bool
+) -> None:
+    """BudgetError when no plan fits, before any price is known."""
+    Problem(unpriced(spec, group_size), cost, budget, widths).solve(start_knobs(prune=prune))
 
 
 def uniform_plan(

@@ -1,39 +1,40 @@
-"""The residual stream in another basis, in which no channel stands out: the same function, easier to round.
-
-Every layer of a model with RMS norms reads x / rms(x) * g and adds to x. For an orthogonal R the stream may be x R all
-along: rms(x R) = rms(x), what reads it gets W diag(g) R, what adds to it Rᵀ W, and the norm inside a layer keeps ones
-(QuaRot, Ashkboos et al., 2024; SliceGPT). Massive channels of x, which make a few columns of every W matter more than
-all others, are spread over all of them. The last norm's g lies between the stream and a head that may be tied to the
-embedding: the stream is turned back before it, and the table stays as it is.
-
-So R is applied twice a token, and has to be cheap: R = A ⊗ B, with B Sylvester's Hadamard matrix times random signs, as
-large as a power of two up to 128 divides the hidden size, and A a random orthogonal matrix for the rest.
-"""
+"""An orthogonal change of basis that is cheap to apply: A ⊗ B, with B a Hadamard matrix of random signs."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
-from jpq_export.compress.rounding import nearest, search_scales
-from jpq_export.compress.teaching import SharedHeldout
-from jpq_export.format.spec import ModelSpec, rotation_sizes
-from jpq_export.numerics.scheme import choose_group_size
-
-READ_BY = {"attn_norm": ("attn.q", "attn.k", "attn.v"), "mlp_norm": ("mlp.gate", "mlp.up")}
-ADDED_BY = ("attn.o", "mlp.down")
-LEAST_INNER = 16  # channels that a Hadamard matrix mixes; below, a rotation is mostly A, which is not cheap
-TRIAL_BITS, TRIAL_GROUP = 3, 64
+from jpq_export.format.spec import rotation_sizes
 
 
-def can_rotate(spec: ModelSpec) -> bool:
-    """Whether the stream of this kind of model may have another basis: RMS norms, all of them before the sub-layers."""
-    plain = not (spec.layer_norm or spec.post_norms or spec.learned_positions or spec.traced or spec.rotated)
-    return plain and rotation_sizes(spec.hidden)[1] >= LEAST_INNER
+class Rotation(nn.Module):
+    """Into the basis of a rotated stream and back: x (A ⊗ B), x (A ⊗ B)ᵀ, in fp32 (see `rotated`)."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.sizes = rotation_sizes(hidden)
+        self.outer, self.inner = (nn.Parameter(torch.eye(size).flatten()) for size in self.sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]."""
+        outer, inner = self._factors()
+        return self._apply_both(x, outer.T, inner)
+
+    def back(self, x: Tensor) -> Tensor:
+        """Undo `forward`."""
+        outer, inner = self._factors()
+        return self._apply_both(x, outer, inner.T)
+
+    def _factors(self) -> list[Tensor]:
+        return [p.view(size, size) for p, size in zip((self.outer, self.inner), self.sizes, strict=True)]
+
+    def _apply_both(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # the stream stays fp32
+            return (left @ (x.float().unflatten(-1, self.sizes) @ right)).flatten(-2)
 
 
 def make_rotation(hidden: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,42 +50,3 @@ def make_rotation(hidden: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         axis = random.normal(size=a)
         outer -= 2 / (axis @ axis) * np.outer(outer @ axis, axis)
     return outer, inner
-
-
-def rotated(model: Decoder, *, seed: int) -> Decoder:
-    """A decoder that computes the same logits from a rotated stream; see `can_rotate`."""
-    device = model.embed.weight.device
-    outer, inner = (torch.from_numpy(part).to(device) for part in make_rotation(model.spec.hidden, seed))
-    R = torch.kron(outer.contiguous(), inner.contiguous())  # float64, as are all products here
-    weights = dict(named_weights(model))
-    for i in range(len(model.spec.layers)):
-        for norm, readers in READ_BY.items():
-            if (scale := weights.get(f"layers.{i}.{norm}")) is None:
-                continue
-            for reader in readers:
-                if (name := f"layers.{i}.{reader}") in weights:
-                    weights[name] = ((weights[name].double() * scale.double()) @ R).float()
-            weights[f"layers.{i}.{norm}"] = torch.ones_like(scale)
-        for name in (f"layers.{i}.{part}" for part in ADDED_BY):
-            if name in weights:
-                weights[name] = (R.T @ weights[name].double()).float()
-            if (bias := weights.get(f"{name}.bias")) is not None:
-                weights[f"{name}.bias"] = (bias.double() @ R).float()
-    weights |= {"rotation.outer": outer.flatten().float(), "rotation.inner": inner.flatten().float()}
-    return build_decoder(replace(model.spec, rotated=True), weights)
-
-
-def trial_error(heldout: SharedHeldout, model: Decoder) -> float:
-    """Held-out KL (nats a token) when every linear of `model` is rounded to nearest.
-
-    Three bits in groups of 64, tables as they are: what a basis does to rounding, in the time of a forward pass.
-    """
-    weights = dict(named_weights(model))
-    for name, (rows, columns) in model.spec.matrices().items():
-        if not name.startswith("layers."):
-            continue
-        top = torch.full((rows,), 2.0**TRIAL_BITS - 1, device=weights[name].device)
-        even, group = torch.ones(columns, device=top.device), choose_group_size(columns, TRIAL_GROUP)
-        scales, zeros = search_scales(weights[name], even, top, group, symmetric=True)
-        weights[name] = nearest(weights[name], scales, zeros, top).dequantize()
-    return heldout.kl_of(build_decoder(model.spec, weights))

@@ -39,6 +39,11 @@ class Knobs:
     two_bit: float = 1.0
 
 
+def start_knobs(*, prune: bool) -> Knobs:
+    """Prices as they are; without pruning nothing may be removed at any price."""
+    return Knobs() if prune else Knobs(removal=float("inf"))
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One way to store a class: `kept` units (0 = removed), bits by short matrix name, its price and costs."""

@@ -11,7 +11,8 @@ import torch
 from jpq_export.compress import statistics
 from jpq_export.compress.decoder import KVCache, build_decoder, named_weights
 from jpq_export.compress.load import load_model
-from jpq_export.compress.rotation import can_rotate, make_rotation, rotated
+from jpq_export.compress.rotated import can_rotate, rotated
+from jpq_export.compress.rotation import make_rotation
 from jpq_export.format.spec import ModelSpec, rotation_sizes
 
 ROTATED = ("llama", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3")
