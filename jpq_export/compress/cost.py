@@ -10,11 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jpq_export.format.encoder_spec import EncoderSpec, Spec, is_table
+from jpq_export.format.spec import ModelSpec
 from jpq_export.format.target import Target
 from jpq_export.numerics.scheme import Scheme
 
 OPS_PER_ATTENTION = 10  # norm, q, k, v, two rotations, cache append, attention, output, add
 OPS_PER_MLP = 5  # norm, gate, up, activation-multiply, down (add fused)
+OPS_AROUND = 4  # look-up, last norm, head, and one to spare
+OPS_PER_ROTATION = 2  # products; of the two reshapes around them nothing is launched
 FP32 = 4
 TEXT_TOKENS = 128  # a paragraph: what an encoder's latency is counted for
 
@@ -64,9 +67,10 @@ class CostModel:
         return size, self.microseconds(size, OPS_PER_MLP, 0)
 
     def fixed(self) -> tuple[int, float]:
-        """(bytes, microseconds) of what no choice changes: the last norm, embedding look-up and head launches."""
+        """(bytes, microseconds) of what no choice changes: last norm, rotations, look-up and head launches."""
         size = FP32 * sum(length for name, length in self.spec.vectors().items() if is_table(name))
-        return size, self.microseconds(size, 4, 0)
+        turns = 2 if isinstance(self.spec, ModelSpec) and self.spec.rotated else 0
+        return size, self.microseconds(size, OPS_AROUND + turns * OPS_PER_ROTATION, 0)
 
     def table(self, name: str, scheme: Scheme) -> tuple[int, float]:
         """(bytes, microseconds) of a table; only the head and a tied embedding read more than one row a token."""
