@@ -296,15 +296,13 @@ class Decoder(nn.Module):
     def embed_tokens(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """[batch, seq] -> [batch, seq, hidden]; `positions` [batch or 1, seq], by default 0, 1, ..."""
         x = table_rows(self.embed, ids) * self.spec.embed_scale
-        if self.rotation is not None:
-            return self.rotation(x)
         if self.positions is None:
             return x
         at = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
         return x + table_rows(self.positions, at)
 
     def hidden(self, ids: Tensor, context: Context, tap: Tap | None = None) -> Tensor:
-        """Final hidden states after the last norm; `tap(name, value)` sees the stream after each sub-layer."""
+        """Final hidden states, what the head reads; `tap(name, value)` sees the stream after each sub-layer."""
         x = self.embed_tokens(ids, context.positions)
         if tap:
             tap("embed", x)
@@ -315,14 +313,20 @@ class Decoder(nn.Module):
             x = layer.mlp_part(x)
             if tap:
                 tap(f"layers.{i}.mlp", x)
-        x = self.finish(x)
+        x = self._last_norm(x)
         if tap:
             tap("norm", x)
-        return x
+        return self._for_head(x)
 
     def finish(self, x: Tensor) -> Tensor:
         """Final hidden states from the stream after the last layer: [..., hidden] -> [..., hidden]."""
+        return self._for_head(self._last_norm(x))
+
+    def _last_norm(self, x: Tensor) -> Tensor:
         return self.norm(x if self.rotation is None else self.rotation.back(x))
+
+    def _for_head(self, x: Tensor) -> Tensor:
+        return x if self.rotation is None else self.rotation(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab]."""

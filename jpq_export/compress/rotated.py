@@ -3,8 +3,10 @@
 Every layer of a model with RMS norms reads x / rms(x) * g and adds to x. For an orthogonal R the stream may be x R all
 along: rms(x R) = rms(x), what reads it gets W diag(g) R, what adds to it Rᵀ W, and the norm inside a layer keeps ones
 (QuaRot, Ashkboos et al., 2024; SliceGPT). Massive channels of x, which make a few columns of every W matter more than
-all others, are spread over all of them. The last norm's g lies between the stream and a head that may be tied to the
-embedding: the stream is turned back before it, and the table stays as it is.
+all others, are spread over all of them. Embedding and head are made for the new basis too: SmolLM2's table alone costs a
+held-out KL of 0.106 instead of 0.201 nats at 3 bits, 0.419 instead of 0.910 at 2. Only the last norm's g stays, between
+the stream and a head that may be tied to the embedding: the stream is turned back before that norm, and what it gives is
+turned again.
 
 So R is applied twice a token, and has to be cheap: R = A ⊗ B, with B Sylvester's Hadamard matrix times random signs, as
 large as a power of two up to 128 divides the hidden size, and A a random orthogonal matrix for the rest.
@@ -54,6 +56,8 @@ def rotated(model: Decoder, *, seed: int) -> Decoder:
                 weights[name] = (R.T @ weights[name].double()).float()
             if (bias := weights.get(f"{name}.bias")) is not None:
                 weights[f"{name}.bias"] = (bias.double() @ R).float()
+    for name in {"embed", "head"} & weights.keys():
+        weights[name] = (weights[name].double() @ R).float()
     weights |= {"rotation.outer": outer.flatten().float(), "rotation.inner": inner.flatten().float()}
     return build_decoder(replace(model.spec, rotated=True), weights)
 

@@ -213,8 +213,7 @@ def _one_batch(model: Decoder, ids: Tensor, stats: Statistics, draws: list[torch
     hidden.backward(gradient)
     add_moment(stats.hessians, "head" if model.head is not None else "embed", final.flatten(0, 1).float())
     if start.grad is not None:
-        slopes = start.grad.float() if model.rotation is None else model.rotation.back(start.grad)
-        side = slopes.flatten(0, 1).square().sum(0) * model.spec.embed_scale**2  # [hidden]
+        side = start.grad.flatten(0, 1).float().square().sum(0) * model.spec.embed_scale**2  # [hidden]
         name = "embed"
         if name not in stats.hessians:
             stats.hessians[name] = torch.zeros(len(side), len(side), device=side.device)

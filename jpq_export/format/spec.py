@@ -91,9 +91,9 @@ class ModelSpec:
     `activations`: what the linears of the layers (not the head) multiply. "float": their input as it is. "int8": every
     token of it as codes round(x / step) with step = max |x| / 127 in fp32; the product of codes is one of integers.
 
-    `rotated`: between the embedding and the last norm the stream is x (A ⊗ B) instead of x, with orthogonal A [a, a],
-    `rotation.outer` by rows, and B [b, b], `rotation.inner`: embedded tokens are turned into that basis, the stream is
-    turned back before the last norm, and the layers' weights are made for it.
+    `rotated`: embedding, stream and head have the basis x (A ⊗ B) instead of x, with orthogonal A [a, a],
+    `rotation.outer` by rows, and B [b, b], `rotation.inner`. All weights are made for it but the last norm's: the
+    stream is turned back before that norm, and what it gives into the head's basis again.
 
     `traced`: the graph is no decoder of this form but one that torch.onnx.export traced. Vocabulary, positions, token
     ids and cache (head_dim, kv_heads and window of every layer) are facts then; everything else is not and lies at 0.

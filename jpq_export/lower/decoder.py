@@ -82,12 +82,11 @@ class DecoderGraph:
         for i in range(len(spec.layers)):
             x = self._attention(i, x)
             x = self._mlp(i, x)
-        if spec.rotated:
-            self.nodes.scope = "rotation"
-            x = self._rotated(x, back=True)
-        self.nodes.scope = ""
-        x = self._norm(x, "norm")
+        self.nodes.scope = "rotation" if spec.rotated else ""
+        x = self._norm(self._rotated(x, back=True) if spec.rotated else x, "norm")
         self.taps.append(x)
+        x = self._rotated(x) if spec.rotated else x
+        self.nodes.scope = ""
         return self.weights.linear(x, "logits", weight="embed" if spec.tied else "head")
 
     def functions(self) -> list[ir.Function]:
@@ -114,18 +113,16 @@ class DecoderGraph:
         """[batch, seq] -> [batch, seq, hidden]."""
         nodes, spec = self.nodes, self.spec
         nodes.scope = "embed"
-        looked_up = None if spec.learned_positions or spec.rotated else "embed"
+        looked_up = None if spec.learned_positions else "embed"
         rows = self.weights.rows(ids, "embed", name=looked_up if spec.embed_scale == 1 else None)
         if spec.embed_scale != 1:
             rows = nodes("Mul", rows, nodes.const(spec.embed_scale, np.float32), name=looked_up)
         if spec.learned_positions:
             rows = nodes("Add", rows, self.weights.rows(positions, "positions", name=None), name="embed")
-        if spec.rotated:
-            rows = self._rotated(rows, name="embed")
         self.taps.append(rows)
         return rows
 
-    def _rotated(self, x: ir.Value, *, back: bool = False, name: str | None = None) -> ir.Value:
+    def _rotated(self, x: ir.Value, *, back: bool = False) -> ir.Value:
         """X (A ⊗ B) or, `back`, x (A ⊗ B)ᵀ: as rows of [a, b], Aᵀ x B or A x Bᵀ."""
         nodes, (a, b) = self.nodes, rotation_sizes(self.spec.hidden)
         outer, inner = self._vectors["rotation.outer"].reshape(a, a), self._vectors["rotation.inner"].reshape(b, b)
@@ -136,7 +133,7 @@ class DecoderGraph:
             for side, factor in factors.items()
         )
         split = nodes("Reshape", x, nodes.ints(0, 0, a, b))
-        return nodes("Reshape", nodes("MatMul", left, nodes("MatMul", split, right)), nodes.ints(0, 0, -1), name=name)
+        return nodes("Reshape", nodes("MatMul", left, nodes("MatMul", split, right)), nodes.ints(0, 0, -1))
 
     def _rotary_tables(self, positions: ir.Value) -> dict[int, tuple[ir.Value, ir.Value]]:
         """Cosine and sine [batch, seq, head_dim / 2] of every rope a layer uses, computed once a pass."""

@@ -14,8 +14,7 @@ Both sides compute in fp32 with the same weights, so they differ only in the ord
                                (random ones would not change it; SmolLM2 and Gemma-3 stay below 0.4 residual(d)).
     PEAK = 8                   the largest single feature over the RMS bound: 5.5 sigma for the 10**7 values looked at,
                                and half as much again because errors in different features are not alike.
-    EMBED = 4u                 code - zero times an fp16 scale is exact in fp32; embed_scale rounds once. A rotation
-                               after it is two sums, of a and of b products: C dot(a + b) more.
+    EMBED = 4u                 code - zero times an fp16 scale is exact in fp32; embed_scale rounds once.
     LOGITS_REL_RMS = 1e-4      the product's promise; residual(60) of a model 2048 wide is 9e-5.
     KL_MEAN = 1e-6             KL = var(error) / 2 under the reference's probabilities; logits with an RMS of 10 and a
                                relative error of 1e-4 give (1e-3)**2 / 2 = 5e-7, and fp32 logits round at 1e-6.
@@ -39,7 +38,7 @@ Both sides compute in fp32 with the same weights, so they differ only in the ord
 from __future__ import annotations
 
 from jpq_export.format.encoder_spec import Spec
-from jpq_export.format.spec import INT8_ACTIVATIONS, ModelSpec, rotation_sizes
+from jpq_export.format.spec import INT8_ACTIVATIONS, ModelSpec
 
 UNIT_ROUNDOFF = 2.0**-24
 EMBED = 4 * UNIT_ROUNDOFF
@@ -56,11 +55,6 @@ INSIDE = 2.0
 def dot(terms: int) -> float:
     """Relative RMS difference of two fp32 sums of `terms` products."""
     return UNIT_ROUNDOFF * terms**0.5
-
-
-def embed(spec: ModelSpec) -> float:
-    """Bound on embedded tokens."""
-    return EMBED + (CHAIN * dot(sum(rotation_sizes(spec.hidden))) if spec.rotated else 0.0)
 
 
 def longest_sum(spec: Spec) -> int:

@@ -56,6 +56,7 @@ def test_the_rotated_model_computes_the_same(model):
         steps = torch.cat([other(IDS[:, :20], cache=cache), other(IDS[:, 20:], cache=cache)], 1)
         torch.testing.assert_close(steps, model(IDS), rtol=1e-4, atol=1e-4)
         stream = other.embed_tokens(IDS)
+        torch.testing.assert_close(stream, other.rotation(model.embed_tokens(IDS)), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(other.rotation.back(stream), model.embed_tokens(IDS), rtol=1e-5, atol=1e-5)
         assert not torch.allclose(stream, model.embed_tokens(IDS), atol=1e-2)
         weights = dict(named_weights(other))
@@ -94,11 +95,13 @@ def test_the_spec_says_so_and_counts_its_bytes_but_no_parameters(model):
 
 
 @pytest.mark.parametrize("model", ["llama_tied"], indirect=True)
-def test_the_embedding_is_weighed_in_its_own_basis(model, monkeypatch):
-    """The Fisher of the table does not depend on the basis of the stream."""
+def test_statistics_do_not_depend_on_the_basis(model, monkeypatch):
+    """What layers compute inside is the same, and so is what errors there cost; the head's moment is turned."""
     monkeypatch.setattr(statistics, "autocast", lambda _: nullcontext())  # bf16's error differs, and is a tenth
     model = with_scales(model)
-    plain, other = (
-        statistics.collect(each, IDS.numpy(), seed=0).hessians["embed"] for each in (model, rotated(model, seed=0))
-    )
-    torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
+    plain, other = (statistics.collect(each, IDS.numpy(), seed=0) for each in (model, rotated(model, seed=0)))
+    for name in ("layers.0.attn.o", "layers.1.mlp.down"):
+        torch.testing.assert_close(other.hessians[name], plain.hessians[name], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(other.rows, plain.rows, rtol=1e-3, atol=1e-4)
+    traces = [stats.hessians["embed"].trace() for stats in (plain, other)]
+    torch.testing.assert_close(*traces, rtol=1e-3, atol=0)
