@@ -58,9 +58,6 @@ class Export:
 
     def run(self) -> dict[str, Any]:
         """All stages up to `request.until`; returns the summary shown at the end."""
-        from jpq_export.compress.plan import check_reachable
-        from jpq_export.compress.prepare import GROUP_SIZE
-
         once(check_output, self.request.out, force=self.request.force)
         plan = once(load_plan, self.request.plan) if self.request.plan else None
         loaded = self.load()
@@ -69,9 +66,8 @@ class Export:
         once(self.work.open, self.request.key(loaded.sha256, texts.sha256))
         try:
             if plan is None and self.request.method == "jpq" and not once(self.work.has, "plan.json"):
-                kind = {"group_size": GROUP_SIZE, "prune": self.request.prune}
-                once(check_reachable, loaded.spec, *self._asked(loaded.spec), **kind)
-            loaded = settle_rotation(loaded, texts, self.request, plan, self.stages)
+                once(self._check_budget, loaded.spec)
+            loaded = settle_rotation(loaded, texts, self.request, plan, self.stages, partial(once, self._check_budget))
             plan = self.plan(loaded, texts, plan)
         except JpqError:
             if lead():
@@ -175,6 +171,13 @@ class Export:
         self.check_board(plan, loaded.spec)
         once(write_atomic, self.work.path("plan.json"), plan.to_json())
         return plan
+
+    def _check_budget(self, spec: Spec) -> None:
+        """BudgetError before the long part."""
+        from jpq_export.compress.plan import check_reachable
+        from jpq_export.compress.prepare import GROUP_SIZE
+
+        check_reachable(spec, *self._asked(spec), group_size=GROUP_SIZE, prune=self.request.prune)
 
     def _asked(self, spec: Spec) -> tuple[Any, Any, tuple[float, ...]]:
         """Costs on the target, the budget, and the widths to choose from."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jpq_export.compress.parallel import once
+from jpq_export.errors import BudgetError
 from jpq_export.format.plan import Plan
 from jpq_export.format.spec import ModelSpec
 from jpq_export.progress import Stages
@@ -19,11 +21,17 @@ if TYPE_CHECKING:
 
 
 def settle_rotation(
-    loaded: LoadedModel, texts: Texts, request: Request, given: Plan | None, stages: Stages
+    loaded: LoadedModel,
+    texts: Texts,
+    request: Request,
+    given: Plan | None,
+    stages: Stages,
+    check: Callable[[ModelSpec], None],
 ) -> LoadedModel:
     """The model with a rotated stream where that makes it easier to round, otherwise the model as it is.
 
     Published methods and plain rounding keep the model they were made for, and a given plan the basis it was made in.
+    `check` raises BudgetError where the budget cannot be met any more, with the rotation's own bytes.
     """
     from jpq_export.compress.decoder import Decoder
     from jpq_export.compress.rotated import can_rotate, rotated
@@ -39,11 +47,20 @@ def settle_rotation(
         model = rotated(loaded.model, seed=request.seed)
         plain, turned = (0.0, 0.0) if given is not None else once(_trial, loaded, model, texts, request)
     if given is None:
-        verdict = "rotated" if turned < plain else "left in its basis"
+        better = turned < plain and _fits(model.spec, check)
+        verdict = "rotated" if better else "left in its basis"
         stages.told(f"residual stream {verdict}: KL at 3 bits, to nearest, {plain:.4f}, rotated {turned:.4f}")
-        if turned >= plain:
+        if not better:
             return loaded
     return replace(loaded, model=model, spec=model.spec, sha256=sha256)
+
+
+def _fits(spec: ModelSpec, check: Callable[[ModelSpec], None]) -> bool:
+    try:
+        check(spec)
+    except BudgetError:
+        return False
+    return True
 
 
 def _trial(loaded: LoadedModel, model: object, texts: Texts, request: Request) -> tuple[float, float]:

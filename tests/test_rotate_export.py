@@ -54,7 +54,7 @@ def test_a_rotated_export_is_proved(shelf: tuple, decide: Callable, run: Callabl
     run(f"verify {out}")
     if target == "jetson":
         board = onnx.load(out / "model.trt.onnx", load_external_data=False).graph
-        assert sum(node.name.startswith("rotation/MatMul") for node in board.node) == 2
+        assert sum(node.name.startswith("rotation/MatMul") for node in board.node) == 4
     codes = out / "model.onnx.data"
     codes.write_bytes(codes.read_bytes()[::-1])  # the twin
     run(f"verify {out}", expected=1)

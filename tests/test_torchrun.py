@@ -125,7 +125,7 @@ def distance(folder: Path, other: Path) -> float:
 
 def prepared(place: Path, cache: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(statistics, codes) of the one price list in a cache."""
-    (folder,) = (place / cache / "search").iterdir()
+    (folder,) = filter(Path.is_dir, (place / cache / "search").iterdir())  # beside it lies what was tried before
     rounded = load_file(folder / "rounded.safetensors")
     return load_file(folder / "statistics.safetensors"), {k: v for k, v in rounded.items() if k.endswith("codes")}
 

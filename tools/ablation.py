@@ -90,7 +90,7 @@ class Laboratory:
         self.export = PermutedExport(self.request, self.stages)
         self.loaded = self.export.load()
         self.texts = self.export.texts(self.loaded)
-        turned = settle_rotation(self.loaded, self.texts, self.request, None, self.stages)
+        turned = settle_rotation(self.loaded, self.texts, self.request, None, self.stages, lambda _: None)
         self.bases = {False: self.loaded, True: turned}
         self.calibration = self.texts.calibration[: self.export.effort.sequences]
         bos_id = self.loaded.spec.bos_id if self.loaded.spec.add_bos else None

@@ -2,10 +2,10 @@
 
 Every layer of a model with RMS norms reads x / rms(x) * g and adds to x. For an orthogonal R the stream may be x R all
 along: rms(x R) = rms(x), what reads it gets W diag(g) R, what adds to it Rᵀ W, and the norm inside a layer keeps ones
-(QuaRot, Ashkboos et al., 2024; SliceGPT). Massive channels of x, which make a few columns of every W matter more than
-all others, are spread over all of them. Embedding and head are made for the new basis too: SmolLM2's table alone costs a
-held-out KL of 0.106 instead of 0.201 nats at 3 bits, 0.419 instead of 0.910 at 2. Only the last norm's g stays, between
-the stream and a head that may be tied to the embedding: the stream is turned back before that norm, and what it gives is
+(QuaRot, Ashkboos et al., 2024). Massive channels of x, which make a few columns of every W matter more than all others,
+are spread over all of them. Embedding and head are made for the new basis too: SmolLM2's table alone costs a held-out
+KL of 0.106 instead of 0.201 nats at 3 bits, 0.419 instead of 0.910 at 2. Only the last norm's g stays, between the
+stream and a head that may be tied to the embedding: the stream is turned back before that norm, and what it gives is
 turned again.
 
 So R is applied twice a token, and has to be cheap: R = A ⊗ B, with B Sylvester's Hadamard matrix times random signs, as

@@ -125,15 +125,18 @@ class DecoderGraph:
     def _rotated(self, x: ir.Value, *, back: bool = False) -> ir.Value:
         """X (A ⊗ B) or, `back`, x (A ⊗ B)ᵀ: as rows of [a, b], Aᵀ x B or A x Bᵀ."""
         nodes, (a, b) = self.nodes, rotation_sizes(self.spec.hidden)
-        outer, inner = self._vectors["rotation.outer"].reshape(a, a), self._vectors["rotation.inner"].reshape(b, b)
-        factors = {"left": outer if back else outer.T, "right": inner.T if back else inner}
-        way = "back" if back else "into"
-        left, right = (
-            nodes.initializer(f"rotation.{way}.{side}", ir.tensor(np.ascontiguousarray(factor)))
-            for side, factor in factors.items()
-        )
+        left, right = self._rotation_factor("outer", a), self._rotation_factor("inner", b)
+        if back:
+            right = nodes("Transpose", right, perm=[1, 0])
+        else:
+            left = nodes("Transpose", left, perm=[1, 0])
         split = nodes("Reshape", x, nodes.ints(0, 0, a, b))
         return nodes("Reshape", nodes("MatMul", left, nodes("MatMul", split, right)), nodes.ints(0, 0, -1))
+
+    def _rotation_factor(self, part: str, size: int) -> ir.Value:
+        name = f"rotation.{part}"
+        factor = ir.tensor(self._vectors[name].reshape(size, size))
+        return self.nodes.initializers.get(name) or self.nodes.initializer(name, factor)
 
     def _rotary_tables(self, positions: ir.Value) -> dict[int, tuple[ir.Value, ir.Value]]:
         """Cosine and sine [batch, seq, head_dim / 2] of every rope a layer uses, computed once a pass."""
