@@ -16,6 +16,7 @@ from jpq_export.format.bundle import MANIFEST, Manifest, read_manifest, write_ma
 from jpq_export.format.encoder_spec import KIND, EncoderSpec
 from jpq_export.format.plan import Plan
 from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
+from jpq_export.rotate import original_sha256
 
 if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
@@ -192,7 +193,7 @@ def _manifest(
         model={
             "name": loaded.name,
             "source": loaded.source,
-            "sha256": loaded.sha256,
+            "sha256": original_sha256(loaded),
             "parameters": parameters,
             "spec": json.loads(compressed.spec.to_json()),
         },

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jpq_export.compress.parallel import once
-from jpq_export.errors import BudgetError
+from jpq_export.errors import BudgetError, UsageError
 from jpq_export.format.plan import Plan
 from jpq_export.format.spec import ModelSpec
 from jpq_export.progress import Stages
@@ -18,6 +19,15 @@ from jpq_export.workspace import write_atomic
 
 if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+ROTATED = "rotated-"  # before the sha256 of a model whose weights are made for another basis: plans and caches differ
+
+
+def original_sha256(loaded: LoadedModel) -> str:
+    """Of the model as it was loaded, whatever its basis is by now."""
+    return loaded.sha256.removeprefix(ROTATED)
 
 
 def settle_rotation(
@@ -36,9 +46,11 @@ def settle_rotation(
     from jpq_export.compress.decoder import Decoder
     from jpq_export.compress.rotated import can_rotate, rotated
 
-    sha256 = f"rotated-{loaded.sha256}"
+    sha256 = ROTATED + loaded.sha256
     if given is not None and given.model_sha256 != sha256:
         return loaded
+    if given is not None and not request.rotate:
+        raise UsageError(f"--no-rotate: {request.plan} was made for a rotated model; leave it out or make a new plan")
     wanted = given is not None or (request.method == "jpq" and request.rotate)
     if not wanted or not isinstance(loaded.spec, ModelSpec) or not can_rotate(loaded.spec):
         return loaded
@@ -74,8 +86,11 @@ def _trial(loaded: LoadedModel, model: object, texts: Texts, request: Request) -
     folder = prepared_folder(kind="rotation", device=request.device, **facts)
     file = folder.with_suffix(".json")
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return found["plain"], found["rotated"]
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return float(found["plain"]), float(found["rotated"])
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("%s: damaged (%s); making it again", file, error)
     check_cache(folder)
     assert isinstance(loaded.model, Decoder)
     assert isinstance(model, Decoder)

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,6 +233,20 @@ def tiny_folder(tmp_path: Path, save_tiny: Callable[..., Path]) -> Callable[...,
         return save_tiny(tmp_path / name, name, **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def load_tool() -> Callable[[str], Any]:
+    """`load_tool("growth")`: tools/growth.py as a module."""
+
+    def load(name: str) -> Any:
+        spec: Any = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # a dataclass looks its module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

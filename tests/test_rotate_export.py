@@ -52,6 +52,8 @@ def test_a_rotated_export_is_proved(shelf: tuple, decide: Callable, run: Callabl
     assert parity["passed"]
     assert is_rotated(out)
     run(f"verify {out}")
+    Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    assert "kl_mean" in run(f"eval {out} --text text.txt --windows 1 --context 32")  # finds its original
     if target == "jetson":
         board = onnx.load(out / "model.trt.onnx", load_external_data=False).graph
         assert sum(node.name.startswith("rotation/MatMul") for node in board.node) == 4
@@ -89,6 +91,8 @@ def test_a_plan_keeps_its_basis(shelf: tuple, decide: Callable, run: Callable) -
     run(f"export tied {ending} --plan plan-rotated/plan.json --out by-rotated")
     decide(True)
     run(f"export tied {ending} --plan plan-plain/plan.json --out by-plain")
+    said = run(f"export tied {ending} --plan plan-rotated/plan.json --out no-way --no-rotate", expected=2)
+    assert "--no-rotate: plan-rotated/plan.json was made for a rotated model" in " ".join(said.split())
     found = [CompressedModel.load(Path(f"by-{kind}/compressed.safetensors")) for kind in ("rotated", "plain")]
     assert [model.spec.rotated for model in found] == [True, False]
 
@@ -105,3 +109,6 @@ def test_the_real_trial_is_remembered(shelf: tuple, run: Callable) -> None:
     file.write_text(json.dumps({"plain": 1.0, "rotated": 2.0}))
     run(f"export tied {OPTIONS} --target cpu --until onnx --out third --force")
     assert not is_rotated(Path("third"))
+    file.write_text("{")
+    run(f"export tied {OPTIONS} --target cpu --until plan --out fourth --force")
+    assert json.loads(file.read_text()) == numbers

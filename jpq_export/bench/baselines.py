@@ -26,10 +26,10 @@ GROUP_SIZE = 64  # bytes a weight as in our own format; onnxruntime's fast path 
 
 
 def original_spec(pruned: SomeSpec, plan: Plan) -> SomeSpec:
-    """The model before pruning, from what the plan says each layer was made of; nothing of it was int8."""
+    """The model before pruning, from what the plan says each layer was made of; nothing of it was int8 or rotated."""
     pairs = zip(pruned.layers, plan.layers, strict=True)
     whole = pruned.with_layers(tuple(replace(old, kv_heads=p.kv_heads_of, ffn=p.ffn_of) for old, p in pairs))
-    plain = {"kv_cache": FLOAT_CACHE, "activations": FLOAT_ACTIVATIONS}
+    plain = {"kv_cache": FLOAT_CACHE, "activations": FLOAT_ACTIVATIONS, "rotated": False}
     return replace(whole, **plain) if isinstance(whole, ModelSpec) else whole
 
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -160,7 +160,8 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
     manifest, plan = read_manifest(folder), load_plan(folder / "plan.json")
     if settings.other and read_manifest(settings.other).kind == KIND:
         raise UsageError(f"{settings.other}: a sentence encoder, {folder} is a decoder; compare bundles of one kind")
-    spec = original_spec(ModelSpec.from_json(json.dumps(manifest.model["spec"])), plan)
+    own = ModelSpec.from_json(json.dumps(manifest.model["spec"]))
+    spec = original_spec(own, plan)
     rivals = {f"llama.cpp {path.stem}": LlamaBench(path, settings.threads) for path in settings.gguf}
     with ExitStack() as stack:
         graphs: dict[str, Path] = {}
@@ -170,7 +171,7 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
             with stages.stage("baselines", "writing the graphs to compare with"):
                 check_room(scratch, spec)
                 graphs = write_baselines(spec, scratch) if settings.baselines else {}
-                uniform = write_uniform(spec, scratch, settings.widths)
+                uniform = write_uniform(replace(spec, rotated=own.rotated), scratch, settings.widths)
         with stages.stage("load", "loading every runtime") as report:
             others = {compared_name(settings.other): settings.other / "model.onnx"} if settings.other else {}
             ways = _ways({"jpq": folder / "model.onnx"} | others | uniform, graphs)

@@ -20,10 +20,10 @@ import torch
 
 from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
 from jpq_export.compress.rotation import make_rotation
-from jpq_export.compress.rounding import nearest, search_scales
+from jpq_export.compress.rounding import quantize
 from jpq_export.compress.teaching import SharedHeldout
 from jpq_export.format.spec import ModelSpec, rotation_sizes
-from jpq_export.numerics.scheme import choose_group_size
+from jpq_export.numerics.scheme import Scheme, choose_group_size
 
 READ_BY = {"attn_norm": ("attn.q", "attn.k", "attn.v"), "mlp_norm": ("mlp.gate", "mlp.up")}
 ADDED_BY = ("attn.o", "mlp.down")
@@ -68,11 +68,8 @@ def trial_error(heldout: SharedHeldout, model: Decoder) -> float:
     Three bits in groups of 64, tables as they are: what a basis does to rounding, in the time of a forward pass.
     """
     weights = dict(named_weights(model))
-    for name, (rows, columns) in model.spec.matrices().items():
-        if not name.startswith("layers."):
-            continue
-        top = torch.full((rows,), 2.0**TRIAL_BITS - 1, device=weights[name].device)
-        even, group = torch.ones(columns, device=top.device), choose_group_size(columns, TRIAL_GROUP)
-        scales, zeros = search_scales(weights[name], even, top, group, symmetric=True)
-        weights[name] = nearest(weights[name], scales, zeros, top).dequantize()
+    for name, (_, columns) in model.spec.matrices().items():
+        if name.startswith("layers."):
+            even, scheme = torch.eye(columns), Scheme(TRIAL_BITS, choose_group_size(columns, TRIAL_GROUP))
+            weights[name] = quantize(weights[name], even.to(weights[name]), scheme, method="rtn").dequantize()
     return heldout.kl_of(build_decoder(model.spec, weights))

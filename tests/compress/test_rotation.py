@@ -11,8 +11,9 @@ import torch
 from jpq_export.compress import statistics
 from jpq_export.compress.decoder import KVCache, build_decoder, named_weights
 from jpq_export.compress.load import load_model
-from jpq_export.compress.rotated import can_rotate, rotated
+from jpq_export.compress.rotated import can_rotate, rotated, trial_error
 from jpq_export.compress.rotation import make_rotation
+from jpq_export.compress.teaching import SharedHeldout
 from jpq_export.format.spec import ModelSpec, rotation_sizes
 
 ROTATED = ("llama", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3")
@@ -105,3 +106,22 @@ def test_statistics_do_not_depend_on_the_basis(model, monkeypatch):
     torch.testing.assert_close(other.rows, plain.rows, rtol=1e-3, atol=1e-4)
     traces = [stats.hessians["embed"].trace() for stats in (plain, other)]
     torch.testing.assert_close(*traces, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("model", ["llama_tied"], indirect=True)
+def test_the_trial_prefers_the_rotation_where_a_channel_stands_out(model):
+    weights = dict(named_weights(model))
+    for name, value in weights.items():
+        if name.endswith((".q", ".k", ".v", ".gate", ".up")):
+            weights[name] = value.clone()
+            weights[name][:, 5] *= 40
+        elif name.endswith((".attn_norm", ".mlp_norm")):
+            weights[name] = value.clone()
+            weights[name][5] /= 40
+    massive = build_decoder(model.spec, weights)
+    with torch.no_grad():
+        torch.testing.assert_close(massive(IDS), model(IDS), rtol=1e-4, atol=1e-4)
+    heldout = SharedHeldout(massive, IDS.numpy())
+    plain, turned = (trial_error(heldout, each) for each in (massive, rotated(massive, seed=0)))
+    assert turned < 0.8 * plain
+    assert turned > 0

@@ -1,27 +1,17 @@
 """tools/ablation.py on a tiny model: every row is another model, found rows are not made again, the table compares."""
 
 import argparse
-import importlib.util
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
-def tool(monkeypatch):
-    spec = importlib.util.spec_from_file_location("ablation", ROOT / "tools" / "ablation.py")
-    assert spec
-    assert spec.loader
-    module: Any = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "ablation", module)  # its dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool):
+    return load_tool("ablation")
 
 
 PLANS = ("search by prices alone, without true KL",)  # on a tiny model the plan may be the same

@@ -1,27 +1,16 @@
 """tools/growth.py: shapes have the parameters they say, sizes are run once, exponents are those of powers."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
-def tool(monkeypatch):
-    spec = importlib.util.spec_from_file_location("growth", ROOT / "tools" / "growth.py")
-    assert spec
-    assert spec.loader
-    module: Any = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "growth", module)  # its dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool):
+    return load_tool("growth")
 
 
 def test_a_shape_has_the_parameters_it_says(tool):

@@ -1,8 +1,6 @@
 """The soak of `serve`: nothing is lost by a good server, and what a bad one loses is found."""
 
 import asyncio
-import importlib.util
-from pathlib import Path
 
 import pytest
 
@@ -10,14 +8,10 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("openai")
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
-def soak_tool():
-    spec = importlib.util.spec_from_file_location("serve_soak", ROOT / "tools" / "serve_soak.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def soak_tool(load_tool):
+    module = load_tool("serve_soak")
     module.TEXTS = tuple(f"w{number} w{number + 9} w{number + 18}" for number in range(8))  # words of the tiny model
     return module
 

@@ -1,9 +1,6 @@
 """tools/toga_train_once.py on a tiny model: masks are the plan's, KL sees a wrong mask, the file has all rows."""
 
-import importlib.util
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,16 +15,10 @@ from jpq_export.format.target import load_target  # noqa: E402
 from jpq_export.methods.toga.choose import frame, masks_of, plan_for  # noqa: E402
 from jpq_export.methods.toga.supernet import MaskedDecoder, structures  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("toga_train_once", ROOT / "tools" / "toga_train_once.py")
-    assert spec
-    assert spec.loader
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def tool(load_tool):
+    module = load_tool("toga_train_once")
     module.HELDOUT = 4
     return module
 
