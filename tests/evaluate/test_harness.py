@@ -222,7 +222,7 @@ def test_a_stopped_export_needs_a_tokenizer(compressed: dict[str, Path], task_fo
 def test_neither_text_nor_tasks(compressed: dict[str, Path]) -> None:
     done = CliRunner().invoke(main, ["eval", str(compressed["bundle"])])
     assert done.exit_code == 2
-    assert "neither --text nor --tasks" in done.output
+    assert "give --text or --tasks" in done.output
 
 
 def test_answers_too_long_name_their_length(tiny_folder: Callable[..., Path]) -> None:
