@@ -57,20 +57,21 @@ jpq_status jpq_attention_begin(jpq_attention *a) {
   a->tiles = (a->rows + JPQ_TILE - 1) / JPQ_TILE;
   /* Few tiles would leave threads without work: then keys are divided too. */
   a->chunks = a->tiles > 1 ? 1 : (a->total + JPQ_CHUNK - 1) / JPQ_CHUNK;
-  a->tasks = a->batch * a->kv_heads * a->tiles * a->chunks;
+  a->heads_of_task = a->rows <= JPQ_FEW ? a->kv_heads : 1;
+  a->tasks = a->batch * (a->kv_heads / a->heads_of_task) * a->tiles * a->chunks;
   if (a->chunks == 1) return JPQ_OK;
-  a->partial = malloc(sizeof(float) * (size_t)(a->tasks * JPQ_TILE * (a->dim + 2)));
+  a->partial = malloc(sizeof(float) * (size_t)(a->batch * a->kv_heads * a->chunks * JPQ_TILE * (a->dim + 2)));
   return a->partial ? JPQ_OK : JPQ_NO_MEMORY;
 }
 
 jpq_status jpq_attention_task(const jpq_attention *a, int64_t i) {
-  attention_task task = {.tile = i / a->chunks % a->tiles, .chunk = i % a->chunks, .index = i};
-  int64_t head = i / a->chunks / a->tiles;
+  attention_task task = {.heads = a->heads_of_task, .tile = i / a->chunks % a->tiles, .chunk = i % a->chunks};
+  const int64_t head = i / a->chunks / a->tiles * task.heads, length = (a->total + a->chunks - 1) / a->chunks;
   task.head = head % a->kv_heads, task.batch = head / a->kv_heads;
   int64_t left = a->rows - task.tile * JPQ_TILE;
   task.rows = left < JPQ_TILE ? left : JPQ_TILE;
-  task.first = task.chunk * JPQ_CHUNK;
-  task.last = a->chunks == 1 || task.first + JPQ_CHUNK > a->total ? a->total : task.first + JPQ_CHUNK;
+  task.first = task.chunk * length;
+  task.last = task.first + length < a->total ? task.first + length : a->total;
   return a->chosen->attend(a, &task);
 }
 

@@ -34,9 +34,11 @@ typedef struct jpq_attention {
   /* Set by jpq_attention_begin. */
   const struct jpq_implementation *chosen;
   int64_t rows;               /* seq * heads / kv_heads: queries that share a key head, [seq, G] */
-  int64_t tiles, chunks, tasks; /* tasks: batch * kv_heads * tiles of rows * chunks of keys */
+  int64_t tiles, chunks;      /* of rows and of keys */
+  int64_t heads_of_task;      /* key heads */
+  int64_t tasks;              /* batch * kv_heads / heads_of_task * tiles * chunks */
   float *turned;              /* q after that, NULL where it is as it was */
-  float *partial;             /* [tasks, JPQ_TILE, dim + 2] sums, their maximum and weight; NULL for one chunk */
+  float *partial;             /* [batch, kv_heads, chunks, JPQ_TILE, dim + 2] sums, maximum, weight; NULL for one chunk */
 } jpq_attention;
 
 /* Codes and scales of new keys, turned first where there is `cos`, and values: k, v [positions, kv_heads, dim] and cos,

@@ -9,12 +9,13 @@
 
 enum {
   JPQ_TILE = 24,   /* rows of Q a task has at most: a multiple of what a product keeps in registers */
-  JPQ_CHUNK = 256, /* keys a task looks at where there is one tile only */
+  JPQ_CHUNK = 128, /* keys a task looks at, at most, where there is one tile only */
+  JPQ_FEW = 8,     /* up to as many rows a key head a task looks at all heads: a key's lie together, and memory likes that */
 };
 
 typedef struct attention_task {
-  int64_t batch, head; /* of the keys */
-  int64_t tile, chunk, index;
+  int64_t batch, head, heads; /* of the keys: the first and how many */
+  int64_t tile, chunk;
   int64_t rows;        /* of the tile */
   int64_t first, last; /* keys */
 } attention_task;
@@ -29,6 +30,12 @@ JPQ_INLINE float *jpq_attention_row(const jpq_attention *a, const float *base, i
 JPQ_INLINE const uint8_t *jpq_attention_mask(const jpq_attention *a, const attention_task *task, int64_t row) {
   int64_t s = (task->tile * JPQ_TILE + row) / (a->heads / a->kv_heads);
   return a->mask + (task->batch * a->seq + s) * a->total;
+}
+
+/* Where the part of one row goes that a task has of it: dim sums, their maximum, their weight. NULL: it is the whole. */
+JPQ_INLINE float *jpq_attention_part(const jpq_attention *a, const attention_task *task, int64_t head, int64_t row) {
+  const int64_t at = (task->batch * a->kv_heads + head) * a->chunks + task->chunk;
+  return a->partial ? a->partial + (at * JPQ_TILE + row) * (a->dim + 2) : NULL;
 }
 
 /* Rotary embedding of one head (RoFormer, Su et al. 2021; halves as in GPT-NeoX). */

@@ -92,37 +92,40 @@ JPQ_INLINE float cached(const float *floats, const int8_t *codes, const float *s
   return codes ? (float)codes[at + j] * scales[at / dim] : floats[at + j];
 }
 
-/* The definition of attention, a row of Q at a time. */
-static jpq_status attend(const jpq_attention *a, const attention_task *task) {
-  const int64_t stride = a->batch * a->kv_heads * a->dim, at = (task->batch * a->kv_heads + task->head) * a->dim;
-  const int64_t count = task->last - task->first;
-  float *scores = malloc(sizeof(float) * (size_t)(count + a->dim)), *sums = scores + count;
-  if (!scores) return JPQ_NO_MEMORY;
-  for (int64_t r = 0; r < task->rows; r++) {
-    const int64_t row = task->tile * JPQ_TILE + r;
-    const float *q = jpq_attention_row(a, a->turned ? a->turned : a->q, task->batch, task->head, row);
-    const uint8_t *mask = jpq_attention_mask(a, task, r) + task->first;
-    float most = -INFINITY, weight = 0;
-    for (int64_t t = 0; t < count; t++) {
-      const int64_t key = (task->first + t) * stride + at;
-      scores[t] = mask[t] ? 0 : -INFINITY;
-      for (int64_t j = 0; mask[t] && j < a->dim; j++)
-        scores[t] += q[j] * a->scale * cached(a->keys, a->codes.keys, a->codes.key_scales, a->dim, key, j);
-      most = scores[t] > most ? scores[t] : most;
-    }
-    for (int64_t j = 0; j < a->dim; j++) sums[j] = 0;
-    for (int64_t t = 0; t < count; t++) {
-      const int64_t value = (task->first + t) * stride + at;
-      float p = mask[t] ? jpq_exp(scores[t] - most) : 0;
-      weight += p;
-      for (int64_t j = 0; mask[t] && j < a->dim; j++)
-        sums[j] += p * cached(a->values, a->codes.values, a->codes.value_scales, a->dim, value, j);
-    }
-    float *part = a->partial ? a->partial + (task->index * JPQ_TILE + r) * (a->dim + 2) : NULL;
-    float *y = part ? part : jpq_attention_row(a, a->y, task->batch, task->head, row), factor = part ? 1 : 1 / weight;
-    for (int64_t j = 0; j < a->dim; j++) y[j] = weight == 0 ? 0 : sums[j] * factor;
-    if (part) part[a->dim] = most, part[a->dim + 1] = weight;
+/* The definition of attention: one row of Q, `row` of those that share key head `head`. `scores`: room for the keys. */
+static void attend_row(const jpq_attention *a, const attention_task *task, int64_t head, int64_t r, float *scores, float *sums) {
+  const int64_t stride = a->batch * a->kv_heads * a->dim, at = (task->batch * a->kv_heads + head) * a->dim;
+  const int64_t row = task->tile * JPQ_TILE + r, count = task->last - task->first;
+  const float *q = jpq_attention_row(a, a->turned ? a->turned : a->q, task->batch, head, row);
+  const uint8_t *mask = jpq_attention_mask(a, task, r) + task->first;
+  float most = -INFINITY, weight = 0;
+  for (int64_t t = 0; t < count; t++) {
+    const int64_t key = (task->first + t) * stride + at;
+    scores[t] = mask[t] ? 0 : -INFINITY;
+    for (int64_t j = 0; mask[t] && j < a->dim; j++)
+      scores[t] += q[j] * a->scale * cached(a->keys, a->codes.keys, a->codes.key_scales, a->dim, key, j);
+    most = scores[t] > most ? scores[t] : most;
   }
+  for (int64_t j = 0; j < a->dim; j++) sums[j] = 0;
+  for (int64_t t = 0; t < count; t++) {
+    const int64_t value = (task->first + t) * stride + at;
+    float p = mask[t] ? jpq_exp(scores[t] - most) : 0;
+    weight += p;
+    for (int64_t j = 0; mask[t] && j < a->dim; j++)
+      sums[j] += p * cached(a->values, a->codes.values, a->codes.value_scales, a->dim, value, j);
+  }
+  float *part = jpq_attention_part(a, task, head, r);
+  float *y = part ? part : jpq_attention_row(a, a->y, task->batch, head, row), factor = part ? 1 : 1 / weight;
+  for (int64_t j = 0; j < a->dim; j++) y[j] = weight == 0 ? 0 : sums[j] * factor;
+  if (part) part[a->dim] = most, part[a->dim + 1] = weight;
+}
+
+static jpq_status attend(const jpq_attention *a, const attention_task *task) {
+  const int64_t count = task->last - task->first;
+  float *scores = malloc(sizeof(float) * (size_t)(count + a->dim));
+  if (!scores) return JPQ_NO_MEMORY;
+  for (int64_t h = 0; h < task->heads; h++)
+    for (int64_t r = 0; r < task->rows; r++) attend_row(a, task, task->head + h, r, scores, scores + count);
   free(scores);
   return JPQ_OK;
 }

@@ -54,7 +54,7 @@ class Attention(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("implementation", ctypes.c_char_p),
         ("chosen", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "tiles", "chunks", "tasks")),
+        *((name, ctypes.c_int64) for name in ("rows", "tiles", "chunks", "heads_of_task", "tasks")),
         *((name, ctypes.c_void_p) for name in ("turned", "partial")),
     )
 

@@ -12,8 +12,9 @@ TOLERANCE = 2e-6  # relative RMS: fp32 sums of some hundred terms, exponentials 
 # batch, seq, past, room behind, heads, kv_heads, dim
 SIZES = {
     "a token": (1, 1, 9, 4, 6, 2, 32),
-    "a token far on": (1, 1, 700, 0, 9, 3, 16),  # three chunks of keys, the last of them not full
+    "a token far on": (1, 1, 700, 0, 9, 3, 16),  # six chunks of keys, the last of them not full
     "a token of a batch": (3, 1, 70, 2, 14, 2, 16),  # seven queries a key head: two calls of at most four
+    "a token of a batch far on": (2, 1, 300, 1, 14, 2, 16),  # the same in three chunks of keys
     "the first": (1, 1, 0, 0, 2, 1, 16),
     "a prompt": (1, 37, 0, 0, 6, 2, 48),
     "a prompt after a past": (2, 20, 65, 3, 4, 4, 32),
