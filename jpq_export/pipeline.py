@@ -362,7 +362,8 @@ class Export:
             self.stages.resumed("lower", "ONNX graphs")
             return
         with self.stages.stage("lower", "writing the ONNX graphs"):
-            export_onnx(compressed, self.work.path("model.onnx"), form=target.graph)
+            path = self.work.path("model.onnx")
+            export_onnx(compressed, path, form=target.graph, chained=target.kind == "cpu")
             if target.tensorrt:
                 path = self.work.path("model.trt.onnx")
                 export_onnx(compressed, path, form="custom_op", tensorrt=target.tensorrt)

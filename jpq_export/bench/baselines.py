@@ -73,5 +73,5 @@ def write_uniform(spec: ModelSpec, folder: Path, widths: tuple[float, ...]) -> d
         name = f"jpq-{bits:g}bit"
         out[name] = folder / name / "model.onnx"
         out[name].parent.mkdir()
-        export_onnx(random_model(spec, bits=bits, symmetric=True), out[name], form="custom_op")
+        export_onnx(random_model(spec, bits=bits, symmetric=True), out[name], form="custom_op", chained=True)
     return out

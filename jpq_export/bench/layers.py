@@ -24,7 +24,7 @@ READ_BYTES = 1 << 28  # far beyond every cache
 
 @dataclass(frozen=True, slots=True)
 class LayerRate:
-    """One `jpq::LowBitMatMul` or LowBitMatMuls at one row of X: stored bytes, median microseconds, GB/s."""
+    """One `jpq::LowBitMatMul`, LowBitMatMuls or LowBitChain at one row: stored bytes, median microseconds, GB/s."""
 
     name: str
     bits: float
@@ -64,18 +64,24 @@ def _stored(path: Path) -> dict[str, tuple[float, int]]:
         facts = {a.name: a.i for a in node.attribute}
         if node.op_type == "LowBitMatMul":
             out[node.name] = _size(facts, "")
-        if node.op_type == "LowBitMatMuls":
-            parts = [_size(facts, f"_{i}") for i in range(facts["count"])]
-            rows = [facts[f"N_{i}"] for i in range(facts["count"])]
+        if node.op_type in ("LowBitMatMuls", "LowBitChain"):
+            count = facts["count"] if "count" in facts else sum(facts[f"count_{i}"] for i in range(facts["links"]))
+            parts = [_size(facts, f"_{i}") for i in range(count)]
+            weights = [facts[f"N_{i}"] * _columns(facts, f"_{i}") for i in range(count)]
             widths = {bits for bits, _ in parts}
-            mean = widths.pop() if len(widths) == 1 else float(np.average([bits for bits, _ in parts], weights=rows))
+            mean = widths.pop() if len(widths) == 1 else float(np.average([bits for bits, _ in parts], weights=weights))
             out[node.name] = mean, sum(size for _, size in parts)
     return out
 
 
 def _size(facts: dict[str, int], part: str) -> tuple[float, int]:
     scheme = Scheme(from_kernel_bits(facts[f"bits{part}"]), facts[f"group_size{part}"], bool(facts[f"symmetric{part}"]))
-    return scheme.bits, scheme.weight_bytes(facts[f"N{part}"], facts["K"])
+    return scheme.bits, scheme.weight_bytes(facts[f"N{part}"], _columns(facts, part))
+
+
+def _columns(facts: dict[str, int], part: str) -> int:
+    """K, which the products of one X share."""
+    return facts["K"] if "K" in facts else facts[f"K{part}"]
 
 
 def read_bandwidth(threads: int, *, repeats: int = 5) -> float:

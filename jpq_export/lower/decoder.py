@@ -8,8 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.format.compressed import CompressedModel
-from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, ModelSpec, rotation_sizes
-from jpq_export.lower import basic, growing, growing_int8, half, int8_cache, rowwise, standard
+from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, ModelSpec
+from jpq_export.lower import basic, growing, growing_int8, half, int8_cache, rotation, rowwise, standard
+from jpq_export.lower.chain import MOST_LINKS, Chain
+from jpq_export.lower.functions import DOMAIN, Part
 from jpq_export.lower.nodes import Nodes
 from jpq_export.lower.signed import SignedWeights
 from jpq_export.lower.weights import Form, Weights
@@ -24,6 +26,7 @@ class Dialect:
 
     `half`: attention and its cache are fp16. `growing`: our own operators for what onnxruntime is slow
     at: attention over a cache that grows in place, products of one X at once, what stands between products.
+    `chained`: and all that lies between two attentions at once, where the file is for a CPU.
     """
 
     opset: int = 23
@@ -32,6 +35,7 @@ class Dialect:
     functions: bool = True
     half: bool = False
     growing: bool = False
+    chained: bool = False
 
 
 class DecoderGraph:
@@ -62,6 +66,12 @@ class DecoderGraph:
         # Norms by the sub-layer they are for, the first of which is of the embedding: the others join a residual sum.
         self._coming = iter(self._norms_of_sums() if dialect.growing and not self.spec.layer_norm else ())
         self._ready: dict[str, ir.Value] = {}
+        # Products of which the next belong to one operator; `_at_hand`: the norm it has computed last. Not with an int8
+        # cache: where roundings flip, parity judges every product by what it reads, which a chain does not show.
+        self._chained = dialect.chained and not self.spec.layer_norm and self.spec.kv_cache != INT8_CACHE
+        self._chain: Chain | None = None
+        self._at_hand: str | None = None
+        self._chains: list[Chain] = []
 
     def _norms_of_sums(self) -> list[str]:
         layers = enumerate(self.spec.layers)
@@ -82,10 +92,12 @@ class DecoderGraph:
         for i in range(len(spec.layers)):
             x = self._attention(i, x)
             x = self._mlp(i, x)
+        self._close_chain()
         self.nodes.scope = "rotation" if spec.rotated else ""
-        x = self._norm(self._rotated(x, back=True) if spec.rotated else x, "norm")
+        turn = self.nodes, self._vectors, spec.hidden
+        x = self._norm(rotation.rotated(x, *turn, back=True) if spec.rotated else x, "norm")
         self.taps.append(x)
-        x = self._rotated(x) if spec.rotated else x
+        x = rotation.rotated(x, *turn) if spec.rotated else x
         self.nodes.scope = ""
         return self.weights.linear(x, "logits", weight="embed" if spec.tied else "head")
 
@@ -98,11 +110,14 @@ class DecoderGraph:
         ops = growing_int8 if spec.kv_cache == INT8_CACHE else growing
         sizes = sorted({layer.kv_heads for layer in spec.layers if layer.kv_heads})
         facts = {"rotary": bool(spec.ropes), "scale": spec.attention_scale, "opset": opset}
-        return [
-            *(each for kv in sizes for each in ops.functions(kv * spec.heads_per_group, kv, spec.head_dim, **facts)),
-            *rowwise.functions(spec, opset),
-            *found,
+        attentions = [
+            each for kv in sizes for each in ops.functions(kv * spec.heads_per_group, kv, spec.head_dim, **facts)
         ]
+        chains = {chain.overload: chain for chain in self._chains}
+        used = {(node.op_type, node.overload) for node in self.nodes.nodes if node.domain == DOMAIN}
+        bodies = [chains[key].function(opset) for key in sorted(chains)]
+        all_of_them = [*attentions, *rowwise.functions(spec, opset), *found, *bodies]
+        return [each for each in all_of_them if (each.name, each.overload) in used]
 
     def _input(self, name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
@@ -121,22 +136,6 @@ class DecoderGraph:
             rows = nodes("Add", rows, self.weights.rows(positions, "positions", name=None), name="embed")
         self.taps.append(rows)
         return rows
-
-    def _rotated(self, x: ir.Value, *, back: bool = False) -> ir.Value:
-        """X (A ⊗ B) or, `back`, x (A ⊗ B)ᵀ: as rows of [a, b], Aᵀ x B or A x Bᵀ."""
-        nodes, (a, b) = self.nodes, rotation_sizes(self.spec.hidden)
-        left, right = self._rotation_factor("outer", a), self._rotation_factor("inner", b)
-        if back:
-            right = nodes("Transpose", right, perm=[1, 0])
-        else:
-            left = nodes("Transpose", left, perm=[1, 0])
-        split = nodes("Reshape", x, nodes.ints(0, 0, a, b))
-        return nodes("Reshape", nodes("MatMul", left, nodes("MatMul", split, right)), nodes.ints(0, 0, -1))
-
-    def _rotation_factor(self, part: str, size: int) -> ir.Value:
-        name = f"rotation.{part}"
-        factor = ir.tensor(self._vectors[name].reshape(size, size))
-        return self.nodes.initializers.get(name) or self.nodes.initializer(name, factor)
 
     def _rotary_tables(self, positions: ir.Value) -> dict[int, tuple[ir.Value, ir.Value]]:
         """Cosine and sine [batch, seq, head_dim / 2] of every rope a layer uses, computed once a pass."""
@@ -211,8 +210,7 @@ class DecoderGraph:
         if not layer.kv_heads:
             return x
         at = self.nodes.scope = f"layers.{index}.attn"
-        inner = self._norm(x, f"{at}_norm")
-        query, key, value = self.weights.linears(inner, [f"{at}.{part}" for part in "qkv"])
+        query, key, value = self._projections(x, at)
         heads, kv_heads = layer.kv_heads * spec.heads_per_group, layer.kv_heads
         if spec.qk_norm:
             query = self._head_norm(query, f"{at}.q_norm", heads)
@@ -232,7 +230,42 @@ class DecoderGraph:
             item.shape = ir.Shape(self._cache_shape("total", part, kv_heads))
             item.type = ir.TensorType(self.ops.CACHED[part])
         self.presents += present
-        return self._residual(x, self.weights.linear(core, f"{at}.o"), at)
+        parts = self.weights.parts([f"{at}.o"]) if self._chained else None
+        if parts is None:
+            return self._residual(x, self.weights.linear(core, f"{at}.o"), at)
+        self._chain = Chain(core, x, spec.norm_eps)
+        return self._chained_sum(self._chain, parts[0], at)
+
+    def _projections(self, x: ir.Value, at: str) -> tuple[ir.Value, ...]:
+        """Query, key and value of the stream x."""
+        names = [f"{at}.{part}" for part in "qkv"]
+        parts = self.weights.parts(names) if self._chain else None
+        if self._chain and parts:
+            return self._end_chain(self._chain).give(parts, names, self.nodes)
+        self._close_chain()
+        return self.weights.linears(self._norm(x, f"{at}_norm"), names)
+
+    def _chained_sum(self, chain: Chain, part: Part, at: str) -> ir.Value:
+        """`_residual` as a link: value `at`, a tap."""
+        self._at_hand = next(self._coming, None)
+        norm = self.weights.norm(self._at_hand) if self._at_hand else None
+        post = self.weights.norm(f"{at}_post_norm") if self.spec.post_norms else None
+        self.taps.append(chain.sum(part, at, norm, post))
+        return self.taps[-1]
+
+    def _end_chain(self, chain: Chain) -> Chain:
+        self._chain, self._at_hand = None, None
+        self._chains.append(chain)
+        return chain
+
+    def _close_chain(self) -> None:
+        """What comes is none of a chain: let it have the norm that is at hand."""
+        if self._chain is None:
+            return
+        name = self._at_hand
+        normed = self._end_chain(self._chain).close(self.nodes, name or "")
+        if name and normed:
+            self._ready[name] = normed
 
     def _cache_input(self, index: int, part: str, kv_heads: int) -> ir.Value:
         shape = self._cache_shape("past", part, kv_heads)
@@ -253,8 +286,13 @@ class DecoderGraph:
         if not self.spec.layers[index].ffn:
             return x
         at = self.nodes.scope = f"layers.{index}.mlp"
-        inner = self._norm(x, f"{at}_norm")
         names = [f"{at}.{part}" for part in (("gate", "up") if self.spec.gated else ("up",))]
+        if self._chained and self.spec.gated:
+            gates, down = self.weights.parts(names), self.weights.parts([f"{at}.down"])
+            if gates and down:
+                return self._chained_mlp(x, gates, down[0], at)
+        self._close_chain()
+        inner = self._norm(x, f"{at}_norm")
         first, *factor = self.weights.linears(inner, names)
         if factor and self.dialect.growing:
             product = rowwise.gated(self.nodes, self.spec.activation, first, *factor, name=f"{at}.inner")
@@ -262,3 +300,10 @@ class DecoderGraph:
             active = self.ops.ACTIVATIONS[self.spec.activation](self.nodes, first)
             product = self.nodes("Mul" if factor else "Identity", active, *factor, name=f"{at}.inner")
         return self._residual(x, self.weights.linear(product, f"{at}.down"), at)
+
+    def _chained_mlp(self, x: ir.Value, gates: list[Part], down: Part, at: str) -> ir.Value:
+        if self._chain and len(self._chain.links) + 3 > MOST_LINKS:  # query, key and value may follow
+            self._close_chain()
+        chain = self._chain = self._chain or Chain(self._norm(x, f"{at}_norm"), x, self.spec.norm_eps)
+        chain.gate(gates, self.spec.activation)
+        return self._chained_sum(chain, down, at)

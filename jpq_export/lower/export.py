@@ -34,6 +34,7 @@ def export_onnx(
     tensorrt: str | None = None,
     plain: bool = False,
     taps: bool = False,
+    chained: bool = False,
 ) -> None:
     """Write `path` and `path.name + ".data"` (all weights), then check the file.
 
@@ -41,7 +42,8 @@ def export_onnx(
     DequantizeLinear, other widths and a tied embedding as custom operators; "signed" stores INT4 and INT8 around zero
     and computes products and attention in fp16, for TensorRT-RTX; "fp32" stores plain matrices, to measure against.
     `tensorrt`: version the file must parse in. `plain`: with onnxruntime's own attention, to measure against.
-    `taps`: add graph outputs "embed", "layers.{i}.attn", "layers.{i}.mlp", "norm".
+    `taps`: add graph outputs "embed", "layers.{i}.attn", "layers.{i}.mlp", "norm". `chained`: what lies between two
+    attentions is one operator, `jpq::LowBitChain`, for onnxruntime on a CPU.
 
     Raises:
         TargetError: `tensorrt` is no version number, or a graph for TensorRT or TensorRT-RTX should keep int8 or
@@ -54,7 +56,8 @@ def export_onnx(
         raise TargetError(f"{path.name}: TensorRT's graphs keep a float cache; export with --kv-cache {FLOAT_CACHE}")
     if getattr(model.spec, "activations", FLOAT_ACTIVATIONS) != FLOAT_ACTIVATIONS:
         _check_integers(model, path, form=form, tensorrt=tensorrt)
-    dialect = replace(dialect, growing=tensorrt is None and form != "signed" and not plain)
+    growing = tensorrt is None and form != "signed" and not plain
+    dialect = replace(dialect, growing=growing, chained=growing and chained)
     encoder = isinstance(model.spec, EncoderSpec)
     graph = (EncoderGraph if encoder else DecoderGraph)(model, form, dialect)
     result = graph.build()

@@ -123,7 +123,7 @@ def function(variant: Variant, opset: int) -> ir.Function:
     """The ONNX function of a variant."""
     nodes = Nodes()
     inputs = {name: ir.Value(name=name) for name in variant.inputs}
-    build = {"LowBitMatMul": _matmul, "LowBitGather": _gather, integer.OP_TYPE: integer.matmul}[variant.op_type]
+    build = {"LowBitMatMul": matmul, "LowBitGather": _gather, integer.OP_TYPE: integer.matmul}[variant.op_type]
     output = build(nodes, variant, inputs)
     graph = ir.Graph(
         list(inputs.values()), [output], nodes=nodes.nodes, opset_imports={"": opset}, name=variant.op_type
@@ -131,6 +131,16 @@ def function(variant: Variant, opset: int) -> ir.Function:
     attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in INT_ATTRIBUTES]
     attributes += [ir.Attr(name, ir.AttributeType.STRING, None) for name in TEXT_ATTRIBUTES]
     return ir.Function(DOMAIN, variant.op_type, variant.overload, graph=graph, attributes=attributes)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A weight of an operator of several: its variant, shape, and initializers in the order the operator reads them."""
+
+    variant: Variant
+    out_features: int
+    in_features: int
+    inputs: tuple[ir.Value, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +161,7 @@ class Several:
         """What a kernel is told: of part i "bits_i", "N_i", "group_size_i", "symmetric_i" and "bias_i"."""
         out = {"count": len(self.parts), "K": self.in_features}
         for i, (variant, n) in enumerate(self.parts):
-            scheme = variant.scheme
-            facts = (kernel_bits(scheme.bits), n, scheme.group_size, int(scheme.symmetric), int(variant.bias))
-            names = ("bits", "N", "group_size", "symmetric", "bias")
-            out |= {f"{name}_{i}": fact for name, fact in zip(names, facts, strict=True)}
+            out |= {f"{name}_{i}": fact for name, fact in facts_of(variant, n).items()}
         return out
 
     def function(self, opset: int) -> ir.Function:
@@ -163,10 +170,22 @@ class Several:
         for i, (variant, _) in enumerate(self.parts):
             mine = {name: ir.Value(name=f"{name}_{i}") for name in variant.inputs[1:]}
             inputs += mine.values()
-            outputs.append(_matmul(nodes, variant, {"X": x} | mine))
+            outputs.append(matmul(nodes, variant, {"X": x} | mine))
         graph = ir.Graph([x, *inputs], outputs, nodes=nodes.nodes, opset_imports={"": opset}, name=self.op_type)
         attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in self.attributes]
         return ir.Function(DOMAIN, self.op_type, self.overload, graph=graph, attributes=attributes)
+
+
+def facts_of(variant: Variant, out_features: int) -> dict[str, int]:
+    """What a kernel of several weights is told of each, beside its K."""
+    scheme = variant.scheme
+    return {
+        "bits": kernel_bits(scheme.bits),
+        "N": out_features,
+        "group_size": scheme.group_size,
+        "symmetric": int(scheme.symmetric),
+        "bias": int(variant.bias),
+    }
 
 
 def stamp(scheme: Scheme, out_features: int, in_features: int) -> dict[str, int | str]:
@@ -182,7 +201,7 @@ def stamp(scheme: Scheme, out_features: int, in_features: int) -> dict[str, int 
     }
 
 
-def _matmul(nodes: Nodes, variant: Variant, inputs: dict[str, ir.Value]) -> ir.Value:
+def matmul(nodes: Nodes, variant: Variant, inputs: dict[str, ir.Value]) -> ir.Value:
     """Y = X · dequantize(W)ᵀ (+ bias)."""
     scheme = variant.scheme
     if variant.fused:

@@ -27,6 +27,11 @@ def add_norm(
     return total, normed
 
 
+def norm(nodes: Nodes, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+    """The norm of x over its last axis, in a body."""
+    return nodes("RMSNormalization", x, weight, axis=-1, epsilon=eps)
+
+
 def gated(nodes: Nodes, activation: str, x: ir.Value, factor: ir.Value, name: str) -> ir.Value:
     """activation(x) * factor."""
     return nodes(GATES[activation], x, factor, name=name, domain=DOMAIN)
@@ -44,7 +49,7 @@ def norm_function(eps: float, opset: int) -> ir.Function:
     """The body of `add_norm`."""
     nodes, (a, b, weight) = Nodes(), _values("a", "b", "weight")
     total = nodes("Add", a, b)
-    normed = nodes("RMSNormalization", total, weight, axis=-1, epsilon=eps)
+    normed = norm(nodes, total, weight, eps)
     epsilon = ir.Attr("epsilon", ir.AttributeType.FLOAT, None)
     return _function(ADD_NORM, _overload(eps), nodes, (a, b, weight), (total, normed), opset, epsilon)
 

@@ -101,6 +101,9 @@ class SignedWeights:
         """`linear` of every name."""
         return tuple(self.linear(x, name) for name in names)
 
+    def parts(self, names: Sequence[str]) -> None:
+        """No operator of several is made of these."""
+
     def rows(self, indices: ir.Value, weight: str, *, name: str | None) -> ir.Value:
         """Rows of matrix `weight` at `indices` [batch, seq], float32.
 

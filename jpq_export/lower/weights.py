@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from jpq_export.format.compressed import DOWN, UP, CompressedModel, stored_blocks
 from jpq_export.lower import functions, integer
-from jpq_export.lower.functions import Several, Variant
+from jpq_export.lower.functions import Part, Several, Variant
 from jpq_export.lower.nodes import Nodes
 from jpq_export.numerics.affine import QuantizedWeight, with_stored_zeros
 from jpq_export.numerics.row_blocks import RowBlocks
@@ -119,27 +119,30 @@ class Weights:
 
     def linears(self, x: ir.Value, names: Sequence[str]) -> tuple[ir.Value, ...]:
         """`linear` of every name, as one operator where all of them may be."""
+        parts = self.parts(names) if len(names) > 1 else None
+        if parts is None:
+            return tuple(self.linear(x, name) for name in names)
+        several = Several(parts[0].in_features, tuple((part.variant, part.out_features) for part in parts))
+        self._several[several.overload] = several
+        inputs, facts = [value for part in parts for value in part.inputs], several.attributes
+        options: dict[str, Any] = {"domain": functions.DOMAIN, "overload": several.overload, **facts}
+        return self._nodes.many(several.op_type, x, *inputs, names=names, **options)
+
+    def parts(self, names: Sequence[str]) -> list[Part] | None:
+        """The matrices of these names for an operator of several; None where one of them may not be part of such."""
         model = self._model
         mixed = any(name in model.adapters or isinstance(model.quantized[name], RowBlocks) for name in names)
-        mixed = mixed or self._integer_inputs
-        if not self._together or self._form != "custom_op" or mixed or len(names) == 1:
-            return tuple(self.linear(x, name) for name in names)
-        inputs, parts, columns = [x], [], 0
+        if mixed or self._integer_inputs or not self._together or self._form != "custom_op":
+            return None
+        out = []
         for name in names:
             stored, bias = self._stored(name), self._bias(f"{name}.bias")
-            n, columns = stored.shape
-            variant = Variant.of("LowBitMatMul", stored.scheme, columns, bias=bias is not None)
+            variant = Variant.of("LowBitMatMul", stored.scheme, stored.shape[1], bias=bias is not None)
             if not variant.fused:
                 self.unfused.add(name)
-            inputs += [*self._packed(name, stored), *([bias] if bias else [])]
-            parts.append((variant, n))
-        several = Several(columns, tuple(parts))
-        self._several[several.overload] = several
-        facts: dict[str, Any] = several.attributes
-        overload = several.overload
-        return self._nodes.many(
-            several.op_type, *inputs, names=names, domain=functions.DOMAIN, overload=overload, **facts
-        )
+            inputs = (*self._packed(name, stored), *([bias] if bias else []))
+            out.append(Part(variant, *stored.shape, inputs))
+        return out
 
     def rows(self, indices: ir.Value, weight: str, *, name: str | None) -> ir.Value:
         """Rows of matrix `weight` at `indices` [batch, seq]."""

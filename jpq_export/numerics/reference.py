@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from jpq_export.numerics.affine import QuantizedWeight
 
 LARGEST_CODE = 127  # of an int8 cache, and of activations in 8 bits
 MAX_DISTANCE = 128  # in tokens; all farther ones share the last bucket
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChainLink:
+    """A link of `low_bit_chain`: weights and biases; `then` "give", "sum", "silu" or "gelu_tanh"; norms of a sum."""
+
+    weights: tuple[tuple[QuantizedWeight, np.ndarray | None], ...]
+    then: str
+    post: np.ndarray | None = None
+    norm: np.ndarray | None = None
 
 
 def low_bit_matmul(x: np.ndarray, weight: QuantizedWeight, bias: np.ndarray | None = None) -> np.ndarray:
@@ -39,6 +52,32 @@ def silu_mul(x: np.ndarray, factor: np.ndarray) -> np.ndarray:
 def gelu_tanh_mul(x: np.ndarray, factor: np.ndarray) -> np.ndarray:
     """`jpq::GeluTanhMul`: GELU in its tanh form of x, * factor."""
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) * factor
+
+
+def low_bit_chain(
+    x: np.ndarray, stream: np.ndarray, links: Sequence[ChainLink], epsilon: float
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """`jpq::LowBitChain`: the stream after every sum, and what the last link gives."""
+    sums = [stream]
+    given = [x]
+    for link in links:
+        products = [low_bit_matmul(given[0], weight, bias) for weight, bias in link.weights]
+        if link.then == "give":
+            given = products
+        elif link.then in ("silu", "gelu_tanh"):
+            given = [(silu_mul if link.then == "silu" else gelu_tanh_mul)(*products)]
+        else:
+            y = products[0]
+            if link.post is not None:
+                y = add_rms_norm(y, np.zeros_like(y), link.post, epsilon)[1]
+            given = []
+            if link.norm is None:
+                sums.append(sums[-1] + y)
+            else:
+                total, normed = add_rms_norm(sums[-1], y, link.norm, epsilon)
+                sums.append(total)
+                given = [normed]
+    return sums[1:], given
 
 
 def low_bit_gather(indices: np.ndarray, weight: QuantizedWeight) -> np.ndarray:

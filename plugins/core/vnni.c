@@ -23,6 +23,7 @@ enum {
   FEW = 4,
   TILE_BYTES = 16384,  /* of packed rows that stay in the first-level cache while all rows of X pass */
   AHEAD = 2048,        /* bytes to prefetch ahead: without, a core reads weights at half the speed of memory */
+  STACK_FLOATS = 4096, /* that a call finds room for without asking */
   AHEAD_AMD = 8192,    /* on Zen 4, into the second-level cache: 4 bits, activations in 8 or 15 bits, 1.2 times as fast */
 };
 
@@ -276,7 +277,10 @@ JPQ_INLINE void four_rows(const jpq_product *p, int64_t m0, int64_t first, int64
     start_rows(p, x, first, count, m0, rows, bits, 0, scale, total);
   else
     start_rows(p, x, first, count, m0, rows, bits, 1, scale, total);
-  if ((w->n - first - 4) * bytes < OVERREAD) codes = memcpy(copy, codes, (size_t)(count * bytes));
+  if ((w->n - first - 4) * bytes < OVERREAD) {
+    memset(copy, 0, 4 * (size_t)bytes + OVERREAD);
+    codes = memcpy(copy, codes, (size_t)(count * bytes));
+  }
   four_products(p, x, codes, bytes, m0, rows, parts, bits, layout, scale, total);
   __mmask8 real = (__mmask8)low_bits(count);
   __m128 bias = p->bias ? _mm_maskz_loadu_ps(real, p->bias + first) : _mm_setzero_ps();
@@ -317,10 +321,10 @@ static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last)
   const jpq_weight *w = p->weight;
   const prepared *x = p->prepared;
   int64_t bytes = jpq_bytes(w->k, w->bits), floats = 4 * FEW * x->groups + 16;
-  float *scale = malloc(sizeof(float) * (size_t)floats + 4 * (size_t)bytes + OVERREAD);
+  const size_t room = sizeof(float) * (size_t)floats + 4 * (size_t)bytes + OVERREAD;
+  float here[STACK_FLOATS], *scale = room <= sizeof here ? here : malloc(room); /* a token has thousands of these calls */
   if (!scale) return JPQ_NO_MEMORY;
   uint8_t *copy = (uint8_t *)(scale + floats);
-  memset(copy, 0, 4 * (size_t)bytes + OVERREAD);
   int64_t step = p->m <= FEW ? last - first : 4 + TILE_BYTES / bytes / 4 * 4;
   const rows_function(*chosen)[3] = functions[jpq_index(w->bits)][layout_of(w)];
   for (int64_t n = first; n < last; n += step) {
@@ -331,7 +335,7 @@ static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last)
       m += 1 << log;
     }
   }
-  free(scale);
+  if (scale != here) free(scale);
   return JPQ_OK;
 }
 

@@ -143,7 +143,7 @@ OrtStatus *ORT_CALL create(const OrtCustomOp *op, const OrtApi *api, const OrtKe
   int64_t count;
   TRY(read_count(api, info, single, &count));
   for (; made.count < count; made.count++) {
-    TRY(read_part(api, info, single, made.count, made.parts + made.count));
+    TRY(read_part(api, info, single ? SINGLE : OF_ONE_X, made.count, made.parts + made.count));
     TRY(check(api, self(op).name, made.parts[made.count].shape));
   }
   Kernel *k = new (std::nothrow) Kernel(made);

@@ -1,5 +1,6 @@
 /* `jpq::LowBitMatMul`, `jpq::LowBitMatMuls` (several of one X) and `jpq::LowBitGather` for onnxruntime on the CPU, over
- * plugins/core; attention is in attention_op.c and cache_codes_op.c, what stands between products in rowwise_op.c.
+ * plugins/core; attention is in attention_op.c and cache_codes_op.c, what stands between products in rowwise_op.c, both
+ * in a row in chain_op.c.
  *
  * The session option "jpq.activations" ("fp32" when absent, "int16", "int8"), set before the library is registered,
  * says what may happen to X. Work is split over the session's own threads.
@@ -38,6 +39,7 @@ typedef struct kernel {
 } kernel;
 
 extern const OrtCustomOp *const jpq_attention_operators[], *const jpq_rowwise_operators[]; /* NULL ends them */
+extern const OrtCustomOp *jpq_chain_operator(int mode);
 
 /* ---- description ---- */
 
@@ -104,7 +106,7 @@ static OrtStatus *ORT_CALL create(const OrtCustomOp *base, const OrtApi *api, co
   int64_t count;
   TRY(read_count(api, info, single, &count));
   for (; made.count < count; made.count++) {
-    TRY(read_part(api, info, single, made.count, made.parts + made.count));
+    TRY(read_part(api, info, single ? SINGLE : OF_ONE_X, made.count, made.parts + made.count));
     TRY(check(api, op, &made.parts[made.count].shape));
   }
   made.constant = read_constants(api, info, &made);
@@ -240,6 +242,7 @@ JPQ_EXPORT OrtStatus *ORT_CALL RegisterCustomOps(OrtSessionOptions *options, con
   TRY(read_mode(api, options, &mode));
   TRY(ORT(api, CreateCustomOpDomain)("jpq", &domain)); /* lives as long as the library, as onnxruntime asks */
   for (int i = 0; i < 3; i++) TRY(ORT(api, CustomOpDomain_Add)(domain, jpq_cpu_operator(mode, i)));
+  TRY(ORT(api, CustomOpDomain_Add)(domain, jpq_chain_operator(mode)));
   for (int i = 0; jpq_attention_operators[i]; i++) TRY(ORT(api, CustomOpDomain_Add)(domain, jpq_attention_operators[i]));
   for (int i = 0; jpq_rowwise_operators[i]; i++) TRY(ORT(api, CustomOpDomain_Add)(domain, jpq_rowwise_operators[i]));
   return ORT(api, AddCustomOpDomain)(options, domain);

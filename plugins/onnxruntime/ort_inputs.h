@@ -87,14 +87,18 @@ typedef struct part {
 
 enum { MOST_PARTS = 4 };
 
-/* Part `i`: "bits_i" and so on, or "bits" where `single`, whose bias is an input that is there or not. */
-static inline OrtStatus *read_part(const OrtApi *api, const OrtKernelInfo *info, int single, int i, part *out) {
+/* How attributes name a part: "bits" of the only one, whose bias is an input that is there or not; "bits_i" and so on of
+ * several of one X, whose K is "K"; "K_i" too where each has an X. */
+typedef enum naming { SINGLE, OF_ONE_X, OF_EACH_X } naming;
+
+/* Part `i`. */
+static inline OrtStatus *read_part(const OrtApi *api, const OrtKernelInfo *info, naming how, int i, part *out) {
   static const char *const names[] = {"bits", "N", "group_size", "symmetric", "bias", "K"};
   int64_t values[6] = {0, 0, 0, 0, 1, 0};
   for (int j = 0; j < 6; j++) {
     char text[32];
-    if (single && j == 4) continue;
-    snprintf(text, sizeof text, single || j == 5 ? "%s" : "%s_%d", names[j], i);
+    if (how == SINGLE && j == 4) continue;
+    snprintf(text, sizeof text, how == SINGLE || (how == OF_ONE_X && j == 5) ? "%s" : "%s_%d", names[j], i);
     TRY(ORT(api, KernelInfoGetAttribute_int64)(info, text, values + j));
   }
   memset(out, 0, sizeof *out);

@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 # fp32 against fp32 in another order of sums, over 2-5 layers: 3e-7 to 6e-7 was seen. The faults below are above 1e-3.
 BOUND = 3e-6
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3", "gpt2", "biases", "pruned"]
-KINDS = [("custom_op", None), ("qdq", None), ("custom_op", "10.7")]  # the last: only basic operators
+# The last two: only basic operators; and what lies between two attentions as one operator.
+KINDS = [("custom_op", None), ("qdq", None), ("custom_op", "10.7"), ("chained", None)]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,8 @@ def exported(tiny, tmp_path_factory):
         if key not in made:
             path = tmp_path_factory.mktemp("onnx") / "model.onnx"
             model = tiny.model(tiny.specs[family])
-            export_onnx(model, path, form=form, tensorrt=tensorrt, taps=True)
+            whole = {"form": "custom_op", "chained": True} if form == "chained" else {"form": form}
+            export_onnx(model, path, **whole, tensorrt=tensorrt, taps=True)
             made[key] = model, tiny.decoder(model), OrtModel(path, threads=1, exact=True)
         return made[key]
 

@@ -1,0 +1,199 @@
+/* A run of `jpq::LowBitChain`: few rows pass all links in one call of ParallelFor (crew.h), many link by link. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "../core/rowwise.h"
+#include "chain.h"
+
+enum {
+  FEW_ROWS = 8,                              /* that pass all links at once */
+  FEW_TASK = 32, TASK = 64, MOST_TASKS = 64, /* rows of a weight in a task: of few rows, of many; tasks a weight at most */
+  SMALL = 1 << 17,                           /* products that one thread has done before others have woken */
+  TASK_NUMBERS = 1 << 13,                    /* of a task between products */
+};
+
+typedef struct work {
+  const chain *k;
+  int64_t m; /* rows of X */
+  const float *stream;
+  jpq_product products[MOST_ALL];
+  int64_t rows[MOST_ALL]; /* of a task */
+  float *y[MOST_ALL];     /* of each product */
+  float *x, *zeros;       /* what the next link is given [m, widest]; zeros [hidden], for norms without a sum */
+  float *sums[MOST_LINKS], *given; /* outputs; the last norm */
+  int sum;                /* sums so far */
+  atomic_int status;
+} work;
+
+static void note(work *all, jpq_status status) {
+  if (status) atomic_store_explicit(&all->status, status, memory_order_relaxed);
+}
+
+static int64_t tasks_of(const work *all, int64_t part) {
+  return (all->k->parts[part].shape.n + all->rows[part] - 1) / all->rows[part];
+}
+
+static void task(void *data, int l, int i) {
+  work *all = data;
+  int64_t part = all->k->link[l].first, at = i;
+  while (at >= tasks_of(all, part)) at -= tasks_of(all, part++);
+  const int64_t n = all->k->parts[part].shape.n, first = at * all->rows[part], last = first + all->rows[part];
+  if (!atomic_load_explicit(&all->status, memory_order_relaxed)) note(all, jpq_matmul_rows(all->products + part, first, last < n ? last : n));
+}
+
+/* Bring what link `l` is given into the form its products want. */
+static void prepare(work *all, int l, const float *x) {
+  const chain_link *link = all->k->link + l;
+  for (int64_t i = link->first; i < link->first + link->count; i++) {
+    all->products[i] = (jpq_product){.weight = &all->k->parts[i].shape, .x = x, .bias = all->k->bias[i], .y = all->y[i],
+                                     .m = all->m, .activations = all->k->activations};
+    note(all, i == link->first ? jpq_prepare(all->products + i) : jpq_prepare_like(all->products + i, all->products + link->first));
+  }
+}
+
+static void release(work *all, int l) {
+  const chain_link *link = all->k->link + l;
+  for (int64_t i = link->first + link->count - 1; i >= link->first; i--) jpq_release(all->products + i);
+}
+
+/* Rows [first, last) of what stands behind the products of link `l`. */
+static void finish_rows(work *all, int l, int64_t first, int64_t last) {
+  const chain *k = all->k;
+  const chain_link *link = k->link + l;
+  float *y = all->y[link->first];
+  if (link->then == SILU || link->then == GELU_TANH) {
+    const int64_t n = k->parts[link->first].shape.n, at = first * n;
+    note(all, jpq_gated(link->then == SILU ? JPQ_SILU : JPQ_GELU_TANH, y + at, all->y[link->first + 1] + at, (last - first) * n, all->x + at, NULL));
+    return;
+  }
+  const int64_t width = k->hidden;
+  const float *stream = all->sum ? all->sums[all->sum - 1] : all->stream;
+  float *sums = all->sums[all->sum], *normed = l + 1 == k->links ? all->given : all->x;
+  for (int64_t at = first * width; at < last * width; at += width) {
+    if (link->post) note(all, jpq_add_norm(y + at, all->zeros, link->post, k->epsilon, 1, width, y + at, y + at, NULL));
+    if (link->norm)
+      note(all, jpq_add_norm(stream + at, y + at, link->norm, k->epsilon, 1, width, sums + at, normed + at, NULL));
+    else
+      for (int64_t j = at; j < at + width; j++) sums[j] = stream[j] + y[j];
+  }
+}
+
+static void next(work *all, int l) {
+  if (all->k->link[l].then == SUM_NORM || all->k->link[l].then == SUM) all->sum++;
+  if (l + 1 < all->k->links) prepare(all, l + 1, all->x);
+}
+
+static void between(void *data, int l) {
+  work *all = data;
+  release(all, l);
+  if (all->k->link[l].then != GIVE) finish_rows(all, l, 0, all->m);
+  next(all, l);
+}
+
+/* Outputs, and room for what lies between: `*memory` is to be freed. */
+static OrtStatus *make_room(const chain *k, OrtKernelContext *context, work *all, const tensor *stream, const tensor *x, void **memory) {
+  const chain_link *last = k->link + k->links - 1;
+  int64_t products = 0, widest = k->hidden;
+  size_t output = 0;
+  for (int l = 0; l < k->links; l++) {
+    int64_t here = 0;
+    for (int64_t i = k->link[l].first; i < k->link[l].first + k->link[l].count; i++) {
+      here += k->parts[i].shape.n;
+      widest = k->parts[i].shape.n > widest ? k->parts[i].shape.n : widest;
+    }
+    products = here > products ? here : products;
+  }
+  float *room = malloc(sizeof(float) * (size_t)(all->m * (products + widest) + k->hidden));
+  if (!room) return fail(k->api, "out of memory", "run");
+  *memory = room, all->x = room + all->m * products, all->zeros = all->x + all->m * widest;
+  memset(all->zeros, 0, sizeof(float) * (size_t)k->hidden);
+  for (int l = 0; l < k->links; l++) {
+    float *at = room;
+    for (int64_t i = k->link[l].first; i < k->link[l].first + k->link[l].count; at += all->m * k->parts[i++].shape.n) all->y[i] = at;
+  }
+  tensor like = *x;
+  OrtValue *value;
+  for (int64_t i = 0; i < k->sums + (last->then == SUM_NORM); i++) {
+    TRY(ORT(k->api, KernelContext_GetOutput)(context, output++, stream->dims, stream->rank, &value));
+    TRY(ORT(k->api, GetTensorMutableData)(value, (void **)(i < k->sums ? all->sums + i : &all->given)));
+  }
+  for (int64_t i = last->first; last->then == GIVE && i < last->first + last->count; i++) {
+    like.dims[like.rank - 1] = k->parts[i].shape.n;
+    TRY(ORT(k->api, KernelContext_GetOutput)(context, output++, like.dims, like.rank, &value));
+    TRY(ORT(k->api, GetTensorMutableData)(value, (void **)(all->y + i)));
+  }
+  return NULL;
+}
+
+typedef struct stage { /* of many rows */
+  work *all;
+  int link;
+  int64_t step; /* rows of a task between products */
+} stage;
+static void stage_task(void *data, size_t i) { task(((stage *)data)->all, ((stage *)data)->link, (int)i); }
+static void stage_rows(void *data, size_t i) {
+  const stage *s = data;
+  const int64_t first = (int64_t)i * s->step, last = first + s->step;
+  finish_rows(s->all, s->link, first, last < s->all->m ? last : s->all->m);
+}
+
+/* A call of ParallelFor for every link, and one for what stands behind it. */
+static OrtStatus *many_rows(const chain *k, const OrtKernelContext *context, work *all, const int *tasks) {
+  for (int l = 0; l < k->links; l++) {
+    stage s = {all, l, 1 + TASK_NUMBERS / k->parts[k->link[l].first].shape.n};
+    OrtStatus *failed = ORT(k->api, KernelContext_ParallelFor)(context, stage_task, (size_t)tasks[l], 0, &s);
+    release(all, l);
+    if (!failed && k->link[l].then != GIVE)
+      failed = ORT(k->api, KernelContext_ParallelFor)(context, stage_rows, (size_t)((all->m + s.step - 1) / s.step), 0, &s);
+    if (failed) return failed;
+    next(all, l);
+  }
+  return NULL;
+}
+
+static OrtStatus *few_rows(chain *k, const OrtKernelContext *context, work *all, const int *tasks, int alone) {
+  crew c = {.steps = (int)k->links, .shares = atomic_load_explicit(&k->threads, memory_order_relaxed), .task = task, .between = between, .data = all};
+  int most = 1;
+  for (int l = 0; l < c.steps; l++) {
+    c.tasks[l] = tasks[l];
+    most = tasks[l] > most ? tasks[l] : most;
+  }
+  if (alone) c.shares = 1;
+  crew_begin(&c);
+  if (alone) return crew_help(&c, 0), NULL;
+  OrtStatus *failed = ORT(k->api, KernelContext_ParallelFor)(context, crew_help, (size_t)(most < MOST_SHARES ? most : MOST_SHARES), 0, &c);
+  const int worked = atomic_load_explicit(&c.worked, memory_order_relaxed);
+  if (worked != c.shares) atomic_store_explicit(&k->threads, worked < 1 ? 1 : worked, memory_order_relaxed);
+  return failed;
+}
+
+OrtStatus *jpq_chain_run(chain *k, OrtKernelContext *context) {
+  tensor x, stream;
+  work all = {.k = k};
+  void *memory = NULL;
+  int tasks[MOST_LINKS] = {0};
+  int64_t units = 0;
+  TRY(input(k->api, context, 0, &x));
+  TRY(input(k->api, context, 1, &stream));
+  if (!x.rank || x.dims[x.rank - 1] != k->parts[0].shape.k) return fail(k->api, "the last dimension of X must be K", "input 0");
+  all.m = x.count / k->parts[0].shape.k, all.stream = stream.data;
+  if (k->hidden && (stream.rank != x.rank || stream.dims[x.rank - 1] != k->hidden || memcmp(stream.dims, x.dims, (x.rank - 1) * sizeof *x.dims)))
+    return fail(k->api, "must be [..., hidden] of the rows of X", "stream");
+  for (int l = 0; l < k->links; l++)
+    for (int64_t i = k->link[l].first; i < k->link[l].first + k->link[l].count; i++) {
+      const jpq_weight *w = &k->parts[i].shape;
+      const int64_t rows = all.m <= FEW_ROWS ? FEW_TASK : TASK, most = rows * MOST_TASKS;
+      all.rows[i] = rows * ((w->n + most - 1) / most);
+      tasks[l] += (int)tasks_of(&all, i);
+      units += w->n * w->k * all.m;
+    }
+  OrtStatus *failed = make_room(k, context, &all, &stream, &x, &memory);
+  if (!failed && all.m) {
+    prepare(&all, 0, x.data);
+    failed = all.m <= FEW_ROWS ? few_rows(k, context, &all, tasks, units <= SMALL) : many_rows(k, context, &all, tasks);
+  }
+  free(memory);
+  if (failed) return failed;
+  const int status = atomic_load_explicit(&all.status, memory_order_relaxed);
+  return status ? fail(k->api, status == JPQ_NO_MEMORY ? "out of memory" : "cannot compute this weight", "run") : NULL;
+}
