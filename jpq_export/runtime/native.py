@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jpq_export.errors import JpqError, UsageError
 logger = logging.getLogger(__name__)
 
 FOLDERS = ("core", "onnxruntime")  # of plugins/, all .c files of which make the library
-FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS = ("-std=c11", "-O3", "-fPIC", "-fvisibility=hidden")
 LIBRARIES = ("-lm",)
 FP32, INT16, INT8 = "fp32", "int16", "int8"
 FAST_BITS = {"16": INT16, "8": INT8}
@@ -148,7 +149,7 @@ def untouched(home: Path, library: str) -> bool:
 
 
 def _build(folder: Path, compiler: str, home: Path) -> None:
-    logger.warning("compiling the CPU kernels with %s, once (about half a minute)", compiler)
+    logger.warning("compiling the CPU kernels with %s, once (some seconds to half a minute)", compiler)
     keep(home, LIBRARY, lambda out: _compile(folder, compiler, out), {"compiler": compiler, "flags": FLAGS + LIBRARIES})
 
 
@@ -171,8 +172,18 @@ def keep(home: Path, library: str, make: Callable[[Path], None], facts: dict[str
 
 
 def _compile(folder: Path, compiler: str, out: Path) -> None:
-    sources = [str(path) for path in _sources(folder) if path.suffix == ".c"]
-    command = [compiler, *FLAGS, "-o", str(out), *sources, *LIBRARIES]
+    """Every source by itself, as many at a time as there are cores, largest first; then the library of them."""
+    sources = [path for path in _sources(folder) if path.suffix == ".c"]
+    objects = {path: out.with_name(f"{path.parent.name}-{path.stem}.o") for path in sources}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        by_size = sorted(sources, key=lambda path: -path.stat().st_size)
+        for _ in pool.map(lambda path: _call(compiler, *FLAGS, "-c", "-o", objects[path], path), by_size):
+            pass
+    _call(compiler, *FLAGS, "-shared", "-o", out, *objects.values(), *LIBRARIES)
+
+
+def _call(compiler: str, *arguments: str | Path) -> None:
+    command = [compiler, *map(str, arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:

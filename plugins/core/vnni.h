@@ -1,0 +1,36 @@
+/* What vnni.c brings X into, and the products of it that vnni_rows.inc makes. */
+#ifndef JPQ_VNNI_H
+#define JPQ_VNNI_H
+
+#include "internal.h"
+
+#ifdef JPQ_X86
+#include <immintrin.h>
+
+#include "vnni_codes.h"
+
+enum { FEW = 4 };
+
+/* X in fixed point, in the order of the codes, and which scale a lane needs. */
+typedef struct prepared {
+  int64_t real_groups;     /* of a row; a division, so done once */
+  int64_t columns, groups; /* padded: k to 128, groups to 16 */
+  int64_t block, blocked;  /* columns that come in blocks, by how many; at most 128 are left */
+  const int8_t *q;         /* [m, parts, columns] */
+  const float *scale;      /* [m, groups] */
+  const float *sum;        /* [m, groups] scale * sum of q */
+  const int32_t *lane;     /* [columns / 64, 16] group of the codes in a lane, from that of the first of a block */
+} prepared;
+
+/* How groups lie to 128 codes: any way, two halves, or one group of several times 128. */
+enum { ANY, HALVES, WHOLE };
+
+/* Rows [first, last) of W with some rows of X from m0 on; `scale`, `copy`: room, see matmul_rows. */
+typedef void (*rows_function)(const jpq_product *p, int64_t m0, int64_t first, int64_t last, float *scale,
+                              uint8_t *copy);
+
+/* By bits, layout, parts, and 1, 2 or 4 rows of X; NULL for what is compiled elsewhere. */
+typedef rows_function vnni_table[JPQ_WIDTHS][3][3][3];
+extern const vnni_table jpq_vnni_narrow, jpq_vnni_wide;
+#endif
+#endif
