@@ -15,6 +15,7 @@ from jpq_export.errors import BundleError, StorageError, TargetError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec
 from jpq_export.format.spec import FLOAT_ACTIVATIONS, FLOAT_CACHE
+from jpq_export.lower import chain
 from jpq_export.lower.decoder import DecoderGraph, Dialect
 from jpq_export.lower.encoder import EncoderGraph
 from jpq_export.lower.functions import DOMAIN
@@ -24,6 +25,7 @@ FORMAT = "jpq-onnx/2"  # 2: time comes first in the cache
 RTX = Dialect(functions=False, half=True)
 SPEC_KEY, FORMAT_KEY = "jpq.spec", "jpq.format"
 UNFUSED_KEY = "jpq.unfused"  # matrices onnxruntime unpacks to fp32 at load
+CHAINED_KEY = "jpq.chained"  # there where the graph has operators that only our library for a CPU knows
 
 
 def export_onnx(
@@ -124,7 +126,8 @@ def _assemble(graph: DecoderGraph | EncoderGraph, outputs: list[ir.Value], diale
             FORMAT_KEY: FORMAT,
             SPEC_KEY: graph.spec.to_json(),
             UNFUSED_KEY: json.dumps(sorted(graph.weights.unfused)),
-        },
+        }
+        | ({CHAINED_KEY: "1"} if any(node.op_type == chain.OP_TYPE for node in body) else {}),
     )
 
 

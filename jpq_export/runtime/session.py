@@ -21,7 +21,8 @@ from jpq_export.runtime.cache import Cache, CacheLayout, GrowingCache, PassedCac
 
 logger = logging.getLogger(__name__)
 
-SPEC_KEY, UNFUSED_KEY = "jpq.spec", "jpq.unfused"
+SPEC_KEY, UNFUSED_KEY, CHAINED_KEY = "jpq.spec", "jpq.unfused", "jpq.chained"
+CHAINED = "the graph was written for a CPU; export it for a target with a GPU"
 Kernels: TypeAlias = native.Library | native_cuda.CudaLibrary | None
 
 
@@ -208,9 +209,14 @@ def _on_gpu(path: Path, options: Any, *, required: bool) -> tuple[Any, native_cu
         try:
             library = native_cuda.register(options)
             session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-            if native_cuda.PROVIDER in session.get_providers():
+            chained = session.get_modelmeta().custom_metadata_map.get(CHAINED_KEY)
+            if native_cuda.PROVIDER in session.get_providers() and not chained:
                 return session, library
-            reason = "onnxruntime's CUDA provider does not start; it needs CUDA's libraries and cuDNN"
+            reason = (
+                CHAINED
+                if chained
+                else "onnxruntime's CUDA provider does not start; it needs CUDA's libraries and cuDNN"
+            )
         except native.NativeError as error:
             reason = str(error)
         except Exception as error:  # onnxruntime's own classes, as below

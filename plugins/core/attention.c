@@ -39,6 +39,11 @@ static void append(jpq_attention *a) {
     }
 }
 
+static int64_t keys_of_task(const jpq_attention *a) {
+  const int64_t bytes = a->heads_of_task * a->dim * (a->codes.keys ? 1 : 4), keys = JPQ_BYTES / bytes;
+  return keys > JPQ_CHUNK ? JPQ_CHUNK : keys < JPQ_LEAST ? JPQ_LEAST : keys;
+}
+
 jpq_status jpq_attention_begin(jpq_attention *a) {
   a->partial = a->turned = NULL;
   a->tasks = 0;
@@ -55,9 +60,10 @@ jpq_status jpq_attention_begin(jpq_attention *a) {
   append(a);
   a->rows = a->seq * (a->heads / a->kv_heads);
   a->tiles = (a->rows + JPQ_TILE - 1) / JPQ_TILE;
-  /* Few tiles would leave threads without work: then keys are divided too. */
-  a->chunks = a->tiles > 1 ? 1 : (a->total + JPQ_CHUNK - 1) / JPQ_CHUNK;
   a->heads_of_task = a->rows <= JPQ_FEW ? a->kv_heads : 1;
+  /* Few tiles would leave threads without work: then keys are divided too. */
+  const int64_t keys = keys_of_task(a);
+  a->chunks = a->tiles > 1 ? 1 : (a->total + keys - 1) / keys;
   a->tasks = a->batch * (a->kv_heads / a->heads_of_task) * a->tiles * a->chunks;
   if (a->chunks == 1) return JPQ_OK;
   a->partial = malloc(sizeof(float) * (size_t)(a->batch * a->kv_heads * a->chunks * JPQ_TILE * (a->dim + 2)));

@@ -3,7 +3,8 @@
  *     Y[b, s, h] = softmax_t(scale * Q[b, s, h] · K[t, b, h / G] where mask[b, s, t]) · V[t, b, h / G],  G = heads / kv_heads
  *
  * Time comes first in the cache, so that new rows lie behind the old ones whatever the batch. It holds floats, or int8
- * codes and a scale for each (position, head): what is multiplied is code * scale. Any number of threads may share a pass: `jpq_attention_begin`, `jpq_attention_task` for 0 <= i < tasks, `jpq_attention_finish` and `jpq_attention_end`.
+ * codes and a scale for each (position, head): what is multiplied is code * scale. Any number of threads may share a
+ * pass: `jpq_attention_begin`, `jpq_attention_task` for 0 <= i < tasks, `jpq_attention_finish` and `jpq_attention_end`.
  */
 #ifndef JPQ_ATTENTION_H
 #define JPQ_ATTENTION_H

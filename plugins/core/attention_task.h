@@ -8,9 +8,12 @@
 #include "internal.h"
 
 enum {
-  JPQ_TILE = 24,   /* rows of Q a task has at most: a multiple of what a product keeps in registers */
-  JPQ_CHUNK = 128, /* keys a task looks at, at most, where there is one tile only */
-  JPQ_FEW = 8,     /* up to as many rows a key head a task looks at all heads: a key's lie together, and memory likes that */
+  JPQ_TILE = 24, /* rows of Q a task has at most: a multiple of what a product keeps in registers */
+  JPQ_FEW = 8,   /* up to as many rows a key head a task looks at all heads: a key's lie together, and memory likes that */
+  /* Where there is one tile only, keys are divided: a task looks at as many as fit JPQ_BYTES, between these. */
+  JPQ_LEAST = 16,
+  JPQ_CHUNK = 128,
+  JPQ_BYTES = 1 << 17,
 };
 
 typedef struct attention_task {
@@ -60,9 +63,9 @@ JPQ_INLINE float jpq_exp(float x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
-  int32_t bits;
+  uint32_t bits;
   memcpy(&bits, &shifted, 4);
-  bits = (bits - 0x4b400000 + 127) << 23;
+  bits = (bits - 0x4b400000u + 127) << 23;
   float power;
   memcpy(&power, &bits, 4);
   return y * power;

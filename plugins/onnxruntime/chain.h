@@ -24,6 +24,7 @@ typedef struct chain {
   jpq_activations activations;
   int64_t links, all, sums; /* all: weights */
   int64_t hidden;           /* width of the stream, 0 when nothing is added to it */
+  size_t inputs;            /* with X and the stream */
   float epsilon;
   chain_link link[MOST_LINKS];
   part parts[MOST_ALL];

@@ -117,6 +117,7 @@ static OrtStatus *ORT_CALL create(const OrtCustomOp *op, const OrtApi *api, cons
   TRY(ORT(api, KernelInfoGetAttribute_float)(info, "epsilon", &made.epsilon));
   if (made.links < 1 || made.links > MOST_LINKS) return fail(api, "must be 1 to 8", "links");
   for (int l = 0; l < made.links; l++) TRY(read_link(&constants, &made, l, &at, &width));
+  made.inputs = at;
   chain *k = malloc(sizeof *k);
   if (!k) return fail(api, "out of memory", "kernel");
   memcpy(k, &made, sizeof made);

@@ -1,4 +1,5 @@
-/* A run of `jpq::LowBitChain`: few rows pass all links in one call of ParallelFor (crew.h), many link by link. */
+/* A run of `jpq::LowBitChain`: few rows pass all links in one call of ParallelFor (crew.h), with at most MOST_SHARES
+ * threads; many link by link, BLOCK at a time, so that what lies between needs little room and stays in a cache. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -10,6 +11,7 @@ enum {
   FEW_TASK = 32, TASK = 64, MOST_TASKS = 64, /* rows of a weight in a task: of few rows, of many; tasks a weight at most */
   SMALL = 1 << 17,                           /* products that one thread has done before others have woken */
   TASK_NUMBERS = 1 << 13,                    /* of a task between products */
+  BLOCK = 256,                               /* rows of many */
 };
 
 typedef struct work {
@@ -86,12 +88,13 @@ static void next(work *all, int l) {
 static void between(void *data, int l) {
   work *all = data;
   release(all, l);
+  if (atomic_load_explicit(&all->status, memory_order_relaxed)) return;
   if (all->k->link[l].then != GIVE) finish_rows(all, l, 0, all->m);
   next(all, l);
 }
 
-/* Outputs, and room for what lies between: `*memory` is to be freed. */
-static OrtStatus *make_room(const chain *k, OrtKernelContext *context, work *all, const tensor *stream, const tensor *x, void **memory) {
+/* Outputs, and room for what lies between of `rows` rows: `*memory` is to be freed. */
+static OrtStatus *make_room(const chain *k, OrtKernelContext *context, work *all, int64_t rows, const tensor *stream, const tensor *x, void **memory) {
   const chain_link *last = k->link + k->links - 1;
   int64_t products = 0, widest = k->hidden;
   size_t output = 0;
@@ -103,13 +106,13 @@ static OrtStatus *make_room(const chain *k, OrtKernelContext *context, work *all
     }
     products = here > products ? here : products;
   }
-  float *room = malloc(sizeof(float) * (size_t)(all->m * (products + widest) + k->hidden));
+  float *room = malloc(sizeof(float) * (size_t)(rows * (products + widest) + k->hidden + 1));
   if (!room) return fail(k->api, "out of memory", "run");
-  *memory = room, all->x = room + all->m * products, all->zeros = all->x + all->m * widest;
+  *memory = room, all->x = room + rows * products, all->zeros = all->x + rows * widest;
   memset(all->zeros, 0, sizeof(float) * (size_t)k->hidden);
   for (int l = 0; l < k->links; l++) {
     float *at = room;
-    for (int64_t i = k->link[l].first; i < k->link[l].first + k->link[l].count; at += all->m * k->parts[i++].shape.n) all->y[i] = at;
+    for (int64_t i = k->link[l].first; i < k->link[l].first + k->link[l].count; at += rows * k->parts[i++].shape.n) all->y[i] = at;
   }
   tensor like = *x;
   OrtValue *value;
@@ -138,8 +141,8 @@ static void stage_rows(void *data, size_t i) {
 }
 
 /* A call of ParallelFor for every link, and one for what stands behind it. */
-static OrtStatus *many_rows(const chain *k, const OrtKernelContext *context, work *all, const int *tasks) {
-  for (int l = 0; l < k->links; l++) {
+static OrtStatus *pass_links(const chain *k, const OrtKernelContext *context, work *all, const int *tasks) {
+  for (int l = 0; l < k->links && !atomic_load_explicit(&all->status, memory_order_relaxed); l++) {
     stage s = {all, l, 1 + TASK_NUMBERS / k->parts[k->link[l].first].shape.n};
     OrtStatus *failed = ORT(k->api, KernelContext_ParallelFor)(context, stage_task, (size_t)tasks[l], 0, &s);
     release(all, l);
@@ -151,7 +154,23 @@ static OrtStatus *many_rows(const chain *k, const OrtKernelContext *context, wor
   return NULL;
 }
 
-static OrtStatus *few_rows(chain *k, const OrtKernelContext *context, work *all, const int *tasks, int alone) {
+static OrtStatus *many_rows(const chain *k, const OrtKernelContext *context, work *all, const float *x, const int *tasks) {
+  const chain_link *last = k->link + k->links - 1;
+  for (int64_t row = 0; row < all->m; row += BLOCK) {
+    work here = *all;
+    here.m = all->m - row < BLOCK ? all->m - row : BLOCK;
+    here.stream += row * k->hidden, here.given += row * k->hidden;
+    for (int64_t i = 0; i < k->sums; i++) here.sums[i] += row * k->hidden;
+    for (int64_t i = last->first; last->then == GIVE && i < last->first + last->count; i++) here.y[i] += row * k->parts[i].shape.n;
+    prepare(&here, 0, x + row * k->parts[0].shape.k);
+    OrtStatus *failed = pass_links(k, context, &here, tasks);
+    if (failed) return failed;
+    note(all, (jpq_status)atomic_load_explicit(&here.status, memory_order_relaxed));
+  }
+  return NULL;
+}
+
+static OrtStatus *few_rows(chain *k, const OrtKernelContext *context, work *all, const float *x, const int *tasks, int alone) {
   crew c = {.steps = (int)k->links, .shares = atomic_load_explicit(&k->threads, memory_order_relaxed), .task = task, .between = between, .data = all};
   int most = 1;
   for (int l = 0; l < c.steps; l++) {
@@ -159,9 +178,11 @@ static OrtStatus *few_rows(chain *k, const OrtKernelContext *context, work *all,
     most = tasks[l] > most ? tasks[l] : most;
   }
   if (alone) c.shares = 1;
+  prepare(all, 0, x);
   crew_begin(&c);
   if (alone) return crew_help(&c, 0), NULL;
   OrtStatus *failed = ORT(k->api, KernelContext_ParallelFor)(context, crew_help, (size_t)(most < MOST_SHARES ? most : MOST_SHARES), 0, &c);
+  if (failed && c.step < c.steps) release(all, c.step);
   const int worked = atomic_load_explicit(&c.worked, memory_order_relaxed);
   if (worked != c.shares) atomic_store_explicit(&k->threads, worked < 1 ? 1 : worked, memory_order_relaxed);
   return failed;
@@ -171,8 +192,11 @@ OrtStatus *jpq_chain_run(chain *k, OrtKernelContext *context) {
   tensor x, stream;
   work all = {.k = k};
   void *memory = NULL;
+  size_t given;
   int tasks[MOST_LINKS] = {0};
   int64_t units = 0;
+  TRY(ORT(k->api, KernelContext_GetInputCount)(context, &given));
+  if (given != k->inputs) return fail(k->api, "more inputs than the attributes say", "inputs");
   TRY(input(k->api, context, 0, &x));
   TRY(input(k->api, context, 1, &stream));
   if (!x.rank || x.dims[x.rank - 1] != k->parts[0].shape.k) return fail(k->api, "the last dimension of X must be K", "input 0");
@@ -187,11 +211,9 @@ OrtStatus *jpq_chain_run(chain *k, OrtKernelContext *context) {
       tasks[l] += (int)tasks_of(&all, i);
       units += w->n * w->k * all.m;
     }
-  OrtStatus *failed = make_room(k, context, &all, &stream, &x, &memory);
-  if (!failed && all.m) {
-    prepare(&all, 0, x.data);
-    failed = all.m <= FEW_ROWS ? few_rows(k, context, &all, tasks, units <= SMALL) : many_rows(k, context, &all, tasks);
-  }
+  OrtStatus *failed = make_room(k, context, &all, all.m < BLOCK ? all.m : BLOCK, &stream, &x, &memory);
+  if (!failed && all.m)
+    failed = all.m <= FEW_ROWS ? few_rows(k, context, &all, x.data, tasks, units <= SMALL) : many_rows(k, context, &all, x.data, tasks);
   free(memory);
   if (failed) return failed;
   const int status = atomic_load_explicit(&all.status, memory_order_relaxed);

@@ -10,7 +10,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 
-enum { MOST_STEPS = 8, MOST_SHARES = 16, SPINS = 1 << 12 };
+enum { MOST_STEPS = 8, MOST_SHARES = 32, SPINS = 1 << 12 };
 
 /* Tasks that lie together: reading on is faster than reading here and there. */
 typedef struct share {
@@ -44,9 +44,12 @@ static inline void crew_begin(crew *c) {
 static inline void crew_pause(int spins) {
   if (spins >= SPINS)
     sched_yield(); /* there may be fewer cores than threads */
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
   else
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  else
+    __asm__ volatile("yield");
 #endif
 }
 

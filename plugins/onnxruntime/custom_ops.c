@@ -1,6 +1,6 @@
 /* `jpq::LowBitMatMul`, `jpq::LowBitMatMuls` (several of one X) and `jpq::LowBitGather` for onnxruntime on the CPU, over
- * plugins/core; attention is in attention_op.c and cache_codes_op.c, what stands between products in rowwise_op.c, both
- * in a row in chain_op.c.
+ * plugins/core; attention is in attention_op.c and cache_codes_op.c, what stands between products in rowwise_op.c, and
+ * products with what stands between them, as one operator, in chain_op.c.
  *
  * The session option "jpq.activations" ("fp32" when absent, "int16", "int8"), set before the library is registered,
  * says what may happen to X. Work is split over the session's own threads.

@@ -15,6 +15,7 @@ SIZES = {
     "a token far on": (1, 1, 700, 0, 9, 3, 16),  # six chunks of keys, the last of them not full
     "a token of a batch": (3, 1, 70, 2, 14, 2, 16),  # seven queries a key head: two calls of at most four
     "a token of a batch far on": (2, 1, 300, 1, 14, 2, 16),  # the same in three chunks of keys
+    "wide heads far on": (1, 1, 290, 1, 8, 8, 128),  # as many keys a task as fit: 32
     "the first": (1, 1, 0, 0, 2, 1, 16),
     "a prompt": (1, 37, 0, 0, 6, 2, 48),
     "a prompt after a past": (2, 20, 65, 3, 4, 4, 32),
@@ -97,6 +98,22 @@ def test_a_row_that_may_look_at_nothing_gives_zeros(core_of, name, seq):
     assert status == OK
     assert not y[1, 0].any()
     assert distance(y, expected(arrays, sizes)[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("seq", [2, 20])
+def test_low_scores_behind_keys_that_are_hidden_keep_their_order(core_of, name, seq):
+    """Of rows that see nothing for a whole block, then scores of which e^x is 0: the largest still counts as 1."""
+    arrays, sizes = inputs((1, seq, 300, 0, 2, 1, 16), rotary=False)
+    arrays[0] = np.full_like(arrays[0], 10)
+    arrays[1] = np.full_like(arrays[1], -10)
+    arrays[6] = arrays[6].copy()
+    arrays[6][:300] = -10 - 0.02 * np.arange(300)[:, None, None, None]
+    arrays[5] = arrays[5].copy()
+    arrays[5][0, :, 0, :200] = 0
+    status, y, *_ = core_of(name).attend(arrays, sizes, name)
+    assert status == OK
+    assert distance(y, expected(arrays, sizes)[0]) < 1e-4  # scores of hundreds
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_an_error_not_a_crash(shim, random, changes, x, mes
 # ---- choosing it ----
 
 
-def export(conftest_of, folder, group_size):
+def export(conftest_of, folder, group_size, *, chained=False):
     """A tiny bundle's graph, its groups of a size the GPU's kernels take, or do not."""
     tiny = conftest_of("runtime")
     spec = replace(tiny.SPEC, layers=(LayerSpec(1, 64), LayerSpec(0, 64), LayerSpec(1, 0)))
@@ -137,7 +137,7 @@ def export(conftest_of, folder, group_size):
         codes, scales = rng.integers(0, 8, (n, k)).astype(np.uint8), np.full((n, k // group_size), 0.05, np.float16)
         quantized[name] = store(codes, scales, None, Scheme(3, group_size))
     dense = {name: np.ones(n, np.float32) for name, n in spec.vectors().items()}
-    export_onnx(CompressedModel(spec, quantized, dense), folder / "model.onnx", form="custom_op")
+    export_onnx(CompressedModel(spec, quantized, dense), folder / "model.onnx", form="custom_op", chained=chained)
     return folder / "model.onnx"
 
 
@@ -175,6 +175,15 @@ def test_a_session_takes_the_gpu_and_says_so(pretended, conftest_of, tmp_path, m
     assert not np.array_equal(got, expected), "the same operators twice"
     monkeypatch.delenv("JPQ_KERNELS")
     assert "CUDA" not in OrtModel(path, threads=1, device="cpu").path
+
+
+def test_a_graph_for_a_cpu_stays_there(pretended, conftest_of, tmp_path, caplog):
+    path = export(conftest_of, tmp_path, 32, chained=True)
+    model = OrtModel(path, threads=1)
+    assert model.device == "cpu"
+    assert "the graph was written for a CPU" in caplog.text
+    with pytest.raises(UsageError, match="cannot run on a GPU: the graph was written for a CPU"):
+        OrtModel(path, threads=1, device="cuda")
 
 
 def test_a_cache_that_is_passed_on_is_the_one_that_grows(pretended, conftest_of, tmp_path):
