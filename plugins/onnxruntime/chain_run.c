@@ -1,5 +1,6 @@
 /* A run of `jpq::LowBitChain`: few rows pass all links in one call of ParallelFor (crew.h), with at most MOST_SHARES
- * threads; many link by link, BLOCK at a time, so that what lies between needs little room and stays in a cache. */
+ * threads; many link by link, in blocks for which ROOM holds what lies between: more would come from the operating
+ * system and go back to it at every call. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -11,7 +12,7 @@ enum {
   FEW_TASK = 32, TASK = 64, MOST_TASKS = 64, /* rows of a weight in a task: of few rows, of many; tasks a weight at most */
   SMALL = 1 << 17,                           /* products that one thread has done before others have woken */
   TASK_NUMBERS = 1 << 13,                    /* of a task between products */
-  BLOCK = 256,                               /* rows of many */
+  ROOM = 24 << 20, LEAST_BLOCK = 128,        /* bytes; rows of a block, of which each unpacks all weights */
 };
 
 typedef struct work {
@@ -93,8 +94,8 @@ static void between(void *data, int l) {
   next(all, l);
 }
 
-/* Outputs, and room for what lies between of `rows` rows: `*memory` is to be freed. */
-static OrtStatus *make_room(const chain *k, OrtKernelContext *context, work *all, int64_t rows, const tensor *stream, const tensor *x, void **memory) {
+/* Outputs, and room for what lies between of a block of `*block` rows: `*memory` is to be freed. */
+static OrtStatus *make_room(const chain *k, OrtKernelContext *context, work *all, const tensor *stream, const tensor *x, int64_t *block, void **memory) {
   const chain_link *last = k->link + k->links - 1;
   int64_t products = 0, widest = k->hidden;
   size_t output = 0;
@@ -106,6 +107,9 @@ static OrtStatus *make_room(const chain *k, OrtKernelContext *context, work *all
     }
     products = here > products ? here : products;
   }
+  int64_t rows = ROOM / ((int64_t)sizeof(float) * (products + widest));
+  rows = rows < LEAST_BLOCK ? LEAST_BLOCK : rows;
+  *block = rows = rows < all->m ? rows : all->m;
   float *room = malloc(sizeof(float) * (size_t)(rows * (products + widest) + k->hidden + 1));
   if (!room) return fail(k->api, "out of memory", "run");
   *memory = room, all->x = room + rows * products, all->zeros = all->x + rows * widest;
@@ -154,11 +158,11 @@ static OrtStatus *pass_links(const chain *k, const OrtKernelContext *context, wo
   return NULL;
 }
 
-static OrtStatus *many_rows(const chain *k, const OrtKernelContext *context, work *all, const float *x, const int *tasks) {
+static OrtStatus *many_rows(const chain *k, const OrtKernelContext *context, work *all, const float *x, int64_t block, const int *tasks) {
   const chain_link *last = k->link + k->links - 1;
-  for (int64_t row = 0; row < all->m; row += BLOCK) {
+  for (int64_t row = 0; row < all->m; row += block) {
     work here = *all;
-    here.m = all->m - row < BLOCK ? all->m - row : BLOCK;
+    here.m = all->m - row < block ? all->m - row : block;
     here.stream += row * k->hidden, here.given += row * k->hidden;
     for (int64_t i = 0; i < k->sums; i++) here.sums[i] += row * k->hidden;
     for (int64_t i = last->first; last->then == GIVE && i < last->first + last->count; i++) here.y[i] += row * k->parts[i].shape.n;
@@ -194,7 +198,7 @@ OrtStatus *jpq_chain_run(chain *k, OrtKernelContext *context) {
   void *memory = NULL;
   size_t given;
   int tasks[MOST_LINKS] = {0};
-  int64_t units = 0;
+  int64_t units = 0, block;
   TRY(ORT(k->api, KernelContext_GetInputCount)(context, &given));
   if (given != k->inputs) return fail(k->api, "more inputs than the attributes say", "inputs");
   TRY(input(k->api, context, 0, &x));
@@ -211,9 +215,9 @@ OrtStatus *jpq_chain_run(chain *k, OrtKernelContext *context) {
       tasks[l] += (int)tasks_of(&all, i);
       units += w->n * w->k * all.m;
     }
-  OrtStatus *failed = make_room(k, context, &all, all.m < BLOCK ? all.m : BLOCK, &stream, &x, &memory);
+  OrtStatus *failed = make_room(k, context, &all, &stream, &x, &block, &memory);
   if (!failed && all.m)
-    failed = all.m <= FEW_ROWS ? few_rows(k, context, &all, x.data, tasks, units <= SMALL) : many_rows(k, context, &all, x.data, tasks);
+    failed = all.m <= FEW_ROWS ? few_rows(k, context, &all, x.data, tasks, units <= SMALL) : many_rows(k, context, &all, x.data, block, tasks);
   free(memory);
   if (failed) return failed;
   const int status = atomic_load_explicit(&all.status, memory_order_relaxed);

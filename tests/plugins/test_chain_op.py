@@ -118,10 +118,16 @@ def links(request, random):
     return make_links(random, np.random.default_rng(5), **KINDS[request.param])
 
 
+@pytest.fixture
+def wide(random, monkeypatch):
+    """Links of 640 and 1,408 numbers, which `write` and `inputs` then have too."""
+    for name, value in (("HIDDEN", 640), ("FFN", 1408), ("CORE", 384)):
+        monkeypatch.setitem(globals(), name, value)
+    return make_links(random, np.random.default_rng(3))
+
+
 @pytest.mark.parametrize("ours", [True, False], ids=["operator", "body"])
-@pytest.mark.parametrize(
-    "shape", [(1, 1), (1, 2), (2, 4), (1, 9), (2, 300), (0, 1)]
-)  # few up to 8, blocks of 256, none
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 4), (1, 9), (2, 300), (0, 1)])  # few up to 8, many, none
 def test_operator_and_body_are_the_definition(links, library, shape, ours):
     if not (ours or shape[0]):
         pytest.skip("a body's Reshape does not take nothing")
@@ -152,19 +158,20 @@ def test_twins_one_weight_one_norm_one_bias(random, library):
 
 @pytest.mark.parametrize("activations", ["fp32", "int16", "int8"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (1, 300)])
-def test_threads_do_not_change_a_bit(random, library, shape, activations):
-    """Big enough for several tasks a product; a session of three threads on fewer cores, again and again."""
-    rng = np.random.default_rng(3)
-    wide = {"HIDDEN": 640, "FFN": 1408, "CORE": 384}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in wide.items():
-            patch.setitem(globals(), name, value)
-        proto, feeds = write(make_links(random, rng)), inputs(shape)
-        alone = open_session(proto, library, activations=activations).run(None, feeds)
-        crew = open_session(proto, library, threads=3, activations=activations)
-        for _ in range(50):
-            for got, one in zip(crew.run(None, feeds), alone, strict=True):
-                assert np.array_equal(got, one)
+def test_threads_do_not_change_a_bit(wide, library, shape, activations):
+    """Several tasks a product; a session of three threads on fewer cores, again and again."""
+    proto, feeds = write(wide), inputs(shape)
+    alone = open_session(proto, library, activations=activations).run(None, feeds)
+    crew = open_session(proto, library, threads=3, activations=activations)
+    for _ in range(50):
+        for got, one in zip(crew.run(None, feeds), alone, strict=True):
+            assert np.array_equal(got, one)
+
+
+def test_so_many_rows_that_they_pass_in_blocks(wide, library):
+    feeds = inputs((1, 1700))  # a block is 1,489 of them
+    got = open_session(write(wide), library, threads=2).run(None, feeds)
+    assert max(distance(*pair) for pair in zip(got, expected(wide, feeds), strict=True)) < CLOSE
 
 
 def test_where_the_library_is_the_operator_runs_and_not_the_body(random, library, tmp_path):
