@@ -68,6 +68,8 @@ def export_onnx(
     outputs = [result, *graph.presents]
     if taps:
         outputs += _typed(graph.taps, model.spec.hidden)
+    elif isinstance(graph, DecoderGraph):
+        graph.hide_sums()
     save(_assemble(graph, outputs, dialect), path)
     check_graph(path)
 

@@ -28,6 +28,8 @@ COMPOUND = {
     "logits": "the final norm is right: head, or embed when tied",
 }
 
+CHAIN_SUMS = (1, 4)  # `then` of a link of a LowBitChain that adds to the stream: with a norm behind it, without
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -109,6 +111,24 @@ def present_in(graph: GraphProto, spec: Spec) -> tuple[str, ...]:
     """The points a graph has values for."""
     values = {name for node in graph.node for name in node.output}
     return tuple(point.name for point in points(spec) if point.name in values)
+
+
+def show_sums(graph: GraphProto) -> None:
+    """Name the residual sums inside every LowBitChain after the sub-layer whose weight they add: "layers.0.attn"."""
+    for node in graph.node:
+        if node.op_type != "LowBitChain":
+            continue
+        facts = {attribute.name: attribute.i for attribute in node.attribute}
+        at, weight, total = 2, 0, 0
+        for link in range(facts["links"]):
+            adds, name = facts[f"then_{link}"] in CHAIN_SUMS, node.input[at].removesuffix(".packed")
+            for _ in range(facts[f"count_{link}"]):
+                at += 3 - facts[f"symmetric_{weight}"] + facts[f"bias_{weight}"]
+                weight += 1
+            at += facts[f"post_{link}"] + (facts[f"then_{link}"] == CHAIN_SUMS[0])
+            if adds:
+                node.output[total] = name.rpartition(".")[0]
+                total += 1
 
 
 def node_of(graph: GraphProto, value: str) -> str:

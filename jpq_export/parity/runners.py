@@ -14,7 +14,7 @@ from jpq_export.errors import BundleError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import Spec, spec_from_json
 from jpq_export.format.spec import INT8_CACHE, ModelSpec
-from jpq_export.parity.points import points, present_in
+from jpq_export.parity.points import points, present_in, show_sums
 from jpq_export.runtime import native
 from jpq_export.runtime.cache import CacheLayout
 
@@ -165,6 +165,8 @@ class OrtRunner:
 
         self.proto = load_proto(path)
         self.spec, _ = read_metadata(self.proto, path)
+        if with_points:
+            show_sums(self.proto.graph)
         self.points = present_in(self.proto.graph, self.spec) if with_points else ()
         existing = {value.name for value in self.proto.graph.output}
         for name in self.points:

@@ -1,6 +1,5 @@
 /* A run of `jpq::LowBitChain`: few rows pass all links in one call of ParallelFor (crew.h), with at most MOST_SHARES
- * threads; many link by link, in blocks for which ROOM holds what lies between: more would come from the operating
- * system and go back to it at every call. */
+ * threads; many link by link, in blocks for which ROOM holds what lies between. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,7 +22,8 @@ typedef struct work {
   int64_t rows[MOST_ALL]; /* of a task */
   float *y[MOST_ALL];     /* of each product */
   float *x, *zeros;       /* what the next link is given [m, widest]; zeros [hidden], for norms without a sum */
-  float *sums[MOST_LINKS], *given; /* outputs; the last norm */
+  float *sums[MOST_LINKS], *given; /* the stream after each, outputs or, of those nobody asks for, `carried`; the last norm */
+  float *carried;                  /* [m, hidden] */
   int sum;                /* sums so far */
   atomic_int status;
 } work;
@@ -94,8 +94,26 @@ static void between(void *data, int l) {
   next(all, l);
 }
 
-/* Outputs, and room for what lies between of a block of `*block` rows: `*memory` is to be freed. */
-static OrtStatus *make_room(const chain *k, OrtKernelContext *context, work *all, const tensor *stream, const tensor *x, int64_t *block, void **memory) {
+/* What lies between links: memory that stays from one call to the next, of all chains, as one runs at a time. */
+typedef struct room {
+  size_t bytes;
+  float numbers[];
+} room;
+static _Atomic(room *) spare;
+
+static room *take_room(size_t bytes) {
+  room *r = atomic_exchange(&spare, NULL);
+  if (r && r->bytes >= bytes) return r;
+  free(r);
+  r = malloc(sizeof *r + bytes);
+  if (r) r->bytes = bytes;
+  return r;
+}
+
+static void give_room(room *r) { free(atomic_exchange(&spare, r)); }
+
+/* Outputs, and room for what lies between of a block of `*block` rows, which is to be given back. */
+static OrtStatus *make_room(const chain *k, OrtKernelContext *context, work *all, const tensor *stream, const tensor *x, int64_t *block, room **memory) {
   const chain_link *last = k->link + k->links - 1;
   int64_t products = 0, widest = k->hidden;
   size_t output = 0;
@@ -107,22 +125,25 @@ static OrtStatus *make_room(const chain *k, OrtKernelContext *context, work *all
     }
     products = here > products ? here : products;
   }
-  int64_t rows = ROOM / ((int64_t)sizeof(float) * (products + widest));
+  int64_t rows = ROOM / ((int64_t)sizeof(float) * (products + widest + k->hidden));
   rows = rows < LEAST_BLOCK ? LEAST_BLOCK : rows;
   *block = rows = rows < all->m ? rows : all->m;
-  float *room = malloc(sizeof(float) * (size_t)(rows * (products + widest) + k->hidden + 1));
-  if (!room) return fail(k->api, "out of memory", "run");
-  *memory = room, all->x = room + rows * products, all->zeros = all->x + rows * widest;
+  *memory = take_room(sizeof(float) * (size_t)(rows * (products + widest + k->hidden) + k->hidden));
+  if (!*memory) return fail(k->api, "out of memory", "run");
+  all->x = (*memory)->numbers + rows * products, all->carried = all->x + rows * widest;
+  all->zeros = all->carried + rows * k->hidden;
   memset(all->zeros, 0, sizeof(float) * (size_t)k->hidden);
   for (int l = 0; l < k->links; l++) {
-    float *at = room;
+    float *at = (*memory)->numbers;
     for (int64_t i = k->link[l].first; i < k->link[l].first + k->link[l].count; at += rows * k->parts[i++].shape.n) all->y[i] = at;
   }
   tensor like = *x;
   OrtValue *value;
   for (int64_t i = 0; i < k->sums + (last->then == SUM_NORM); i++) {
     TRY(ORT(k->api, KernelContext_GetOutput)(context, output++, stream->dims, stream->rank, &value));
-    TRY(ORT(k->api, GetTensorMutableData)(value, (void **)(i < k->sums ? all->sums + i : &all->given)));
+    float **to = i < k->sums ? all->sums + i : &all->given;
+    *to = all->carried; /* where an output has no name, there is none */
+    if (value) TRY(ORT(k->api, GetTensorMutableData)(value, (void **)to));
   }
   for (int64_t i = last->first; last->then == GIVE && i < last->first + last->count; i++) {
     like.dims[like.rank - 1] = k->parts[i].shape.n;
@@ -164,7 +185,8 @@ static OrtStatus *many_rows(const chain *k, const OrtKernelContext *context, wor
     work here = *all;
     here.m = all->m - row < block ? all->m - row : block;
     here.stream += row * k->hidden, here.given += row * k->hidden;
-    for (int64_t i = 0; i < k->sums; i++) here.sums[i] += row * k->hidden;
+    for (int64_t i = 0; i < k->sums; i++)
+      if (here.sums[i] != here.carried) here.sums[i] += row * k->hidden;
     for (int64_t i = last->first; last->then == GIVE && i < last->first + last->count; i++) here.y[i] += row * k->parts[i].shape.n;
     prepare(&here, 0, x + row * k->parts[0].shape.k);
     OrtStatus *failed = pass_links(k, context, &here, tasks);
@@ -195,7 +217,7 @@ static OrtStatus *few_rows(chain *k, const OrtKernelContext *context, work *all,
 OrtStatus *jpq_chain_run(chain *k, OrtKernelContext *context) {
   tensor x, stream;
   work all = {.k = k};
-  void *memory = NULL;
+  room *memory = NULL;
   size_t given;
   int tasks[MOST_LINKS] = {0};
   int64_t units = 0, block;
@@ -218,7 +240,7 @@ OrtStatus *jpq_chain_run(chain *k, OrtKernelContext *context) {
   OrtStatus *failed = make_room(k, context, &all, &stream, &x, &block, &memory);
   if (!failed && all.m)
     failed = all.m <= FEW_ROWS ? few_rows(k, context, &all, x.data, tasks, units <= SMALL) : many_rows(k, context, &all, x.data, block, tasks);
-  free(memory);
+  give_room(memory);
   if (failed) return failed;
   const int status = atomic_load_explicit(&all.status, memory_order_relaxed);
   return status ? fail(k->api, status == JPQ_NO_MEMORY ? "out of memory" : "cannot compute this weight", "run") : NULL;

@@ -19,10 +19,10 @@ from jpq_export.parity.compare import LogitsError
 from jpq_export.parity.result import GreedyResult
 
 
-@pytest.mark.parametrize("form", ["custom_op", "qdq"])
+@pytest.mark.parametrize(("form", "chained"), [("custom_op", False), ("qdq", False), ("custom_op", True)])
 @pytest.mark.parametrize("name", ["llama", "pruned", "gemma"])
-def test_a_right_graph_passes(models, prompts, tmp_path: Path, name: str, form: Form):
-    export_onnx(models[name], tmp_path / "model.onnx", form=form)
+def test_a_right_graph_passes(models, prompts, tmp_path: Path, name: str, form: Form, chained: bool):
+    export_onnx(models[name], tmp_path / "model.onnx", form=form, chained=chained)
     calls = []
     report = check_parity(
         models[name],
@@ -91,6 +91,19 @@ def test_a_wrong_weight_is_named(models, prompts, tmp_path: Path, name: str, cha
     assert found.sublayer == name.rsplit(".", 1)[0]
     assert name in found.node
     assert json.loads(report.to_json())["runtimes"][0]["first_diverging"] == name
+
+
+@pytest.mark.parametrize("name", ["layers.0.mlp.up", "layers.0.attn.o", "layers.1.mlp.down", "layers.1.attn.k"])
+def test_one_wrong_code_inside_a_chain_is_found_in_its_sublayer(models, prompts, tmp_path: Path, name: str):
+    model = models["llama"]
+    wrong = with_weight(model, name, packed=flipped(model.quantized[name]))
+    export_onnx(wrong, tmp_path / "model.onnx", form="custom_op", chained=True)
+    report = check_parity(model, tmp_path / "model.onnx", prompts=prompts, steps=8)
+    assert not report.passed
+    found = report.runtimes[0].first_diverging
+    assert found is not None
+    assert found.sublayer == name.rsplit(".", 1)[0]
+    assert "LowBitChain" in found.node
 
 
 @pytest.mark.parametrize(
