@@ -131,6 +131,15 @@ def show_sums(graph: GraphProto) -> None:
                 total += 1
 
 
+def inside_chain(graph: GraphProto, point: Point) -> bool:
+    """Whether the graph has no value of the point because a LowBitChain computes it and keeps it to itself."""
+    if point.is_tap or any(point.name in node.output for node in graph.node):
+        return False
+    name = point.name.replace(".inner", ".down")  # which reads it
+    weight = f"{name}.weight" if name.endswith("_norm") else f"{name}.packed"
+    return any(node.op_type == "LowBitChain" and weight in node.input for node in graph.node)
+
+
 def node_of(graph: GraphProto, value: str) -> str:
     """How to name the node that makes `value`: "LowBitMatMul 'layers.0.attn.q'", of several outputs also which one."""
     node = next((node for node in graph.node if value in node.output), None)

@@ -16,7 +16,7 @@ from jpq_export.parity import tolerance
 from jpq_export.parity.cases import Cases
 from jpq_export.parity.compare import peak_error, relative_rms
 from jpq_export.parity.int8_cache import WHOLE_STEP, CacheTally, read_back, wrong_write
-from jpq_export.parity.points import Point, node_of, points
+from jpq_export.parity.points import Point, inside_chain, node_of, points
 from jpq_export.parity.result import Divergence, GreedyResult
 from jpq_export.parity.runners import OrtRunner
 from jpq_export.parity.vectors import WRITTEN, Vectors, compute
@@ -134,6 +134,8 @@ def _line(divergence: Divergence) -> str:
 def _first_divergence(vectors: Vectors, runner: OrtRunner, computed: dict[str, np.ndarray]) -> Divergence | None:
     """The first point, then the first logits, beyond what rounding explains."""
     for point in points(runner.spec):
+        if inside_chain(runner.proto.graph, point):
+            continue
         kept = ("logits.last", "logits.prefill", "logits.padded", "logits.decode")
         for name in kept if point.name == "logits" else (f"point.{point.name}",):
             if name in vectors.tensors:
