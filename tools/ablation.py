@@ -201,7 +201,8 @@ def run(asked: argparse.Namespace, make: Callable[[argparse.Namespace], Any]) ->
     laboratory, cells = None, []
     for bits in asked.bits:
         for row in chosen:
-            file = asked.out / f"{row.name.replace(' ', '-').replace(',', '')}-{bits:g}.json"
+            stem = row.name.translate({ord(" "): "-", ord(","): None, ord("'"): None})
+            file = asked.out / f"{stem}-{bits:g}.json"
             if not file.is_file():
                 laboratory = laboratory or make(asked)
                 write_atomic(file, json.dumps(laboratory.cell(row, bits), indent=1) + "\n")
