@@ -38,14 +38,6 @@ static size_t ORT_CALL input_count(const OrtCustomOp *op) {
   (void)op;
   return 3;
 }
-static int ORT_CALL output_type(const OrtCustomOp *op, size_t i) {
-  (void)op, (void)i;
-  return ORT_FLOAT;
-}
-static size_t ORT_CALL output_count(const OrtCustomOp *op) {
-  (void)op;
-  return 1;
-}
 static int ORT_CALL input_kind(const OrtCustomOp *op, size_t i) {
   (void)op;
   return i < 2 ? ORT_REQUIRED : ORT_VARIADIC;
@@ -53,10 +45,6 @@ static int ORT_CALL input_kind(const OrtCustomOp *op, size_t i) {
 static int ORT_CALL output_kind(const OrtCustomOp *op, size_t i) {
   (void)op, (void)i;
   return ORT_VARIADIC;
-}
-static int ORT_CALL none(const OrtCustomOp *op) {
-  (void)op;
-  return 0;
 }
 
 /* ---- creation ---- */
@@ -130,7 +118,7 @@ static void ORT_CALL destroy(void *k) { free(k); }
 static OrtStatus *ORT_CALL compute(void *k, OrtKernelContext *context) { return jpq_chain_run(k, context); }
 
 #define OPERATOR(MODE)                                                                                                   \
-  {{JPQ_ORT_API, NULL, name, on_the_cpu, input_type, input_count, output_type, output_count, NULL, destroy, input_kind,  \
+  {{JPQ_ORT_API, NULL, name, on_the_cpu, input_type, input_count, a_float, a_single, NULL, destroy, input_kind,  \
     output_kind, default_memory, one, none, one, one, create, compute, NULL, one, last_version, NULL, NULL, NULL, NULL}, \
    MODE}
 

@@ -181,10 +181,11 @@ static OrtStatus *pass_links(const chain *k, const OrtKernelContext *context, wo
 
 static OrtStatus *many_rows(const chain *k, const OrtKernelContext *context, work *all, const float *x, int64_t block, const int *tasks) {
   const chain_link *last = k->link + k->links - 1;
-  for (int64_t row = 0; row < all->m; row += block) {
+  for (int64_t row = 0; row < all->m && !all->status; row += block) {
     work here = *all;
     here.m = all->m - row < block ? all->m - row : block;
-    here.stream += row * k->hidden, here.given += row * k->hidden;
+    here.stream += row * k->hidden;
+    if (here.given && here.given != here.carried) here.given += row * k->hidden;
     for (int64_t i = 0; i < k->sums; i++)
       if (here.sums[i] != here.carried) here.sums[i] += row * k->hidden;
     for (int64_t i = last->first; last->then == GIVE && i < last->first + last->count; i++) here.y[i] += row * k->parts[i].shape.n;

@@ -56,14 +56,6 @@ static size_t ORT_CALL input_count(const OrtCustomOp *op) {
   static const size_t counts[] = {[MATMUL] = 5, [MATMULS] = 2, [GATHER] = 4};
   return counts[kind_of(op)];
 }
-static int ORT_CALL output_type(const OrtCustomOp *op, size_t i) {
-  (void)op, (void)i;
-  return ORT_FLOAT;
-}
-static size_t ORT_CALL output_count(const OrtCustomOp *op) {
-  (void)op;
-  return 1;
-}
 static int ORT_CALL input_kind(const OrtCustomOp *op, size_t i) {
   if (kind_of(op) == MATMULS) return i ? ORT_VARIADIC : ORT_REQUIRED;
   return i < 3 ? ORT_REQUIRED : ORT_OPTIONAL;
@@ -71,10 +63,6 @@ static int ORT_CALL input_kind(const OrtCustomOp *op, size_t i) {
 static int ORT_CALL output_kind(const OrtCustomOp *op, size_t i) {
   (void)i;
   return kind_of(op) == MATMULS ? ORT_VARIADIC : ORT_REQUIRED;
-}
-static int ORT_CALL none(const OrtCustomOp *op) {
-  (void)op;
-  return 0;
 }
 
 /* ---- creation ---- */
@@ -200,7 +188,7 @@ static OrtStatus *ORT_CALL compute(void *data, OrtKernelContext *context) {
 /* onnxruntime calls the second versions where they are given; these satisfy its check that a kernel can be made. The
  * inputs of several products are of several types, their outputs are not. */
 #define OPERATOR(NAME, KIND, MODE)                                                                                  \
-  {{JPQ_ORT_API, NULL, name, on_the_cpu, input_type, input_count, output_type, output_count, NULL, destroy,          \
+  {{JPQ_ORT_API, NULL, name, on_the_cpu, input_type, input_count, a_float, a_single, NULL, destroy,          \
     input_kind, output_kind, default_memory, one, none, one, one, create, compute, NULL, one, last_version, NULL,    \
     NULL, NULL, NULL},                                                                                               \
    NAME, KIND, MODE}

@@ -20,6 +20,18 @@ static inline int ORT_CALL one(const OrtCustomOp *op) {
   (void)op;
   return 1;
 }
+static inline int ORT_CALL none(const OrtCustomOp *op) {
+  (void)op;
+  return 0;
+}
+static inline int ORT_CALL a_float(const OrtCustomOp *op, size_t i) {
+  (void)op, (void)i;
+  return ORT_FLOAT;
+}
+static inline size_t ORT_CALL a_single(const OrtCustomOp *op) {
+  (void)op;
+  return 1;
+}
 static inline int ORT_CALL last_version(const OrtCustomOp *op) {
   (void)op;
   return 0x7fffffff;

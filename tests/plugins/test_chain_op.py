@@ -215,6 +215,32 @@ def test_what_does_not_fit_is_an_error_not_a_crash(random, library, name, value,
         open_session(proto, library)
 
 
+def test_a_vector_too_many_is_refused_and_not_taken_for_another(random, library):
+    """Without its "post_2" the post norm of the last link would be read as its norm."""
+    proto = write(make_links(random, np.random.default_rng(5), post=True, last="norm"))
+    session = open_session(attribute(proto, "post_2", 0), library)
+    with pytest.raises(Exception, match="more inputs than the attributes say"):
+        session.run(None, inputs((1, 1)))
+
+
+def test_outputs_without_a_name_change_nothing(wide, library):
+    """As the exporter leaves sums that nobody reads; in one block of rows, and in two."""
+    proto = write(wide)
+    hidden = onnx.ModelProto()
+    hidden.CopyFrom(proto)
+    shown = [i for i, name in enumerate(hidden.graph.node[0].output) if not name.startswith("sum")]
+    for i in range(len(hidden.graph.output) - 1, -1, -1):
+        if i not in shown:
+            hidden.graph.node[0].output[i] = ""
+            del hidden.graph.output[i]
+    for shape in ((1, 1), (1, 1700)):
+        feeds = inputs(shape)
+        whole = open_session(proto, library, threads=2).run(None, feeds)
+        part = open_session(hidden, library, threads=2).run(None, feeds)
+        for got, wanted in zip(part, [whole[i] for i in shown], strict=True):
+            assert np.array_equal(got, wanted)
+
+
 def test_weights_that_are_no_constants_and_inputs_of_other_shapes_are_refused(random, library):
     proto = write(make_links(random, np.random.default_rng(5)))
     session = open_session(proto, library)
