@@ -75,15 +75,19 @@ static void reorder(int8_t *q, int64_t blocked, int form) {
   }
 }
 
+/* Where in a block the codes of a lane begin. */
+static int32_t lane_start(int lane, int64_t block, int split) {
+  const int count = (int)block / 16;
+  return split && block == 256 ? 32 * (lane / 4) + 16 * (lane % 2) + 128 * (lane % 4 / 2) : count * lane;
+}
+
 /* Which group, from that of the first of a block, the codes of a lane are in: a sixteenth of it. */
-static void find_lanes(int32_t *lane, int64_t columns, int64_t blocked, int64_t block, int32_t group_size) {
+static void find_lanes(int32_t *lane, int64_t columns, int64_t blocked, int64_t block, const jpq_weight *w) {
   for (int64_t first = 0; first < columns; first += block) {
     if (first >= blocked) block = 64;
-    int32_t group = 0, left = group_size - (int32_t)(first % group_size);
-    for (int i = 0; i < 16; i++) {
-      lane[first / 4 + i] = group;
-      for (left -= (int32_t)block / 16; left <= 0; left += group_size) group++;
-    }
+    const int64_t before = first % w->group_size;
+    for (int i = 0; i < 16; i++)
+      lane[first / 4 + i] = (int32_t)((before + lane_start(i, block, w->bits > 2)) / w->group_size);
   }
 }
 
@@ -114,7 +118,7 @@ static jpq_status prepare(jpq_product *p) {
   int32_t *lane = (int32_t *)at;
   int8_t *planes = (int8_t *)(at + columns);
   float *scale = (float *)(at + columns + q), *sum = scale + p->m * groups;
-  find_lanes(lane, columns, blocked, block, w->group_size);
+  find_lanes(lane, columns, blocked, block, w);
   for (int64_t m = 0; m < p->m; m++)
     for (int64_t g = 0; g < jpq_groups(w); g++)
       sum[m * groups + g] =

@@ -4,7 +4,9 @@
  * A pair holds codes 8 l .. 8 l + 7 in 32-bit lane l, those of even place in the first vector (1 to 4 bits); or its lanes
  * 0 to 7 the first 64 codes, 8 to 15 the others (5 to 7 bits). Either way groups of 64 codes lie side by side: they
  * share one sum, one conversion and one multiplication by scales. X is brought into the same order, once.
- * Four vectors (1 to 4 bits) hold codes 16 l .. 16 l + 15 in lane l: one sum for four of them.
+ * Four vectors (1 to 4 bits) hold 16 codes that follow each other in lane l: one sum for four of them. Up to 2 bits these are
+ * codes 16 l .. 16 l + 15; of 3 and 4 bits lanes 4 k and 4 k + 1 have codes 32 k .. 32 k + 31 of the first 128 and lanes
+ * 4 k + 2 and 4 k + 3 those of the others, as that shuffle comes which hinders products least.
  */
 #ifndef JPQ_VNNI_CODES_H
 #define JPQ_VNNI_CODES_H
@@ -33,17 +35,12 @@ static const _Alignas(64) uint8_t pair_spreads[7][64] = {
 #define SECONDS(B) {0, 2 * (B), 4 * (B), 6 * (B), 8 * (B), 10 * (B), 12 * (B), 14 * (B)}
 static const uint8_t seconds[3][8] = {SECONDS(1), SECONDS(2), SECONDS(3)};
 
-/* Four vectors of 3 bits, two from each of two vectors whose lanes take 8 codes in 3 bytes, every second three of the 96
- * bytes; six in a qword. A shuffle looks at the lower 6 bits of an index: those from 64 on are of the last 32 bytes. */
-#define THREE(AT) AT, (AT) + 1, (AT) + 2
-#define SIX(AT) THREE(AT), THREE((AT) + 6), 0, 0
-#define SIXES(AT) {SIX(AT), SIX(AT + 12), SIX(AT + 24), SIX(AT + 36), SIX(AT + 48), SIX(AT + 60), SIX(AT + 72), SIX(AT + 84)}
-static const _Alignas(64) uint8_t quad_spreads[2][64] = {SIXES(0), SIXES(3)};
-static const __mmask64 beyond[2] = {~0ull << 43, ~0ull << 41}; /* bytes of which the index is 64 or more */
+/* Of 3 bits: 128 codes as 16 lanes of 8 codes in 3 bytes each, and where every second code of two lanes begins. */
+#define THREE(AT) AT, (AT) + 1, (AT) + 2, 0
+#define FOUR_THREES(AT) THREE(AT), THREE((AT) + 3), THREE((AT) + 6), THREE((AT) + 9)
+static const _Alignas(64) uint8_t threes[64] = {FOUR_THREES(0), FOUR_THREES(12), FOUR_THREES(24), FOUR_THREES(36)};
+static const uint8_t sixths[8] = {0, 6, 12, 18, 32, 38, 44, 50};
 
-/* Four vectors of 4 bits: of two vectors every second lane. */
-static const _Alignas(64) int32_t second_lanes[2][16] = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30},
-                                                         {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31}};
 /* Four vectors of 1 bit: of each byte of a vector whose bytes begin with codes 0, 4, 8, ... of 32. */
 static const uint8_t fourths[8] = {0, 4, 8, 12, 16, 20, 24, 28};
 
@@ -53,8 +50,8 @@ static const uint8_t fourths[8] = {0, 4, 8, 12, 16, 20, 24, 28};
       AT + 9 * STEP, AT + 10 * STEP, AT + 11 * STEP, AT + 12 * STEP, AT + 13 * STEP, AT + 14 * STEP, AT + 15 * STEP
 #define EVERY_FOURTH(I) {ORDER16(4, I), ORDER16(4, 64 + I), ORDER16(4, 128 + I), ORDER16(4, 192 + I)}
 #define ORDER4(AT) AT, AT + 2, AT + 4, AT + 6
-#define FOUR_LANES(AT) ORDER4(AT), ORDER4(AT + 16), ORDER4(AT + 32), ORDER4(AT + 48)
-#define OF_EIGHT(I) {FOUR_LANES(I), FOUR_LANES(64 + I), FOUR_LANES(128 + I), FOUR_LANES(192 + I)}
+#define FOUR_LANES(AT) ORDER4(AT), ORDER4(AT + 16), ORDER4(AT + 128), ORDER4(AT + 144)
+#define OF_EIGHT(I) {FOUR_LANES(I), FOUR_LANES(32 + I), FOUR_LANES(64 + I), FOUR_LANES(96 + I)}
 enum { PLAIN, PAIRS, WIDE_PAIRS, QUADS, SPLIT_QUADS };
 static const _Alignas(64) uint8_t orders[5][4][64] = {
     [PAIRS] = {{ORDER16(2, 0), ORDER16(2, 32), ORDER16(2, 64), ORDER16(2, 96)},
@@ -152,26 +149,38 @@ JPQ_INLINE void unpack_pair(const uint8_t *p, int bits, __m512i out[2]) {
   }
 }
 
-/* The 256 codes from `p` on as four vectors. */
-JPQ_INLINE void unpack_quad(const uint8_t *p, int bits, __m512i out[4]) {
+/* Of the 256 codes from `p` on: bytes that begin with the codes of vectors 0 and 2, and hold those of the vectors behind
+ * them; up to 2 bits all are in the first. */
+JPQ_INLINE void quad_bytes(const uint8_t *p, int bits, __m512i out[2]) {
   if (bits <= 2) {
-    __m512i v = bits == 2 ? load(p, 64) : _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i *)p));
-    if (bits == 1) v = windows(v, fourths); /* four codes and four of the next byte */
-    for (int i = 0; i < 4; i++) out[i] = field(v, bits * i, bits);
+    out[0] = bits == 2 ? load(p, 64) : _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i *)p));
+    if (bits == 1) out[0] = windows(out[0], fourths); /* four codes and four of the next byte */
     return;
   }
-  const __m512i first = load(p, 64), last = load(p + 64, bits == 3 ? 32 : 64);
-  for (int part = 0; part < 2; part++) {
-    __m512i v;
-    if (bits == 4) {
-      v = _mm512_permutex2var_epi32(first, *(const __m512i *)second_lanes[part], last);
-    } else {
-      const __m512i spread = *(const __m512i *)quad_spreads[part];
-      v = _mm512_permutexvar_epi8(spread, first);
-      v = windows(_mm512_mask_permutexvar_epi8(v, beyond[part], spread, last), seconds[2]);
-    }
-    for (int i = 0; i < 2; i++) out[2 * part + i] = field(v, bits * i, bits);
+  __m512i first = load(p, 64), last = load(p + 16 * bits, 64);
+  if (bits == 3) {
+    first = _mm512_permutexvar_epi8(*(const __m512i *)threes, first);
+    last = _mm512_permutexvar_epi8(*(const __m512i *)threes, last);
   }
+  const __m512 a = _mm512_castsi512_ps(first), b = _mm512_castsi512_ps(last);
+  out[0] = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)); /* even lanes of both */
+  out[1] = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)); /* odd ones */
+  for (int half = 0; half < 2 && bits == 3; half++) out[half] = windows(out[half], sixths);
+}
+
+/* Vector v of the four. */
+JPQ_INLINE __m512i quad_vector(const __m512i bytes[2], int v, int bits, int shifts) {
+  const int start = bits * (bits <= 2 ? v : v % 2);
+  const __m512i b = bytes[bits <= 2 ? 0 : v / 2];
+  if (!shifts || !start) return field(b, start, bits);
+  return field(_mm512_srli_epi16(b, (unsigned)start), 0, bits);
+}
+
+/* The 256 codes from `p` on as four vectors. */
+JPQ_INLINE void unpack_quad(const uint8_t *p, int bits, __m512i out[4]) {
+  __m512i bytes[2];
+  quad_bytes(p, bits, bytes);
+  for (int v = 0; v < 4; v++) out[v] = quad_vector(bytes, v, bits, 0);
 }
 
 /* Zeros of groups g .. g + 15 of a row, of which `bytes` in all; g a multiple of 16. */
