@@ -18,7 +18,7 @@
 
 enum {
   TILE_BYTES = 16384,  /* of packed rows that stay in the first-level cache while all rows of X pass */
-  STACK_FLOATS = 4096, /* that a call finds room for without asking */
+  STACK_BYTES = 16384, /* that a call finds room for without asking */
 };
 
 static int available(void) { return jpq_cpu_features.avx512_vnni; }
@@ -81,13 +81,13 @@ static int32_t lane_start(int lane, int64_t block, int split) {
   return split && block == 256 ? 32 * (lane / 4) + 16 * (lane % 2) + 128 * (lane % 4 / 2) : count * lane;
 }
 
-/* Which group, from that of the first of a block, the codes of a lane are in: a sixteenth of it. */
+/* Which group of 16 the codes of a lane are in: a sixteenth of a block. No block is of two sixteens: as many columns are
+ * in them as in 16 of its lanes, however large a group. */
 static void find_lanes(int32_t *lane, int64_t columns, int64_t blocked, int64_t block, const jpq_weight *w) {
-  for (int64_t first = 0; first < columns; first += block) {
-    if (first >= blocked) block = 64;
-    const int64_t before = first % w->group_size;
+  for (int64_t j = 0; j < columns; j += block) {
+    if (j >= blocked) block = 64;
     for (int i = 0; i < 16; i++)
-      lane[first / 4 + i] = (int32_t)((before + lane_start(i, block, w->bits > 2)) / w->group_size);
+      lane[j / 4 + i] = (int32_t)((j + lane_start(i, block, w->bits > 2)) / w->group_size % 16);
   }
 }
 
@@ -117,7 +117,7 @@ static jpq_status prepare(jpq_product *p) {
   char *at = (char *)(((uintptr_t)(memory + sizeof *out) + 63) & ~(uintptr_t)63);
   int32_t *lane = (int32_t *)at;
   int8_t *planes = (int8_t *)(at + columns);
-  float *scale = (float *)(at + columns + q), *sum = scale + p->m * groups;
+  float *scale = (float *)(planes + q), *sum = scale + p->m * groups;
   find_lanes(lane, columns, blocked, block, w);
   for (int64_t m = 0; m < p->m; m++)
     for (int64_t g = 0; g < jpq_groups(w); g++)
@@ -144,11 +144,11 @@ static int layout_of(const jpq_weight *w) {
 static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last) {
   const jpq_weight *w = p->weight;
   const prepared *x = p->prepared;
-  int64_t bytes = jpq_bytes(w->k, w->bits), floats = 4 * FEW * x->groups + 16;
-  const size_t room = sizeof(float) * (size_t)floats + 4 * (size_t)bytes + OVERREAD;
-  float here[STACK_FLOATS], *scale = room <= sizeof here ? here : malloc(room); /* a token has thousands of these calls */
-  if (!scale) return JPQ_NO_MEMORY;
-  uint8_t *copy = (uint8_t *)(scale + floats);
+  const int64_t bytes = jpq_bytes(w->k, w->bits);
+  const size_t room = room_for(w, x->real_groups);
+  _Alignas(2) uint8_t here[STACK_BYTES]; /* a token has thousands of these calls */
+  uint8_t *copy = room <= sizeof here ? here : malloc(room);
+  if (!copy) return JPQ_NO_MEMORY;
   int64_t step = p->m <= FEW ? last - first : 4 + TILE_BYTES / bytes / 4 * 4;
   const vnni_table *table = w->bits < 4 || w->bits == JPQ_TERNARY ? &jpq_vnni_narrow : &jpq_vnni_wide;
   const rows_function(*chosen)[3] = (*table)[jpq_index(w->bits)][layout_of(w)];
@@ -156,11 +156,11 @@ static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last)
     int64_t stop = n + step < last ? n + step : last;
     for (int64_t m = 0; m < p->m;) {
       int log = p->m - m >= 4 ? 2 : p->m - m >= 2 ? 1 : 0;
-      chosen[p->parts - 1][log](p, m, n, stop, scale, copy);
+      chosen[p->parts - 1][log](p, m, n, stop, copy);
       m += 1 << log;
     }
   }
-  if (scale != here) free(scale);
+  if (copy != here) free(copy);
   return JPQ_OK;
 }
 

@@ -19,15 +19,19 @@ typedef struct prepared {
   const int8_t *q;         /* [m, parts, columns] */
   const float *scale;      /* [m, groups] */
   const float *sum;        /* [m, groups] scale * sum of q */
-  const int32_t *lane;     /* [columns / 64, 16] group of the codes in a lane, from that of the first of a block */
+  const int32_t *lane;     /* [columns / 64, 16] group of the codes in a lane, from a multiple of 16 groups on */
 } prepared;
 
 /* How groups lie to 128 codes: any way, two halves, or one group of several times 128. */
 enum { ANY, HALVES, WHOLE };
 
-/* Rows [first, last) of W with some rows of X from m0 on; `scale`, `copy`: room, see matmul_rows. */
-typedef void (*rows_function)(const jpq_product *p, int64_t m0, int64_t first, int64_t last, float *scale,
-                              uint8_t *copy);
+/* Rows [first, last) of W with some rows of X from m0 on; `copy`: see room_for. */
+typedef void (*rows_function)(const jpq_product *p, int64_t m0, int64_t first, int64_t last, uint8_t *copy);
+
+/* Bytes that a copy of four rows needs: scales, codes and OVERREAD, zeros. */
+JPQ_INLINE size_t room_for(const jpq_weight *w, int64_t groups) {
+  return 8 * (size_t)groups + 4 * (size_t)jpq_bytes(w->k, w->bits) + OVERREAD + 4 * (size_t)jpq_bytes(groups, w->bits);
+}
 
 /* By bits, layout, parts, and 1, 2 or 4 rows of X; NULL for what is compiled elsewhere. */
 typedef rows_function vnni_table[JPQ_WIDTHS][3][3][3];

@@ -183,17 +183,15 @@ JPQ_INLINE void unpack_quad(const uint8_t *p, int bits, __m512i out[4]) {
   for (int v = 0; v < 4; v++) out[v] = quad_vector(bytes, v, bits, 0);
 }
 
-/* Zeros of groups g .. g + 15 of a row, of which `bytes` in all; g a multiple of 16. */
-JPQ_INLINE __m512 load_zeros(const uint8_t *zeros, int64_t bytes, int64_t g, int bits) {
-  const uint8_t *p = jpq_at(zeros, bits, g);
-  int64_t left = zeros + bytes - p;
-  __m512i lanes = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8((__mmask16)low_bits(left < 16 ? left : 16), p));
+/* Zeros of groups g .. g + 15 of a row, g a multiple of 16, `there`: which bytes from theirs on may be read. */
+JPQ_INLINE __m512 load_zeros(const uint8_t *zeros, int64_t g, int bits, __mmask16 there) {
+  __m512i lanes = _mm512_castsi128_si512(_mm_maskz_loadu_epi8(there, jpq_at(zeros, bits, g)));
   if (bits == JPQ_TERNARY) {
-    lanes = _mm512_shuffle_epi8(lanes, *(const __m512i *)jpq_ternary_lanes[jpq_phase(g)]);
+    lanes = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm512_castsi512_si128(lanes)), *(const __m512i *)jpq_ternary_lanes[jpq_phase(g)]);
     lanes = _mm512_mullo_epi16(lanes, *(const __m512i *)jpq_ternary_lane_factors[jpq_phase(g)]);
     return _mm512_cvtepi32_ps(_mm512_mulhi_epu16(lanes, _mm512_set1_epi32(3)));
   }
-  lanes = _mm512_shuffle_epi8(lanes, *(const __m512i *)jpq_lane_bytes[bits - 1]);
+  lanes = _mm512_permutexvar_epi8(*(const __m512i *)jpq_lane_bytes[bits - 1], lanes); /* what is to be 0 is masked away */
   lanes = _mm512_srlv_epi32(lanes, *(const __m512i *)jpq_lane_shifts[bits - 1]);
   return _mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32((1 << bits) - 1)));
 }
