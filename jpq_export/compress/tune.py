@@ -87,13 +87,16 @@ def tune(
     start_training(student)
     layers, norms = trainable(student)
     optimizer, parameters = RelativeAdam(layers, norms, settings), [*(layer.scales for layer in layers), *norms]
-    hidden, table = teacher_hidden(teacher, sequences), head_table(teacher)
+    turns = list(schedule(len(sequences), settings, seed))
+    used = np.unique(np.concatenate(turns)) if turns else np.empty(0, np.int64)  # few steps do not see all
+    hidden, table = teacher_hidden(teacher, sequences[used]), head_table(teacher)
     losses = []
-    for step, index in enumerate(schedule(len(sequences), settings, seed)):
+    for step, index in enumerate(turns):
         mine, loss = index[parallel.share(len(index))], 0.0
         if len(mine):
             ids = torch.from_numpy(sequences[mine]).to(hidden.device)
-            loss = distil_step(table, student, ids, hidden[torch.from_numpy(mine)], tokens=sequences[index].size)
+            target = hidden[torch.from_numpy(np.searchsorted(used, mine))]
+            loss = distil_step(table, student, ids, target, tokens=sequences[index].size)
         losses.append(sum_gradients(parameters, loss))
         optimizer.step(step)
         if progress:
