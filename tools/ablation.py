@@ -69,6 +69,7 @@ ROWS = (
     Row("recovered", recovered=True),
     Row("without rotation", rotated=False),
     Row("without the Fisher's weights", fisher=False),
+    Row("recovered, without the Fisher's weights", fisher=False, recovered=True),
     Row("without the refit to arriving inputs", refit=False),
     Row("without descent and scale refits", descent=False),
     Row("with two-sided rounding", two_sided=True),

@@ -1,4 +1,4 @@
-/* AVX-512 VNNI + VBMI: 64 codes at a time, unpacked to bytes and multiplied with X in fixed point.
+/* AVX-512 VNNI + VBMI: 64 to 256 codes at a time, unpacked to bytes and multiplied with X in fixed point.
  *
  * Each group of X becomes scale * q, q an integer of `parts` signed bytes in base 128:
  *
@@ -8,8 +8,9 @@
  *
  * Up to `most_rows` rows of X; from there on fp32 tiles are faster, and exact.
  *
- * One vpdpbusd a part, a shift by 7 between parts; a 32-bit lane sums 4 products: at most 4 * 255 * 127 * 128^2 +
- * ... < 2^31. One conversion and one fused multiply-add per 64 codes bring it to fp32, times scale of W and of X.
+ * One vpdpbusd a part and 64 codes, a shift by 7 between parts; a 32-bit lane sums 4 products of 8 bits, at most
+ * 4 * 255 * 127 * 128^2 + ... < 2^31, or up to 16 of 4 bits. One conversion and one fused multiply-add for all of them
+ * bring it to fp32, times scale of W and of X.
  */
 #include "vnni.h"
 
@@ -76,18 +77,19 @@ static void reorder(int8_t *q, int64_t blocked, int form) {
 }
 
 /* Where in a block the codes of a lane begin. */
-static int32_t lane_start(int lane, int64_t block, int split) {
-  const int count = (int)block / 16;
-  return split && block == 256 ? 32 * (lane / 4) + 16 * (lane % 2) + 128 * (lane % 4 / 2) : count * lane;
+static uint32_t lane_start(uint32_t lane, uint32_t block, int form) {
+  if (form == SPLIT_QUADS && block == 256) return 32 * (lane / 4) + 16 * (lane % 2) + 128 * (lane % 4 / 2);
+  return block / 16 * lane;
 }
 
-/* Which group of 16 the codes of a lane are in: a sixteenth of a block. No block is of two sixteens: as many columns are
- * in them as in 16 of its lanes, however large a group. */
-static void find_lanes(int32_t *lane, int64_t columns, int64_t blocked, int64_t block, const jpq_weight *w) {
+/* Which group of 16 the codes of a lane are in: a sixteenth of a block. A group is whole lanes, so 16 groups are whole
+ * blocks: none is of two sixteens. */
+static void find_lanes(int32_t *lane, int64_t columns, int64_t blocked, int64_t block, int32_t group_size, int form) {
+  const uint32_t size = (uint32_t)group_size;
   for (int64_t j = 0; j < columns; j += block) {
     if (j >= blocked) block = 64;
-    for (int i = 0; i < 16; i++)
-      lane[j / 4 + i] = (int32_t)((j + lane_start(i, block, w->bits > 2)) / w->group_size % 16);
+    const uint32_t before = (uint32_t)(j % (16 * (int64_t)size));
+    for (uint32_t i = 0; i < 16; i++) lane[j / 4 + i] = (int32_t)((before + lane_start(i, (uint32_t)block, form)) / size % 16);
   }
 }
 
@@ -118,7 +120,7 @@ static jpq_status prepare(jpq_product *p) {
   int32_t *lane = (int32_t *)at;
   int8_t *planes = (int8_t *)(at + columns);
   float *scale = (float *)(planes + q), *sum = scale + p->m * groups;
-  find_lanes(lane, columns, blocked, block, w);
+  find_lanes(lane, columns, blocked, block, w->group_size, form(w));
   for (int64_t m = 0; m < p->m; m++)
     for (int64_t g = 0; g < jpq_groups(w); g++)
       sum[m * groups + g] =

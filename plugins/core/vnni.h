@@ -25,10 +25,10 @@ typedef struct prepared {
 /* How groups lie to 128 codes: any way, two halves, or one group of several times 128. */
 enum { ANY, HALVES, WHOLE };
 
-/* Rows [first, last) of W with some rows of X from m0 on; `copy`: see room_for. */
+/* Rows [first, last) of W with some rows of X from m0 on; `copy`: room for four rows. */
 typedef void (*rows_function)(const jpq_product *p, int64_t m0, int64_t first, int64_t last, uint8_t *copy);
 
-/* Bytes that a copy of four rows needs: scales, codes and OVERREAD, zeros. */
+/* Bytes of that room: scales, codes and OVERREAD, zeros, as copy_rows (vnni_rows.inc) lays them out. */
 JPQ_INLINE size_t room_for(const jpq_weight *w, int64_t groups) {
   return 8 * (size_t)groups + 4 * (size_t)jpq_bytes(w->k, w->bits) + OVERREAD + 4 * (size_t)jpq_bytes(groups, w->bits);
 }
