@@ -5,7 +5,7 @@
  *     harness sample LIBRARY KERNELS FOLDER COUNT SEED ID...    COUNT drawn tokens by jpq_generate_ids
  *     harness pair LIBRARY KERNELS FOLDER COUNT ID ID... two threads: COUNT greedy tokens after the first ID, after the others
  *     harness choose LIBRARY KERNELS SEED TEMPERATURE TOP_K TOP_P VOCAB    a token of every VOCAB floats on standard input
- *     harness load LIBRARY KERNELS FOLDER TIMES          load, run and free; prints the resident kB after each
+ *     harness load LIBRARY KERNELS FOLDER TIMES          load, run and free; prints kB of memory after each
  *
  * LIBRARY and KERNELS may be empty. In the environment: BACKEND, the number of a jpq_backend_kind; ENGINE, options.engine.
  */
@@ -133,12 +133,13 @@ static int run_pair(char **arguments, int count) {
   return 0;
 }
 
-static long resident_kb(void) {
-  long pages = 0;
+/* All resident memory in kB, and what of it is no file's: pages of a library that the system took away come back by themselves. */
+static void print_memory(void) {
+  long resident = 0, shared = 0, kb = sysconf(_SC_PAGESIZE) / 1024;
   FILE *file = fopen("/proc/self/statm", "r");
-  if (!file || fscanf(file, "%*s %ld", &pages) != 1) pages = 0;
+  if (!file || fscanf(file, "%*s %ld %ld", &resident, &shared) != 2) resident = shared = 0;
   if (file) fclose(file);
-  return pages * (sysconf(_SC_PAGESIZE) / 1024);
+  printf("%ld %ld\n", resident * kb, (resident - shared) * kb);
 }
 
 static int run_load(char **arguments) {
@@ -153,7 +154,7 @@ static int run_load(char **arguments) {
     jpq_sequence_free(sequence);
     jpq_model_free(model);
     if (result) return refuse(&error);
-    printf("%ld\n", resident_kb());
+    print_memory();
   }
   return 0;
 }
