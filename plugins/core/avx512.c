@@ -10,6 +10,8 @@ static int available(void) { return jpq_cpu_features.avx512; }
 
 JPQ_TARGET("avx512f,avx512bw,avx512vl,avx2,fma")
 
+#include "sum4.h"
+
 #define W 16
 #define VF __m512
 #define v_zero() _mm512_setzero_ps()
@@ -28,15 +30,7 @@ JPQ_TARGET("avx512f,avx512bw,avx512vl,avx2,fma")
 #define AVAILABLE available
 #define IMPLEMENTATION jpq_avx512
 
-/* The sum of each of four. */
-JPQ_INLINE void v_sums(float *out, const VF s[4]) {
-  __m512d low = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1])));
-  __m512d high = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(s[2], s[3]), _mm512_unpackhi_ps(s[2], s[3])));
-  VF four = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
-  __m256 half = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(four), 1));
-  half = _mm256_add_ps(half, _mm512_castps512_ps256(four));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-}
+JPQ_INLINE void v_sums(float *out, const VF s[4]) { _mm_storeu_ps(out, jpq_sum4(s)); }
 
 JPQ_INLINE void v_transpose(VF r[W]) {
   VF t[W];
