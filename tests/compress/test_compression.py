@@ -15,7 +15,15 @@ from jpq_export.compress.permute import permuted
 from jpq_export.compress.prepared import Prepared, load_prepared, save_prepared
 from jpq_export.compress.prices import PriceList, RoundedCache, measure_prices, round_all
 from jpq_export.compress.student import dequantized, to_compressed, to_student
-from jpq_export.compress.tune import TuneSettings, distil_step, heldout_kl, start_training, teacher_hidden, tune
+from jpq_export.compress.tune import (
+    TuneSettings,
+    distil_step,
+    heldout_kl,
+    schedule,
+    start_training,
+    teacher_hidden,
+    tune,
+)
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
 from jpq_export.numerics.scheme import BIT_WIDTHS, TERNARY, Scheme
@@ -165,6 +173,19 @@ def test_recovery_lowers_the_kl_and_keeps_the_codes(
     to_compressed(again, schemes(2)).save(paths[1])
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert CompressedModel.load(paths[0]).weight_bytes == tuned.weight_bytes
+
+
+def test_a_step_is_taught_by_the_sequences_that_it_sees(
+    teacher: Decoder, stats: statistics.Statistics, sequences: np.ndarray
+) -> None:
+    compressed = Compressor(teacher, Recipe(all_kept(SPEC), schemes(8)), stats, sequences).run()
+    student = to_student(to_compressed(compressed, schemes(8)))
+    settings = TuneSettings(steps=1)
+    seen = next(schedule(len(sequences), settings, 0))
+    assert len(seen) < len(sequences)
+    assert sorted(seen) != list(range(len(seen)))  # nor are they the first
+    expected = kl(teacher, student, sequences[seen])
+    assert tune(teacher, student, sequences, settings, seed=0)[0] < 20 * expected + 1e-3
 
 
 def test_scale_gradient_is_the_derivative_of_the_loss(
