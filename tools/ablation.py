@@ -56,7 +56,7 @@ class Row:
 
     name: str
     plan: str = "search"
-    fisher: bool = True  # tokens weigh by the gradients that pass them
+    plain: bool = False  # the embedding and head are rounded without Fisher information
     refit: bool = True  # to the teacher's outputs, on the inputs that will really arrive
     descent: bool = True  # after GPTQ: coordinate descent and closed-form scales
     two_sided: bool = False
@@ -68,15 +68,13 @@ ROWS = (
     Row("all"),
     Row("recovered", recovered=True),
     Row("without rotation", rotated=False),
-    Row("without the Fisher's weights", fisher=False),
-    Row("recovered, without the Fisher's weights", fisher=False, recovered=True),
     Row("without the refit to arriving inputs", refit=False),
     Row("without descent and scale refits", descent=False),
     Row("with two-sided rounding", two_sided=True),
     Row("nothing removed", plan="bits"),
     Row("search by prices alone, without true KL", plan="prices"),
     Row("one width", plan="uniform"),
-    Row("one width, GPTQ", plan="uniform", fisher=False, refit=False, descent=False, rotated=False),
+    Row("one width, GPTQ", plan="uniform", plain=True, refit=False, descent=False, rotated=False),
 )
 
 
@@ -111,7 +109,7 @@ class Laboratory:
 
     def statistics(self, row: Row) -> Statistics:
         """Of the row's kind; found once."""
-        kind = "plain" if not row.fisher else "two-sided" if row.two_sided else "fisher"
+        kind = "plain" if row.plain else "two-sided" if row.two_sided else "fisher"
         key = kind, row.rotated
         if key not in self.found:
             with self.stages.stage("statistics", f"statistics: {kind}"):

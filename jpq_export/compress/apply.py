@@ -3,16 +3,18 @@
 For each linear the teacher's output y = W x is refit on the compressed inputs x̂ that will really arrive (and, where
 channels were pruned, on those that remain):
 
-    W' = W_kept + (B - W_kept Ĥ)(Ĥ + λI)⁻¹,   Ĥ = Σ w x̂ x̂ᵀ,  B = Σ w y x̂ᵀ
+    W' = W_kept + W D (Ĥ + λI)⁻¹,   Ĥ = Σ x̂ x̂ᵀ,  D = Σ (x - x̂) x̂ᵀ
 
-and W' is then rounded under Ĥ. This sees and corrects propagated error and pruning with one formula (the asymmetric
-calibration of GPTAQ, Li et al., 2025; the weights w are the Fisher's). Under torchrun every process holds the
-activations of its share of the sequences, and refits and rounds its share of the rows.
+with zeros in x̂ for what is pruned, and W' is then rounded under Ĥ. This sees and corrects propagated error and pruning
+with one formula (the asymmetric calibration of GPTAQ, Li et al., 2025). Linears that read the same share Ĥ and D, which
+is why tokens do not weigh by the Fisher information of each linear: it did not lower the KL either (docs/ablation).
+Under torchrun every process holds the activations of its share of the sequences, and rounds its share of the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +25,10 @@ from torch import Tensor, nn
 from jpq_export.compress import parallel
 from jpq_export.compress.decoder import canonical_name, named_weights
 from jpq_export.compress.model import AnyContext, AnyLayer, Model, build_model
+from jpq_export.compress.precision import autocast, fast_bf16
 from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
 from jpq_export.compress.rounding import Rounded, max_codes, quantize_rows
-from jpq_export.compress.statistics import FISHER_POWER, Progress, Statistics
+from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.compress.two_sided import kept_blocks, two_sided
 from jpq_export.format.encoder_spec import EncoderSpec, Spec, is_table
 from jpq_export.numerics.row_blocks import RowLayout
@@ -36,7 +39,7 @@ Stream = list[Tensor]  # activations of all calibration tokens, in parts of [bat
 # SmolLM2 at 3 bits, 12k shipped tokens, mean KL on three neutral texts (essays, fortunes, a manual): 0.484; without the
 # refit 0.498. Ridge 0.1 was worse than no refit on held-out Jargon File text: 1.05 against 0.84.
 REFIT_RIDGE = 1.0
-ROWS_TOGETHER = 16384  # rounded at once: bounds the memory of a large vocabulary
+ROWS_TOGETHER = 16384  # of a large vocabulary, rounded at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +135,8 @@ class Compressor:
         mine, length = parallel.share(len(sequences)), sequences.shape[1]
         ids = torch.from_numpy(sequences[mine]).to(teacher.embed.weight.device)
         self.ids = ids.split(max(1, 2048 // length))
-        self.tokens, self.own_tokens = sequences.size, slice(mine.start * length, mine.stop * length)
+        counted = stats.token_weights.to(ids.device)
+        self.tokens, self.token_weights = float(counted.sum()), counted[mine.start * length : mine.stop * length]
         self.refits = recipe.method == "jpq"
 
     @torch.no_grad()
@@ -160,7 +164,7 @@ class Compressor:
 
     def _round(self, W: Tensor, H: Tensor, scheme: Scheme | RowLayout, top: Tensor) -> Rounded:
         """All rows rounded, of which this rank has W [n, K] and their largest codes [n]."""
-        one = scheme.kind if isinstance(scheme, RowLayout) else scheme
+        one = _kind(scheme)
         kind = {"method": self.recipe.method, "passes": self.recipe.passes}
         kind |= {"symmetric": one.symmetric, "integer_zero": one.integer_zero}
         chunks = zip(W.split(ROWS_TOGETHER), top.split(ROWS_TOGETHER), strict=True)
@@ -172,74 +176,126 @@ class Compressor:
         old, new = self.teacher.layers[i], self.student.layers[i]
         if old.attn is None:
             return
-        old_in = _map(old.attention_in, teacher_stream)
-        old_core = [attention_core(old, x, c) for x, c in zip(old_in, contexts[: len(old_in)], strict=True)]
-        if new.attn is not None:
-            new_in = _map(new.attention_in, student_stream)
-            for part in ("q", "k", "v"):
-                self._linear(i, f"attn.{part}", old_in, new_in)
-            new_core = [attention_core(new, x, c) for x, c in zip(new_in, contexts, strict=True)]
-            self._linear(i, "attn.o", old_core, new_core)
-            _join(student_stream, new.attention_join, new_core)
-        else:
+        with self._fast():
+            old_in = _map(old.attention_in, teacher_stream)
+            old_core = [attention_core(old, x, c) for x, c in zip(old_in, contexts[: len(old_in)], strict=True)]
+            _join(teacher_stream, old.attention_join, old_core)
+        if new.attn is None:
             student_stream[:] = [new.attention_part(x, contexts[0]) for x in student_stream]  # pyright: ignore[reportArgumentType] of one kind
-        _join(teacher_stream, old.attention_join, old_core)
+            return
+        new_in = _map(new.attention_in, student_stream)
+        self._linears(i, ("attn.q", "attn.k", "attn.v"), old_in, new_in)
+        with self._fast():
+            new_core = [attention_core(new, x, c) for x, c in zip(new_in, contexts, strict=True)]
+        self._linears(i, ("attn.o",), old_core, new_core)
+        with self._fast():
+            _join(student_stream, new.attention_join, new_core)
 
     def _mlp(self, i: int, teacher_stream: Stream, student_stream: Stream) -> None:
         old, new = self.teacher.layers[i], self.student.layers[i]
         if old.mlp is None:
             return
-        old_in = _map(old.mlp_in, teacher_stream)
-        old_core = _map(old.mlp.core, old_in)
-        if new.mlp is not None:
-            new_in = _map(new.mlp_in, student_stream)
-            for part in ("gate", "up"):
-                if hasattr(new.mlp, part):
-                    self._linear(i, f"mlp.{part}", old_in, new_in)
-            new_core = _map(new.mlp.core, new_in)
-            self._linear(i, "mlp.down", old_core, new_core)
-            _join(student_stream, new.mlp_join, new_core)
-        else:
+        with self._fast():
+            old_in = _map(old.mlp_in, teacher_stream)
+            old_core = _map(old.mlp.core, old_in)
+            _join(teacher_stream, old.mlp_join, old_core)
+        if new.mlp is None:
             student_stream[:] = _map(new.mlp_part, student_stream)
-        _join(teacher_stream, old.mlp_join, old_core)
+            return
+        new_in = _map(new.mlp_in, student_stream)
+        self._linears(i, ("mlp.gate", "mlp.up") if hasattr(new.mlp, "gate") else ("mlp.up",), old_in, new_in)
+        with self._fast():
+            new_core = _map(new.mlp.core, new_in)
+        self._linears(i, ("mlp.down",), old_core, new_core)
+        with self._fast():
+            _join(student_stream, new.mlp_join, new_core)
 
-    def _linear(self, i: int, part: str, old_in: Stream, new_in: Stream) -> None:
-        """Refit and round one linear of the student; old_in, new_in of [batch, seq, K] (K may differ by pruning)."""
-        name = f"layers.{i}.{part}"
-        sublayer, short = part.split(".")
-        module: nn.Linear = getattr(getattr(self.student.layers[i], sublayer), short)
-        full = getattr(getattr(self.teacher.layers[i], sublayer), short).weight
-        root = self._root_weights(name)
-        H = self._moment(new_in, new_in, root)
-        rows = kept_rows(self.teacher, i, self.recipe.layers[i]).get(ROWS_OF.get(part, ""))
-        mine = parallel.share(len(module.weight))
-        W = module.weight[mine]
+    def _fast(self) -> AbstractContextManager:
+        """Activations in bf16 where that is faster: what it loses is a hundredth of what rounding weights does."""
+        return autocast(self.teacher.embed.weight.device)
+
+    def _linears(self, i: int, parts: tuple[str, ...], old_in: Stream, new_in: Stream) -> None:
+        """Refit and round linears of the student that read the same: old_in, new_in of [batch, seq, K].
+
+        By pruning old_in may be wider. Rows of linears that are stored alike are rounded together.
+        """
+        kept, H = kept_rows(self.teacher, i, self.recipe.layers[i]), self._moment(new_in, new_in)
+        modules = {part: _linear(self.student, i, part) for part in parts}
+        weights = {part: module.weight for part, module in modules.items()}
         if self.refits:
-            target = full[mine] if rows is None else full[rows[mine]]
-            B = target @ self._moment(old_in, new_in, root)
+            columns = kept.get(COLUMNS_OF.get(parts[0], ""))
+            D = self._moment(_differences(old_in, new_in, columns), new_in, fast=fast_bf16(H.device.type))
             level = REFIT_RIDGE * H.diagonal().mean().clamp(min=1e-30)
-            system = H + level * torch.eye(H.shape[0], device=H.device)
-            W = W + torch.linalg.solve(system, (B - W @ H).T).T
-        module_bias = module.bias
-        top = max_codes(self.recipe.schemes[name], len(module.weight), W.device)
-        rounded = self._round(W, H, self.recipe.schemes[name], top[mine])
-        if name in self.stats.outputs:
-            W = parallel.joined(W)
-            rounded = two_sided(W, H, kept_blocks(self.stats.outputs[name], rows, len(full)), rounded, top)
-            rounded = Rounded(parallel.from_rank(0, rounded.codes), rounded.scales, rounded.zeros)
-        setattr(getattr(self.student.layers[i], sublayer), short, QuantLinear(rounded, module_bias))
+            factor = torch.linalg.cholesky(H + level * torch.eye(H.shape[0], device=H.device))
+            for part in parts:
+                full, rows = _linear(self.teacher, i, part).weight, kept.get(ROWS_OF.get(part, ""))
+                error = (full if rows is None else full[rows]) @ D
+                weights[part] = weights[part] + torch.cholesky_solve(error.T, factor).T
+        for alike in self._stored_alike(i, parts):
+            stack = torch.cat([weights[part] for part in alike])
+            schemes = [self.recipe.schemes[f"layers.{i}.{part}"] for part in alike]
+            sizes = [len(weights[part]) for part in alike]
+            top = torch.cat([max_codes(s, n, stack.device) for s, n in zip(schemes, sizes, strict=True)])
+            mine = parallel.share(len(stack))
+            rounded = self._round(stack[mine], H, schemes[0], top[mine])
+            start = 0
+            for part, size in zip(alike, sizes, strict=True):
+                rows = slice(start, start + size)
+                done = self._two_sided(i, part, weights[part], H, rounded.rows(rows), top[rows])
+                sublayer, short = part.split(".")
+                owner = getattr(self.student.layers[i], sublayer)
+                setattr(owner, short, QuantLinear(done, modules[part].bias))
+                start += size
 
-    def _root_weights(self, name: str) -> Tensor:
-        """Square roots of the tempered weights of this rank's tokens, [n]; over all tokens the squares' mean is 1."""
-        weight = self.stats.token_weights[name].to(self.ids[0].device)
-        if not weight.any():  # a dead sub-layer, such as an all-zero output projection: nothing to weigh by
-            return torch.ones_like(weight)[self.own_tokens]
-        weight = (weight / weight.mean()) ** (FISHER_POWER / 2)
-        return (weight / weight.square().mean().sqrt())[self.own_tokens]
+    def _stored_alike(self, i: int, parts: tuple[str, ...]) -> list[list[str]]:
+        """Parts by group size and kind of codes."""
+        found: dict[tuple, list[str]] = {}
+        for part in parts:
+            one = _kind(self.recipe.schemes[f"layers.{i}.{part}"])
+            found.setdefault((one.group_size, one.symmetric, one.integer_zero), []).append(part)
+        return list(found.values())
 
-    def _moment(self, left: Stream, right: Stream, root: Tensor) -> Tensor:
-        """Mean over the tokens of all ranks of root² left rightᵀ, [K_left, K_right]."""
-        return parallel.add_up(_moment(left, right, root)) / self.tokens
+    def _two_sided(self, i: int, part: str, W: Tensor, H: Tensor, rounded: Rounded, top: Tensor) -> Rounded:
+        """With the moments of the outputs' gradients, where there are any."""
+        if (outputs := self.stats.outputs.get(f"layers.{i}.{part}")) is None:
+            return rounded
+        rows = kept_rows(self.teacher, i, self.recipe.layers[i]).get(ROWS_OF.get(part, ""))
+        full = _linear(self.teacher, i, part).weight
+        done = two_sided(W, H, kept_blocks(outputs, rows, len(full)), rounded, top)
+        return Rounded(parallel.from_rank(0, done.codes), done.scales, done.zeros)
+
+    def _moment(self, left: Iterable[Tensor], right: Stream, *, fast: bool = False) -> Tensor:
+        """Mean of left rightᵀ over the tokens of all ranks that count, [K_left, K_right]; `fast`: of bf16 products."""
+        total, start = None, 0
+        for a, b in zip(left, right, strict=True):
+            x, y = a.flatten(0, 1), b.flatten(0, 1)
+            x = x * self.token_weights[start : start + len(x), None]
+            part = (x.bfloat16().T @ y.bfloat16()).float() if fast else x.float().T @ y.float()
+            total, start = part if total is None else total.add_(part), start + len(x)
+        assert total is not None
+        return parallel.add_up(total) / self.tokens
+
+
+def _kind(scheme: Scheme | RowLayout) -> Scheme:
+    return scheme.kind if isinstance(scheme, RowLayout) else scheme
+
+
+def _linear(model: Model, i: int, part: str) -> nn.Linear:
+    """A linear of layer i by its short name, such as "attn.q"."""
+    sublayer, short = part.split(".")
+    return getattr(getattr(model.layers[i], sublayer), short)
+
+
+def _differences(old: Stream, new: Stream, columns: Tensor | None) -> Iterator[Tensor]:
+    """What the teacher's linear reads less what the student's does, [batch, seq, K_old]; `columns`: those that stay."""
+    for theirs, mine in zip(old, new, strict=True):
+        out = theirs.float()
+        if columns is None:
+            yield out - mine
+        else:
+            out = out.clone()
+            out[..., columns] -= mine
+            yield out
 
 
 def _map(function: Callable[[Tensor], Tensor], stream: Stream) -> Stream:
@@ -250,17 +306,6 @@ def _join(stream: Stream, function: Callable[[Tensor, Tensor], Tensor], inner: S
     """The residual stream after a sub-layer, part by part in place of the one before."""
     for index, core in enumerate(inner):
         stream[index] = function(stream[index], core)
-
-
-def _moment(left: Stream, right: Stream, root: Tensor) -> Tensor:
-    """Sum over the tokens of root² left rightᵀ, [K_left, K_right]; only a part of the tokens is copied at a time."""
-    total, start = torch.zeros(left[0].shape[-1], right[0].shape[-1], device=root.device), 0
-    for a, b in zip(left, right, strict=True):
-        x, y = a.flatten(0, 1), b.flatten(0, 1)
-        factor = root[start : start + len(x), None].square()
-        total.addmm_((x * factor).T, y)
-        start += len(x)
-    return total
 
 
 def attention_core(layer: AnyLayer, x: Tensor, context: AnyContext) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jpq_export.compress.activations import Rounding, round_inputs
+from jpq_export.compress.causal_attention import causal_attention, pays
 from jpq_export.compress.int8_cache import Stored, stored_int8
 from jpq_export.compress.rotation import Rotation
 from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, LayerSpec, ModelSpec
@@ -172,9 +173,11 @@ class Attention(nn.Module):
             key, value = context.cache.extend(self.index, key, value)
         mask = context.mask(self.window)
         key, value = (t.repeat_interleave(self.per_group, 1) for t in (key, value))
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
-        )
+        if context.cache is None and pays(query, mask):
+            out = causal_attention(query, key, value, self.scale)
+        else:
+            kind = {"attn_mask": mask, "is_causal": mask is None, "scale": self.scale}
+            out = F.scaled_dot_product_attention(query, key, value, **kind)
         return self.o(out.transpose(1, 2).reshape(batch, seq, -1))
 
 

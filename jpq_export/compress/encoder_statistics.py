@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from jpq_export.compress.encoder import Encoder, EncoderContext
@@ -54,7 +54,8 @@ def collect(
             _one_batch(model, torch.from_numpy(sequences[rows]).to(device), stats, generators(seed, rows, device))
     finally:
         recorder.close()
-    sum_over_ranks(stats, recorder)
+    sum_over_ranks(stats)
+    stats.token_weights = real_tokens(model, sequences)
     stats.tokens, stats.sequences = sequences.size, len(sequences)
     stats.hessians["positions"] = stats.hessians["embed"].clone()  # both are summed into the same stream
     for table in (stats.hessians, stats.gates):
@@ -96,16 +97,18 @@ def token_shares(model: Encoder, sequences: np.ndarray) -> Tensor:
     return counts.to(model.embed.weight.device)
 
 
+def real_tokens(model: Encoder, sequences: np.ndarray) -> Tensor:
+    """1 for every token, 0 for what fills up, [tokens]."""
+    return torch.from_numpy(sequences != model.spec.pad_id).flatten().float().to(model.embed.weight.device)
+
+
 @torch.no_grad()
 def plain_statistics(model: Encoder, sequences: np.ndarray) -> Statistics:
     """What plain GPTQ knows: every real token weighs the same; tables are rounded to nearest."""
     stats, device = Statistics(), model.embed.weight.device
     for name in ("embed", "positions"):
         stats.hessians[name] = torch.eye(model.spec.hidden, device=device)
-    real = torch.from_numpy(sequences != model.spec.pad_id).flatten().float().to(device)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            stats.token_weights[name] = real
+    stats.token_weights = real_tokens(model, sequences)
     stats.rows = token_shares(model, sequences)
     stats.tokens, stats.sequences = sequences.size, len(sequences)
     return stats

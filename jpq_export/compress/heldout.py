@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,7 @@ from jpq_export.compress.apply import all_kept, prune_layer
 from jpq_export.compress.decoder import Decoder
 from jpq_export.compress.model import AnyContext, Model
 from jpq_export.compress.precision import autocast, fast_bf16, head_table
-
-HEAD_CHUNK = 128  # tokens whose logits exist at once; 128 x 49152 x 4 bytes stay below malloc's largest reused block
+from jpq_export.compress.vocabulary import TOKENS, tokens_in_cache
 
 
 class Heldout:
@@ -31,8 +30,8 @@ class Heldout:
         self.probability = torch.empty(len(final), teacher.spec.vocab, device=final.device)
         # KL = Σ p log p - Σ p z + log Σ exp z: the first term is the teacher's own.
         self.negative_entropy = 0.0
-        for mine, p in zip(final.split(HEAD_CHUNK), self.probability.split(HEAD_CHUNK), strict=True):
-            p.copy_(F.softmax(_logits(mine, self.table), -1))
+        for logits, p in _logits(final, self.table, self.probability):
+            p.copy_(F.softmax(logits, -1))
             self.negative_entropy += float(torch.special.xlogy(p, p).sum(dtype=torch.float64))
 
     @torch.no_grad()
@@ -49,8 +48,7 @@ class Heldout:
     def final_kl(self, hidden: Tensor, table: Tensor) -> float:
         """The same from a model's final hidden states [tokens, hidden] and head [vocab, hidden]."""
         total = self.negative_entropy
-        for mine, p in zip(hidden.split(HEAD_CHUNK), self.probability.split(HEAD_CHUNK), strict=True):
-            logits = _logits(mine, table)
+        for logits, p in _logits(hidden, table, self.probability):
             cross = logits.logsumexp(-1) - torch.linalg.vecdot(p, logits)
             total += float(cross.sum(dtype=torch.float64))
         return total / len(hidden)
@@ -82,8 +80,13 @@ class PartialForward:
             return heldout.stream_kl(x)
 
 
-def _logits(hidden: Tensor, table: Tensor) -> Tensor:
-    return (hidden.to(table.dtype) @ table.T).float()
+def _logits(hidden: Tensor, table: Tensor, probability: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(fp32 logits, rows of `probability`) of a few tokens at a time; hidden [tokens, hidden], head `table`."""
+    few = tokens_in_cache(len(table))
+    for states, rows in zip(hidden.split(TOKENS), probability.split(TOKENS), strict=True):
+        together = states.to(table.dtype) @ table.T
+        for logits, p in zip(together.split(few), rows.split(few), strict=True):
+            yield logits.float(), p
 
 
 def fast_layers(model: Model) -> list[Any]:

@@ -121,20 +121,19 @@ def _load_statistics(folder: Path, device: str) -> Statistics | None:
     stats = Statistics()
     for name, value in load_file(path, device=device).items():
         kind, _, key = name.partition("/")
-        if kind == "rows":
-            stats.rows = value
-        else:
+        if key:
             getattr(stats, kind)[key] = value
-    stats.tokens = next(iter(stats.token_weights.values())).numel()
+        else:
+            setattr(stats, kind, value)
+    stats.tokens = stats.token_weights.numel()
     return stats
 
 
 def _statistics_tensors(stats: Statistics) -> dict[str, np.ndarray]:
     """Only what compression uses: layer Hessians are made anew from the compressed prefix."""
-    out = {f"token_weights/{name}": value for name, value in stats.token_weights.items()}
-    out |= {f"hessians/{name}": stats.hessians[name] for name in sorted(stats.hessians) if is_table(name)}
+    out = {f"hessians/{name}": stats.hessians[name] for name in sorted(stats.hessians) if is_table(name)}
     out |= {f"outputs/{name}": moment for name, moment in stats.outputs.items()}
-    out["rows/"] = stats.rows
+    out |= {"token_weights": stats.token_weights, "rows": stats.rows}
     return {name: value.cpu().numpy() for name, value in out.items()}
 
 

@@ -2,8 +2,8 @@
 
 Targets are sampled from the teacher itself, so the squared gradients estimate the Fisher information, which at the
 teacher is the Hessian of KL(teacher ‖ model) (Kunstner et al., 2019). Everything is summed as it streams; memory does
-not grow with tokens except for one weight per token and linear (4 bytes each). Under torchrun every process takes a
-share of the sequences; targets hang on seed and sequence, so that the sums are those of one process.
+not grow with tokens. Under torchrun every process takes a share of the sequences; targets hang on seed and sequence, so
+that the sums are those of one process.
 
 Units: all prices are nats of KL per token.
 """
@@ -21,13 +21,11 @@ from torch.nn import functional as F
 from jpq_export.compress import parallel
 from jpq_export.compress.decoder import Decoder
 from jpq_export.compress.model import Model
-from jpq_export.compress.precision import autocast, fast_bf16
+from jpq_export.compress.precision import autocast, fast_bf16, head_table
 from jpq_export.compress.two_sided import add_output_moment, compact
+from jpq_export.compress.vocabulary import TOKENS, tokens_in_cache
 
-# Weights are tempered: raw Fisher weights span decades and leave few effective tokens. Held-out Jargon File text, 3
-# bits, no refit: power 0 (plain) 1.04, power 0.5 0.84, power 1 0.97.
-FISHER_POWER = 0.5
-HEAD_ROWS_PER_CHUNK = 128  # tokens whose logits exist at once: 128 x 49152 x 4 bytes = 25 MB
+OUTPUT_POWER = 0.5  # of the Fisher's weights in the moments of gradients: raw ones span decades, few tokens would count
 
 Progress = Callable[[int, int], None]
 
@@ -39,17 +37,17 @@ class Statistics:
     hessians: [K, K], mean over tokens of w_t x_t x_tᵀ with w_t = mean over outputs of the squared gradient, so that
         0.5 * tr(E H Eᵀ) predicts the KL of an error E. `embed` holds the head's inputs plus the input side's diagonal,
         `positions` the gradients' moment at the sum they go into.
-    token_weights: w_t of every calibration token, [tokens], in order.
+    token_weights: [tokens], 1, or 0 for a token that only fills up.
     rows: row weights of the embedding or head, [vocab], mean teacher probability of each token.
     outputs: [blocks, B, B] float16, mean over tokens of w_t^(p - 1) g_t g_tᵀ with g_t the gradient by the outputs and p
-        the FISHER_POWER, up to a factor; empty unless asked for.
+        the OUTPUT_POWER, up to a factor; empty unless asked for.
     gates: predicted KL of removing: layers.{i}.attn -> [1 + kv_heads] and layers.{i}.mlp -> [1 + ffn], the whole
         sub-layer first (squared per sequence), then each key/value group or channel (squared per token: thousands of
         samples instead of a few, so that picking the smallest does not pick luck).
     """
 
     hessians: dict[str, Tensor] = field(default_factory=dict)
-    token_weights: dict[str, Tensor] = field(default_factory=dict)
+    token_weights: Tensor = field(default_factory=lambda: torch.empty(0))
     rows: Tensor = field(default_factory=lambda: torch.empty(0))
     gates: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -64,7 +62,6 @@ class Recorder:
         """`outputs`: moments of their gradients too; `per_text`: gates squared per sequence, for one target a text."""
         self.model, self.stats, self.handles = model, stats, []
         self.outputs, self.per_text = outputs, per_text
-        self.weights: dict[str, list[Tensor]] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name != "head":
                 self.handles.append(module.register_forward_hook(self._linear(name)))
@@ -88,10 +85,9 @@ class Recorder:
             def on_gradient(gradient: Tensor) -> None:
                 g = gradient.detach().flatten(0, -2).float()
                 w = g.square().mean(-1)  # [tokens]
-                self.weights.setdefault(name, []).append(w)
                 add_moment(self.stats.hessians, name, x.float() * w.sqrt()[:, None])
                 if self.outputs:
-                    tempered = w.clamp(min=1e-30) ** ((FISHER_POWER - 1) / 2)
+                    tempered = w.clamp(min=1e-30) ** ((OUTPUT_POWER - 1) / 2)
                     fast = fast_bf16(g.device.type)
                     add_output_moment(self.stats.outputs, name, g * tempered[:, None], fast=fast)
 
@@ -163,8 +159,9 @@ def collect(
             _one_batch(model, ids, stats, generators(seed, rows, device))
     finally:
         recorder.close()
-    sum_over_ranks(stats, recorder)
+    sum_over_ranks(stats)
     parallel.add_up(stats.rows)
+    stats.token_weights = torch.ones(sequences.size, device=device)
     stats.tokens, stats.sequences = sequences.size, len(sequences)
     for table in (stats.hessians, stats.gates):
         for value in table.values():
@@ -192,9 +189,8 @@ def generators(seed: int, rows: slice, device: torch.device) -> list[torch.Gener
     return [torch.Generator(device=device).manual_seed(int(state)) for state in seeds]
 
 
-def sum_over_ranks(stats: Statistics, recorder: Recorder) -> None:
-    """The token weights of all sequences in their order, and sums over all instead of this rank's."""
-    stats.token_weights = {name: parallel.joined(torch.cat(parts)) for name, parts in sorted(recorder.weights.items())}
+def sum_over_ranks(stats: Statistics) -> None:
+    """Sums over all ranks instead of this one's."""
     for sums in (stats.hessians, stats.gates, stats.outputs):
         for name in sorted(sums):  # one order on all ranks
             parallel.add_up(sums[name])
@@ -204,12 +200,11 @@ def _one_batch(model: Decoder, ids: Tensor, stats: Statistics, draws: list[torch
     with autocast(ids.device), torch.enable_grad():
         start = model.embed_tokens(ids).detach().requires_grad_(True)
         hidden = hidden_from(model, start, ids)
-    final = hidden.detach()
+    final, table = hidden.detach(), head_table(model)
     gradient = torch.empty_like(final)
     for states, slopes, generator in zip(final, gradient, draws, strict=True):
-        for begin in range(0, len(states), HEAD_ROWS_PER_CHUNK):
-            rows = slice(begin, begin + HEAD_ROWS_PER_CHUNK)
-            slopes[rows] = _sampled_gradient(model, states[rows], stats, generator)
+        for some, out in zip(states.split(TOKENS), slopes.split(TOKENS), strict=True):
+            out.copy_(_sampled_gradient(table, some, stats, generator))
     hidden.backward(gradient)
     add_moment(stats.hessians, "head" if model.head is not None else "embed", final.flatten(0, 1).float())
     if start.grad is not None:
@@ -231,16 +226,25 @@ def hidden_from(model: Decoder, embedded: Tensor, ids: Tensor) -> Tensor:
     return model.finish(x)
 
 
-def _sampled_gradient(model: Decoder, hidden: Tensor, stats: Statistics, generator: torch.Generator) -> Tensor:
-    """d(-log p(t))/d hidden for t ~ p, [rows, hidden]; adds mean probabilities to the row weights."""
-    with autocast(hidden.device):
-        probability = F.softmax(model.logits(hidden).float(), -1)  # [rows, vocab]
-    stats.rows += probability.sum(0)
-    target = torch.multinomial(probability, 1, generator=generator)
-    probability.scatter_add_(1, target, torch.full_like(target, -1, dtype=probability.dtype))
-    table = model.embed.weight if model.head is None else model.head.weight
-    with autocast(hidden.device):
-        return (probability @ table).to(hidden.dtype)
+def _sampled_gradient(table: Tensor, hidden: Tensor, stats: Statistics, generator: torch.Generator) -> Tensor:
+    """d(-log p(t))/d hidden for t ~ p, [tokens, hidden]; adds mean probabilities to the row weights."""
+    slopes = hidden.to(table.dtype) @ table.T  # first the logits
+    for logits in slopes.split(tokens_in_cache(len(table))):
+        probability = F.softmax(logits.float(), -1)
+        stats.rows += probability.sum(0)
+        target = sample(probability, generator)
+        logits.copy_(probability.scatter_add_(1, target, torch.full_like(target, -1, dtype=probability.dtype)))
+    return slopes @ table
+
+
+def sample(probability: Tensor, generator: torch.Generator) -> Tensor:
+    """One index a row of `probability` [n, vocab] (sums of one), drawn by it: int64 [n, 1].
+
+    By the distribution function: `multinomial` draws a random number for every word, a fifth of this stage's time.
+    """
+    edges = probability.cumsum(-1)
+    draw = torch.rand(len(edges), 1, generator=generator, device=edges.device) * edges[:, -1:]
+    return torch.searchsorted(edges, draw, right=True).clamp_(max=edges.shape[1] - 1)
 
 
 @torch.no_grad()
@@ -258,9 +262,7 @@ def plain_statistics(model: Decoder, sequences: np.ndarray) -> Statistics:
         stats.hessians["embed"] = torch.eye(model.spec.hidden, device=device)
     if model.positions is not None:
         stats.hessians["positions"] = torch.eye(model.spec.hidden, device=device)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "head":
-            stats.token_weights[name] = torch.ones(sequences.size, device=device)
+    stats.token_weights = torch.ones(sequences.size, device=device)
     stats.rows = torch.full((model.spec.vocab,), 1 / model.spec.vocab, device=device)
     stats.tokens, stats.sequences = sequences.size, len(sequences)
     return stats

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from jpq_export.compress import statistics
+from jpq_export.compress import apply, statistics
 from jpq_export.compress.apply import Compressor, LayerChoice, Recipe, all_kept, prune, prune_layer
 from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
 from jpq_export.compress.heldout import Heldout, PartialForward
@@ -98,6 +98,15 @@ def test_statistics_do_not_depend_on_the_batch(teacher: Decoder, sequences: np.n
     assert torch.equal(one.hessians["embed"], again.hessians["embed"])
 
 
+def test_targets_are_drawn_by_their_probability() -> None:
+    p = torch.tensor([0.5, 0.0, 0.3, 0.0, 0.2, 0.0])
+    found = statistics.sample(p.expand(20000, -1), torch.Generator().manual_seed(0))
+    share = torch.bincount(found.flatten(), minlength=6) / 20000
+    assert torch.allclose(share, p, atol=0.015)  # four standard deviations
+    assert not torch.allclose(share, p.roll(1), atol=0.1)
+    assert float(share[p == 0].sum()) == 0  # the last as well, where the sums end
+
+
 def test_pruning_equals_zeroing(teacher: Decoder, sequences: np.ndarray) -> None:
     choices = list(all_kept(SPEC))
     kept = tuple(c for c in range(128) if c % 4)
@@ -153,6 +162,39 @@ def test_pruned_weights_are_refit(teacher: Decoder, stats: statistics.Statistics
     recipe = Recipe(tuple(choices), {name: Scheme(8, 32) for name in prune(teacher, tuple(choices)).spec.matrices()})
     refit = Compressor(teacher, recipe, stats, sequences).run()
     assert kl(teacher, refit, sequences) < kl(teacher, prune(teacher, tuple(choices)), sequences)
+
+
+@pytest.mark.parametrize(("fast", "bound"), [(False, 1e-3), (True, 2e-2)])
+def test_the_refit_is_ridge_regression_to_the_teachers_outputs(
+    teacher: Decoder, stats: statistics.Statistics, sequences: np.ndarray, monkeypatch: pytest.MonkeyPatch,
+    *, fast: bool, bound: float,
+) -> None:  # fmt: skip
+    """Of what arrives, pruned columns included; `fast`: the difference of inputs in bf16, as where that is quick."""
+    monkeypatch.setattr(apply, "fast_bf16", lambda _kind: fast)
+    seen, stacks = [], []
+    linears, rounding = Compressor._linears, Compressor._round
+    monkeypatch.setattr(Compressor, "_linears", lambda self, *asked: seen.append(asked) or linears(self, *asked))
+    monkeypatch.setattr(Compressor, "_round", lambda self, W, *rest: stacks.append(W) or rounding(self, W, *rest))
+    choices = list(all_kept(SPEC))
+    choices[1] = LayerChoice((0,), tuple(range(0, 128, 2)))
+    names = prune(teacher, tuple(choices)).spec.matrices()
+    Compressor(teacher, Recipe(tuple(choices), {n: Scheme(3, 16) for n in names}), stats, sequences).run()
+    found = dict(zip([(i, parts) for i, parts, *_ in seen], stacks[-len(seen) :], strict=True))
+    for i, parts, old_in, new_in in seen:
+        x, arriving = (torch.cat([t.flatten(0, 1) for t in stream]).double() for stream in (old_in, new_in))
+        rows = apply.kept_rows(teacher, i, choices[i])
+        wanted = []
+        for part in parts:
+            full = named_weights(teacher)[f"layers.{i}.{part}"].double()
+            own = apply.pruned_weights(teacher, i, choices[i])[part].double()
+            full = full if (index := rows.get(apply.ROWS_OF.get(part, ""))) is None else full[index]
+            H = arriving.T @ arriving / len(x)
+            missing = (x @ full.T - arriving @ own.T).T @ arriving / len(x)
+            level = H.diagonal().mean() * apply.REFIT_RIDGE
+            wanted.append(own + missing @ torch.linalg.inv(H + level * torch.eye(len(H), dtype=torch.float64)))
+        moved = torch.cat(wanted) - torch.cat([apply.pruned_weights(teacher, i, choices[i])[p].double() for p in parts])
+        assert float((found[i, parts] - torch.cat(wanted)).norm()) <= bound * float(moved.norm()) + 1e-5
+        assert i == 0 or float(moved.norm()) > 0.01  # something arrives changed
 
 
 def test_recovery_lowers_the_kl_and_keeps_the_codes(

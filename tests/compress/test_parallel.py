@@ -96,9 +96,7 @@ def test_shares_of_the_sequences_sum_to_the_statistics_of_one_process(
         assert torch.allclose(
             sum(part.hessians[name] for part in parts), H, rtol=2e-3, atol=1e-3 * float(H.abs().max())
         )
-    for name, weights in whole.token_weights.items():
-        assert torch.allclose(torch.cat([part.token_weights[name] for part in parts]), weights, rtol=2e-2)
+    for name, gates in whole.gates.items():
+        assert torch.allclose(sum(part.gates[name] for part in parts), gates, rtol=5e-2)
     name = "layers.0.attn.q"  # the twin: targets that hang on the rank
-    assert not torch.allclose(
-        torch.cat([part.token_weights[name] for part in alien]), whole.token_weights[name], rtol=0.1
-    )
+    assert not torch.allclose(sum(part.hessians[name] for part in alien), whole.hessians[name], rtol=0.1)
