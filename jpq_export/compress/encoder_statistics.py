@@ -55,7 +55,7 @@ def collect(
     finally:
         recorder.close()
     sum_over_ranks(stats)
-    stats.token_weights = real_tokens(model, sequences)
+    stats.token_weights = alike_by_text(model, sequences)
     stats.tokens, stats.sequences = sequences.size, len(sequences)
     stats.hessians["positions"] = stats.hessians["embed"].clone()  # both are summed into the same stream
     for table in (stats.hessians, stats.gates):
@@ -100,6 +100,12 @@ def token_shares(model: Encoder, sequences: np.ndarray) -> Tensor:
 def real_tokens(model: Encoder, sequences: np.ndarray) -> Tensor:
     """1 for every token, 0 for what fills up, [tokens]."""
     return torch.from_numpy(sequences != model.spec.pad_id).flatten().float().to(model.embed.weight.device)
+
+
+def alike_by_text(model: Encoder, sequences: np.ndarray) -> Tensor:
+    """Every text weighs the same, as in the error: its tokens 1 / their number, 0 for what fills up; [tokens]."""
+    real = torch.from_numpy(sequences != model.spec.pad_id).float()
+    return (real / real.sum(1, keepdim=True).clamp(min=1)).flatten().to(model.embed.weight.device)
 
 
 @torch.no_grad()
