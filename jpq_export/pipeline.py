@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
     from jpq_export.format.encoder_spec import Spec
 
+CHECKPOINT = "recovering.safetensors"
 FINAL_SEQUENCES = 12  # of the effort's length, to choose between finalists
 
 logger = logging.getLogger(__name__)
@@ -233,7 +234,8 @@ class Export:
             for t in trials
         ]
         plans = []
-        for trial in finalists(trials, prepared.prices, self.effort.finalists):
+        kinds = {"by_bits": self.effort.finalists_by_bits}
+        for trial in finalists(trials, prepared.prices, self.effort.finalists, **kinds):
             measured: dict[str, Any] = {
                 "knobs": _finite(asdict(trial.knobs)),
                 "measured_kl_before_recovery": trial.kl,
@@ -315,6 +317,7 @@ class Export:
     def recover(self, loaded: LoadedModel, texts: Texts, plan: Plan, rounded: CompressedModel) -> CompressedModel:
         """Tune scales and norms, or low-rank branches; kept only if the held-out KL says so."""
         from jpq_export.compress.stages import recover
+        from jpq_export.compress.training import Checkpoint
         from jpq_export.methods.qpruner.adapters import adapt
 
         if not (plan.method == "jpq" or plan.adapter_rank) or self.effort.tune_steps == 0:
@@ -328,8 +331,11 @@ class Export:
                 if plan.adapter_rank:
                     tuned, fresh = once(adapt, loaded.model, rounded, plan, sequences, heldout, **kind)
                 else:
+                    checkpoint = Checkpoint(self.work.path(CHECKPOINT))
+                    kind |= {"measured_every": self.effort.tune_measured, "checkpoint": checkpoint}
                     tuned, fresh = recover(loaded.model, rounded, sequences, heldout, **kind)
                 once(self._save, tuned, "recovered.safetensors", fresh)
+                once(self.work.path(CHECKPOINT).unlink, missing_ok=True)
         else:
             self.stages.resumed("recover", "end-to-end recovery")
         tuned = once(CompressedModel.load, self.work.path("recovered.safetensors"))

@@ -26,7 +26,7 @@ from jpq_export.parity import check, report, verify
 import transformers.models.llama.modeling_llama
 
 two_finalists = ("two_bit", (float("inf"),)), ("removal", (float("inf"),))
-effort.EFFORTS["quick"] = effort.Effort("quick", 4, 2, 64, 1, 6, 2, two_finalists, finalists=2)
+effort.EFFORTS["quick"] = effort.Effort("quick", 4, 2, 64, 1, 6, 2, two_finalists, finalists=2, finalists_by_bits=True)
 refine.FINALIST_WITHIN = float("inf")
 RAISED = {
     "full": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file"),

@@ -11,8 +11,9 @@ from jpq_export.compress.refine import TRIALS
 class Effort:
     """`sequences` of `length` tokens for statistics and rounding, `heldout` for gates, `tune_*` for recovery.
 
-    `finalists`: how many plans are rounded before one is chosen. `two_sided`: rounding sees which outputs err together,
-    which costs two minutes more on SmolLM2-135M.
+    `tune_measured`: steps between the held-out errors by which recovery stops early, 0 for none. `finalists`: how many
+    plans are rounded before one is chosen; they differ in whether they prune and, `finalists_by_bits`, in whether they
+    use 2 bits. `two_sided`: rounding sees which outputs err together, which costs two minutes more on SmolLM2-135M.
     """
 
     name: str
@@ -24,7 +25,9 @@ class Effort:
     tune_steps: int
     trials: tuple[tuple[str, tuple[float, ...]], ...]
     finalists: int = 1
+    finalists_by_bits: bool = False
     two_sided: bool = False
+    tune_measured: int = 0
 
     @property
     def calibration_sequences(self) -> int:
@@ -44,5 +47,11 @@ EFFORTS = {
         (("removal", (float("inf"), 2.0)), ("two_bit", (float("inf"),)), ("table", (0.6,))),
     ),
     "standard": Effort("standard", 24, 4, 512, 2, 240, 90, TRIALS, finalists=2),
-    "max": Effort("max", 96, 8, 512, 3, 240, 2000, TRIALS, finalists=3, two_sided=True),
+    "max": Effort(
+        *("max", 96, 8, 512, 3, 240, 1400, TRIALS),
+        finalists=3,
+        finalists_by_bits=True,
+        two_sided=True,
+        tune_measured=100,
+    ),
 }

@@ -6,6 +6,8 @@ one embedding a text says little, its tokens say more.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from jpq_export.compress.encoder_statistics import direction
 from jpq_export.compress.precision import autocast, fast_bf16
 from jpq_export.compress.quant_linear import QuantLinear
 from jpq_export.compress.statistics import Progress
-from jpq_export.compress.tune import RelativeAdam, TuneSettings, schedule, sum_gradients
+from jpq_export.compress.training import Guard, RelativeAdam, TuneSettings, run_steps, schedule
 
 TOKEN_SHARE = 0.5
 TEXTS = 32  # a step
@@ -30,23 +32,23 @@ def tune(
     settings: TuneSettings,
     *,
     seed: int,
+    guard: Guard | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
     """Train in place; returns the training error of every step (1 - cosine)."""
-    settings = TuneSettings(settings.steps, min(TEXTS, len(sequences)), settings.scale_rate, settings.norm_rate)
-    layers, others = start_training(student)
-    optimizer, parameters = RelativeAdam(layers, others, settings), [*(layer.scales for layer in layers), *others]
-    losses = []
-    for step, index in enumerate(schedule(len(sequences), settings, seed)):
+    settings = replace(settings, batch=min(TEXTS, len(sequences)))
+    optimizer = RelativeAdam(*start_training(student), settings)
+
+    def one_step(index: np.ndarray) -> float:
         ids = torch.from_numpy(sequences[index]).to(teacher.embed.weight.device)
-        mine, loss = ids[parallel.share(len(ids))], 0.0
-        if len(mine):
-            counts = {"texts": len(ids), "tokens": int((ids != teacher.spec.pad_id).sum())}
-            loss = distil_step(teacher, student, mine[:, : longest(mine, teacher.spec.pad_id)], **counts)
-        losses.append(sum_gradients(parameters, loss))
-        optimizer.step(step)
-        if progress:
-            progress(step + 1, settings.steps)
+        mine = ids[parallel.share(len(ids))]
+        if not len(mine):
+            return 0.0
+        counts = {"texts": len(ids), "tokens": int((ids != teacher.spec.pad_id).sum())}
+        return distil_step(teacher, student, mine[:, : longest(mine, teacher.spec.pad_id)], **counts)
+
+    turns = list(schedule(len(sequences), settings, seed))
+    losses = run_steps(optimizer, turns, one_step, guard=guard, progress=progress)
     stop_training(student)
     return losses
 

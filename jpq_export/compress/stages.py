@@ -14,7 +14,7 @@ from jpq_export.compress.prepared import load_statistics
 from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.compress.student import to_compressed, to_student
 from jpq_export.compress.teaching import shared_errors, teaching_of
-from jpq_export.compress.tune import TuneSettings
+from jpq_export.compress.training import Checkpoint, Guard, TuneSettings
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.plan import Plan
 from jpq_export.numerics.row_blocks import layout_of
@@ -74,13 +74,20 @@ def recover(
     *,
     steps: int,
     seed: int,
+    measured_every: int = 0,
+    checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> tuple[CompressedModel, float]:
-    """End-to-end tuning of scales and norms; with the held-out KL after it, of the numbers as stored."""
+    """End-to-end tuning of scales and norms; with the held-out KL after it, of the numbers as stored.
+
+    `measured_every`, `checkpoint`: see `training`.
+    """
     device = str(teacher.embed.weight.device)
     student = to_student(compressed, device=device)
     torch.manual_seed(seed)
-    teaching_of(teacher).tune(teacher, student, sequences, TuneSettings(steps=steps), seed=seed, progress=progress)
+    settings = TuneSettings(steps=steps, measured_every=measured_every)
+    guard = Guard(checkpoint, lambda: _heldout_error(teacher, student, heldout))
+    teaching_of(teacher).tune(teacher, student, sequences, settings, seed=seed, guard=guard, progress=progress)
     schemes = {name: layout_of(weight) for name, weight in compressed.quantized.items()}
     tuned = to_compressed(student, schemes)
     return tuned, _heldout_error(teacher, to_student(tuned, device=device), heldout)

@@ -8,10 +8,6 @@ takes its share of each step's sequences.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -22,18 +18,8 @@ from jpq_export.compress.decoder import Decoder, Norm
 from jpq_export.compress.precision import autocast, fast_bf16, head_table
 from jpq_export.compress.quant_linear import QuantLinear
 from jpq_export.compress.statistics import Progress
+from jpq_export.compress.training import Guard, RelativeAdam, TuneSettings, run_steps, schedule
 from jpq_export.compress.vocabulary import TOKENS, tokens_in_cache
-
-
-@dataclass(frozen=True, slots=True)
-class TuneSettings:
-    """`steps` of `batch` sequences; `scale_rate`: relative to the scale of two-bit codes, see `step_of`."""
-
-    steps: int
-    batch: int = 2
-    scale_rate: float = 8e-3
-    norm_rate: float = 1e-3
-    warmup: int = 5
 
 
 @torch.no_grad()
@@ -80,40 +66,27 @@ def tune(
     settings: TuneSettings,
     *,
     seed: int,
+    guard: Guard | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
     """Train in place; returns the training KL of every step (nats per token)."""
     start_training(student)
-    layers, norms = trainable(student)
-    optimizer, parameters = RelativeAdam(layers, norms, settings), [*(layer.scales for layer in layers), *norms]
+    optimizer = RelativeAdam(*trainable(student), settings)
     turns = list(schedule(len(sequences), settings, seed))
     used = np.unique(np.concatenate(turns)) if turns else np.empty(0, np.int64)  # few steps do not see all
     hidden, table = teacher_hidden(teacher, sequences[used]), head_table(teacher)
-    losses = []
-    for step, index in enumerate(turns):
-        mine, loss = index[parallel.share(len(index))], 0.0
-        if len(mine):
-            ids = torch.from_numpy(sequences[mine]).to(hidden.device)
-            target = hidden[torch.from_numpy(np.searchsorted(used, mine))]
-            loss = distil_step(table, student, ids, target, tokens=sequences[index].size)
-        losses.append(sum_gradients(parameters, loss))
-        optimizer.step(step)
-        if progress:
-            progress(step + 1, settings.steps)
+
+    def one_step(index: np.ndarray) -> float:
+        mine = index[parallel.share(len(index))]
+        if not len(mine):
+            return 0.0
+        ids = torch.from_numpy(sequences[mine]).to(hidden.device)
+        target = hidden[torch.from_numpy(np.searchsorted(used, mine))]
+        return distil_step(table, student, ids, target, tokens=sequences[index].size)
+
+    losses = run_steps(optimizer, turns, one_step, guard=guard, progress=progress)
     stop_training(student)
     return losses
-
-
-def sum_gradients(parameters: list[nn.Parameter], loss: float) -> float:
-    """Gradients of the whole batch on every rank, from those of the ranks' shares; returns the sum of the losses."""
-    if parallel.world() == 1:
-        return loss
-    told = torch.tensor([loss], device=parameters[0].device)
-    flat = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
-    sums = parallel.add_up(torch.cat([*flat, told])).split([*(p.numel() for p in parameters), 1])
-    for parameter, total in zip(parameters, sums, strict=False):  # the loss is behind them
-        parameter.grad = total.view_as(parameter).clone()
-    return float(sums[-1])
 
 
 def start_training(student: Decoder) -> None:
@@ -133,16 +106,6 @@ def stop_training(student: Decoder) -> None:
             module.stop_training()
         elif isinstance(module, Norm):
             module.weight.requires_grad_(False)
-
-
-def schedule(count: int, settings: TuneSettings, seed: int) -> Iterator[np.ndarray]:
-    """Sequence indices of every step: shuffled epochs."""
-    generator, pool = np.random.default_rng(seed), np.empty(0, np.int64)
-    for _ in range(settings.steps):
-        while len(pool) < settings.batch:
-            pool = np.concatenate([pool, generator.permutation(count)])
-        yield pool[: settings.batch]
-        pool = pool[settings.batch :]
 
 
 def distil_step(
@@ -189,45 +152,3 @@ def kl_and_slope(theirs: Tensor, mine: Tensor) -> tuple[float, Tensor]:
     their_sum, my_sum = (z.amax(-1) - r.amax(-1).log() for z, r in ((theirs, p), (mine, q)))
     loss = torch.linalg.vecdot(p, theirs - mine) + my_sum - their_sum
     return float(loss.sum()), q.sub_(p)
-
-
-def step_of(codes: Tensor) -> Tensor:
-    """How far a row's scales go a step, relative to those of two bits: float32 [N, 1] of codes [N, K].
-
-    A change by 1% moves the outermost weight by 1% of half the levels in use: by the same part of a quantization step
-    at every width when the rate falls with the levels. SmolLM2-135M, 30 steps, held-out KL at 2.58, 3.15 and 4.16 bits:
-    0.833, 0.545, 0.181; with 3e-3 for all widths 0.840, 0.546, 0.182; with 8e-3 for all 0.839, -, 0.200.
-    """
-    levels = codes.amax(1, keepdim=True).float() - codes.amin(1, keepdim=True).float() + 1
-    return (4 / levels).clamp(max=1)
-
-
-class RelativeAdam:
-    """Adam on log(scale) for scales (a step is relative to the scale) and plain Adam for norms; cosine to a tenth."""
-
-    def __init__(self, layers: list[QuantLinear], norms: list[nn.Parameter], settings: TuneSettings) -> None:
-        self.settings, self.scales, self.norms = settings, [layer.scales for layer in layers], norms
-        self.starts = [scale.detach().log() for scale in self.scales]
-        self.steps = [step_of(layer.codes) for layer in layers]
-        self.moves = [nn.Parameter(torch.zeros_like(start)) for start in self.starts]  # log scale = start + step * move
-        self.adam = torch.optim.Adam(
-            [{"params": self.moves, "lr": settings.scale_rate}, {"params": norms, "lr": settings.norm_rate}],
-            betas=(0.9, 0.99),
-        )
-        self.base = [settings.scale_rate, settings.norm_rate]
-
-    @torch.no_grad()
-    def step(self, step: int) -> None:
-        """One update from the accumulated gradients, which are cleared."""
-        progress = step / max(1, self.settings.steps)
-        factor = min(1.0, (step + 1) / self.settings.warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-        for group, rate in zip(self.adam.param_groups, self.base, strict=True):
-            group["lr"] = rate * factor
-        for move, scale, far in zip(self.moves, self.scales, self.steps, strict=True):
-            move.grad = None if scale.grad is None else scale.grad * scale * far  # d/d log s = s d/d s
-            scale.grad = None
-        self.adam.step()
-        for move, scale, start, far in zip(self.moves, self.scales, self.starts, self.steps, strict=True):
-            scale.copy_((start + far * move).exp())
-        for norm in self.norms:
-            norm.grad = None

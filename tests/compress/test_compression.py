@@ -15,11 +15,10 @@ from jpq_export.compress.permute import permuted
 from jpq_export.compress.prepared import Prepared, load_prepared, save_prepared
 from jpq_export.compress.prices import PriceList, RoundedCache, measure_prices, round_all
 from jpq_export.compress.student import dequantized, to_compressed, to_student
+from jpq_export.compress.training import TuneSettings, schedule
 from jpq_export.compress.tune import (
-    TuneSettings,
     distil_step,
     heldout_kl,
-    schedule,
     start_training,
     teacher_hidden,
     tune,

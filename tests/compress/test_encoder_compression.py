@@ -23,7 +23,7 @@ from jpq_export.compress.refine import refine
 from jpq_export.compress.search import Knobs
 from jpq_export.compress.student import to_compressed, to_student
 from jpq_export.compress.teaching import ENCODER, teaching_of
-from jpq_export.compress.tune import TuneSettings
+from jpq_export.compress.training import TuneSettings
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec, spec_from_json
 from jpq_export.format.target import load_target

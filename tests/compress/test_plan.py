@@ -232,9 +232,14 @@ def test_finalists_are_the_best_of_every_kind_that_is_near(prices: PriceList) ->
 
     cheap = {"removal": 0.1, "two_bit": 0.1}
     trials = [trial(1.0, **cheap), trial(1.01, **cheap), trial(1.1, removal=INF), trial(1.2, removal=0.01, two_bit=INF)]
-    assert [each.kind(prices) for each in trials] == [(True, True), (True, True), (False, True), (True, False)]
-    assert finalists(trials, prices, 3) == [trials[0], trials[2]]  # the second is of the same kind, the last too far
-    assert finalists(trials, prices, 1) == [trials[0]]
+    kinds = [each.kind(prices, by_bits=True) for each in trials]
+    assert kinds == [(True, True), (True, True), (False, True), (True, False)]
+    for by_bits in (True, False):  # the second is of the same kind, the last too far
+        assert finalists(trials, prices, 3, by_bits=by_bits) == [trials[0], trials[2]]
+        assert finalists(trials, prices, 1, by_bits=by_bits) == [trials[0]]
+    near = [*trials[:3], replace(trials[3], kl=1.12)]
+    assert finalists(near, prices, 3, by_bits=True) == [trials[0], trials[2], near[3]]
+    assert finalists(near, prices, 3, by_bits=False) == [trials[0], trials[2]]  # it prunes as the first does
 
 
 def test_what_removal_costs_weighs_more_than_what_bits_cost(prices: PriceList) -> None:

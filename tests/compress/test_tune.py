@@ -1,13 +1,28 @@
-"""Recovery's steps: relative to the scale, and smaller where more levels hang on it."""
+"""Recovery's steps: relative to the scale, smaller where more levels hang on it; killed, resumed, stopped early."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from jpq_export.compress import training as training_module
 from jpq_export.compress.quant_linear import QuantLinear
 from jpq_export.compress.rounding import Rounded
-from jpq_export.compress.tune import RelativeAdam, TuneSettings, step_of
+from jpq_export.compress.training import (
+    Checkpoint,
+    Guard,
+    RelativeAdam,
+    TuneSettings,
+    run_steps,
+    schedule,
+    step_of,
+)
 
 
 def layer(bits: int, *, seed: int = 0) -> QuantLinear:
@@ -40,3 +55,86 @@ def test_the_first_step_is_the_rate_times_the_step_whatever_the_scale(bits: int)
     assert torch.allclose(moved, expected.expand_as(moved), rtol=1e-3)
     assert not torch.allclose(moved, expected.expand_as(moved) * 2, rtol=1e-3)  # the twin: of another width
     assert module.scales.grad is None
+
+
+ROWS = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
+
+
+def training(steps: int, **kind: int) -> tuple[QuantLinear, nn.Parameter, RelativeAdam, Callable[[np.ndarray], float]]:
+    """A layer and a norm that learn to multiply as another layer does."""
+    module, norm = layer(2), nn.Parameter(torch.ones(64))
+    wanted = layer(2).scales.detach() * torch.linspace(0.8, 1.3, 8)[:, None]
+    module.start_training(torch.float32)
+    goal = (module.centred.view(8, 2, 32) * wanted[..., None]).view(8, 64)
+    settings = TuneSettings(steps=steps, scale_rate=0.02, **kind)
+
+    def one_step(index: np.ndarray) -> float:
+        x = ROWS[index]
+        with torch.enable_grad():
+            loss = (module(x * norm) - x @ goal.T).square().mean()
+            loss.backward()
+        return float(loss.detach())
+
+    return module, norm, RelativeAdam([module], [norm], settings), one_step
+
+
+def turns(steps: int) -> list[np.ndarray]:
+    return list(schedule(len(ROWS), TuneSettings(steps=steps, batch=6), seed=3))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_recovery_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_module, "CHECKPOINT_SECONDS", -1)  # a file after every step
+
+    def run(guard: Guard | None, *, dies_at: int | None = None) -> tuple[Tensor, Tensor, list[float]]:
+        module, norm, optimizer, one_step = training(12, measured_every=3, patience=9)
+
+        def step(index: np.ndarray) -> float:
+            calls.append(1)
+            if len(calls) == dies_at:
+                raise Killed
+            return one_step(index)
+
+        calls: list[int] = []
+        if guard is not None:
+            guard.error = lambda: -float(optimizer.moves[0].detach().abs().sum())  # falls
+        losses = run_steps(optimizer, turns(12), step, guard=guard)
+        counts.append(len(calls))
+        return module.scales.detach(), norm.detach(), losses
+
+    counts: list[int] = []
+    whole = run(Guard(Checkpoint(tmp_path / "other")))
+    with pytest.raises(Killed):
+        run(Guard(Checkpoint(tmp_path / "file")), dies_at=8)
+    saved = load_file(tmp_path / "file")
+    again = run(Guard(Checkpoint(tmp_path / "file")))
+    assert counts == [12, 12 - 7]  # the seven that were done are not done again
+    assert torch.equal(whole[0], again[0])
+    assert torch.equal(whole[1], again[1])
+    assert whole[2] == again[2]
+    save_file({name: part for name, part in saved.items() if not name.startswith("adam/")}, tmp_path / "file")
+    assert not torch.equal(run(Guard(Checkpoint(tmp_path / "file")))[0], whole[0])  # the twin: moments count
+    (tmp_path / "file").write_bytes(b"no file of tensors")
+    assert torch.equal(run(Guard(Checkpoint(tmp_path / "file")))[0], whole[0])  # from the start
+
+
+def test_it_stops_where_the_heldout_error_does_not_fall_and_keeps_the_best() -> None:
+    module, norm, optimizer, one_step = training(40, measured_every=2, patience=2)
+    seen: list[tuple[Tensor, Tensor]] = []
+    errors = iter([5.0, 3.0, 4.0, 3.5, 2.0, 1.0])
+
+    def error() -> float:
+        seen.append((module.scales.detach().clone(), norm.detach().clone()))
+        return next(errors)
+
+    losses = run_steps(optimizer, turns(40), one_step, guard=Guard(error=error))
+    assert len(losses) == 8  # two measurements after the lowest
+    assert torch.equal(module.scales.detach(), seen[1][0])
+    assert torch.equal(norm.detach(), seen[1][1])
+    assert not torch.equal(module.scales.detach(), seen[-1][0])
+    falling, *_, step = training(40, measured_every=2, patience=2)
+    optimizer = RelativeAdam([falling], [], TuneSettings(steps=40, measured_every=2))
+    assert len(run_steps(optimizer, turns(40), step, guard=Guard(error=iter(range(99, 0, -1)).__next__))) == 40

@@ -20,7 +20,7 @@ from jpq_export.compress.model import Model
 from jpq_export.compress.statistics import Progress
 from jpq_export.compress.student import dequantized, to_student
 from jpq_export.compress.teaching import teaching_of
-from jpq_export.compress.tune import TuneSettings, schedule
+from jpq_export.compress.training import TuneSettings, schedule
 from jpq_export.format.compressed import Adapter, CompressedModel
 from jpq_export.format.encoder_spec import Spec
 from jpq_export.format.plan import Plan
