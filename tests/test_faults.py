@@ -20,7 +20,7 @@ import pytest
 SERVER = """
 import errno, gc, importlib, json, os, resource, signal, sys
 import jpq_export.cli, jpq_export.evaluation, jpq_export.pipeline, jpq_export.prove
-from jpq_export.compress import effort, finals, load, prepare, refine, stages
+from jpq_export.compress import effort, finals, load, prepare, refine, stages, training
 from jpq_export.lower import export
 from jpq_export.parity import check, report, verify
 import transformers.models.llama.modeling_llama
@@ -28,6 +28,7 @@ import transformers.models.llama.modeling_llama
 two_finalists = ("two_bit", (float("inf"),)), ("removal", (float("inf"),))
 effort.EFFORTS["quick"] = effort.Effort("quick", 4, 2, 64, 1, 6, 2, two_finalists, finalists=2, finalists_by_bits=True)
 refine.FINALIST_WITHIN = float("inf")
+training.CHECKPOINT_SECONDS = -1  # a file after every step of recovery
 RAISED = {
     "full": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file"),
     "memory": MemoryError(),
@@ -81,6 +82,8 @@ POINTS = (
     ("jpq_export.compress.finals:champion:1", "search"),
     ("jpq_export.format.compressed:save_tensors:1", "search"),
     ("jpq_export.compress.stages:recover:1", "search"),
+    ("jpq_export.compress.tune:distil_step:2", "pruning and rounding"),
+    ("jpq_export.compress.training:Checkpoint.save:2", "pruning and rounding"),
     ("jpq_export.compress.stages:_heldout_error:1", "pruning and rounding"),
     ("jpq_export.lower.export:export_onnx:1", "pruning and rounding"),
     ("jpq_export.lower.export:check_graph:1", "end-to-end recovery"),
