@@ -5,9 +5,10 @@ channels were pruned, on those that remain):
 
     W' = W_kept + W D (Ĥ + λI)⁻¹,   Ĥ = Σ x̂ x̂ᵀ,  D = Σ (x - x̂) x̂ᵀ
 
-with zeros in x̂ for what is pruned, and W' is then rounded under Ĥ. This sees and corrects propagated error and pruning
-with one formula (the asymmetric calibration of GPTAQ, Li et al., 2025). Linears that read the same share Ĥ and D, which
-is why tokens do not weigh by the Fisher information of each linear: it did not lower the KL either (docs/ablation).
+with zeros in x̂ for what is pruned, every text of an encoder weighing the same, and W' is then rounded under Ĥ. This
+sees and corrects propagated error and pruning with one formula (the asymmetric calibration of GPTAQ, Li et al., 2025).
+Linears that read the same share Ĥ and D, which is why tokens do not weigh by the Fisher information of each linear: it
+did not lower the KL either (docs/ablation).
 Under torchrun every process holds the activations of its share of the sequences, and rounds its share of the rows.
 """
 
@@ -136,6 +137,7 @@ class Compressor:
         ids = torch.from_numpy(sequences[mine]).to(teacher.embed.weight.device)
         self.ids = ids.split(max(1, 2048 // length))
         counted = stats.token_weights.to(ids.device)
+        assert len(counted) == sequences.size
         self.tokens, self.token_weights = float(counted.sum()), counted[mine.start * length : mine.stop * length]
         self.refits = recipe.method == "jpq"
 

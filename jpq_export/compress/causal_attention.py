@@ -18,9 +18,13 @@ from torch.autograd.function import once_differentiable
 BLOCK = 128
 
 
-def pays(query: Tensor, mask: Tensor | None) -> bool:
-    """Whether `causal_attention` does this and is faster: bf16 on a CPU, causal, nothing cached or masked."""
-    return mask is None and query.dtype is torch.bfloat16 and query.device.type == "cpu" and query.shape[2] >= BLOCK
+def pays(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether `causal_attention` does this and is faster: all bf16 on a CPU, causal, nothing cached or masked.
+
+    Not where norms of queries and keys (Qwen3, Gemma-3) leave them in fp32.
+    """
+    fast = all(part.dtype is torch.bfloat16 and part.device.type == "cpu" for part in (query, key, value))
+    return fast and mask is None and key.shape[2] == query.shape[2] >= BLOCK
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -33,7 +37,7 @@ class _CausalAttention(torch.autograd.Function):
         for rows in _blocks(query.shape[2]):
             scores = query[:, :, rows] @ key[:, :, : rows.stop].transpose(-1, -2)
             size = rows.stop - rows.start
-            later = torch.ones(size, size, dtype=torch.bool).triu_(1)
+            later = torch.ones(size, size, dtype=torch.bool, device=query.device).triu_(1)
             scores[..., rows].masked_fill_(later, float("-inf"))
             p = scores.softmax(-1)  # computed in fp32 inside
             out[:, :, rows] = p @ value[:, :, : rows.stop]

@@ -173,7 +173,7 @@ class Attention(nn.Module):
             key, value = context.cache.extend(self.index, key, value)
         mask = context.mask(self.window)
         key, value = (t.repeat_interleave(self.per_group, 1) for t in (key, value))
-        if context.cache is None and pays(query, mask):
+        if pays(query, key, value, mask):
             out = causal_attention(query, key, value, self.scale)
         else:
             kind = {"attn_mask": mask, "is_causal": mask is None, "scale": self.scale}

@@ -47,11 +47,12 @@ class Heldout:
 
     def final_kl(self, hidden: Tensor, table: Tensor) -> float:
         """The same from a model's final hidden states [tokens, hidden] and head [vocab, hidden]."""
-        total = self.negative_entropy
-        for logits, p in _logits(hidden, table, self.probability):
-            cross = logits.logsumexp(-1) - torch.linalg.vecdot(p, logits)
-            total += float(cross.sum(dtype=torch.float64))
-        return total / len(hidden)
+        total = torch.tensor(self.negative_entropy, dtype=torch.float64, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):  # which would compute Σ p z in bf16, 0.06 off at 15
+            for logits, p in _logits(hidden, table, self.probability):
+                cross = logits.logsumexp(-1) - torch.linalg.vecdot(p, logits)
+                total += cross.sum(dtype=torch.float64)
+        return float(total) / len(hidden)
 
 
 class PartialForward:
@@ -82,7 +83,7 @@ class PartialForward:
 
 def _logits(hidden: Tensor, table: Tensor, probability: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(fp32 logits, rows of `probability`) of a few tokens at a time; hidden [tokens, hidden], head `table`."""
-    few = tokens_in_cache(len(table))
+    few = tokens_in_cache(len(table), hidden.device)
     for states, rows in zip(hidden.split(TOKENS), probability.split(TOKENS), strict=True):
         together = states.to(table.dtype) @ table.T
         for logits, p in zip(together.split(few), rows.split(few), strict=True):

@@ -1,8 +1,8 @@
 """Weights to codes: scale search, GPTQ, coordinate descent, closed-form scale refit. Pure tensors in, tensors out.
 
-All of them lower tr(E H Eᵀ) for the error E = Ŵ - W, with H a Fisher-weighted second moment of the layer's inputs
-(Frantar et al., GPTQ, 2023; Kim et al., GuidedQuant, 2025 for the weighting). Rows are independent, so a stack of rows
-may mix bit widths: `max_code` is then a vector.
+All of them lower tr(E H Eᵀ) for the error E = Ŵ - W, with H a second moment of the layer's inputs (Frantar et al.,
+GPTQ, 2023), which prices weigh by the Fisher information (Kim et al., GuidedQuant, 2025). Rows are independent, so a
+stack of rows may mix bit widths: `max_code` is then a vector.
 
 Columns live in the first dimension here (W as [K, N]): the inner loops walk over K and touch contiguous rows.
 """
@@ -72,8 +72,8 @@ def search_scales(
 
 
 def chunks(W: Tensor, elements: int) -> list[slice]:
-    """Slices of the rows of W [N, K] with about as many `elements` each; at least one, which may be empty."""
-    step = max(1, elements // W.shape[1])
+    """Slices of the rows of W [N, K] with about as many `elements` each; one, on a GPU, or where there are no rows."""
+    step = max(1, elements // W.shape[1] if W.device.type == "cpu" else len(W))
     return [slice(start, start + step) for start in range(0, max(1, len(W)), step)]
 
 

@@ -52,7 +52,7 @@ def round_model(
 def _statistics(
     teacher: Model, plan: Plan, calibration: np.ndarray, seed: int, prepared: Path, *, outputs: bool
 ) -> Statistics:
-    """The baselines weigh all tokens alike, as published; ours uses the Fisher's, from the cache when it is there."""
+    """Plain ones for the baselines; ours know what embedding and head are asked, from the cache when it is there."""
     if plan.method != "jpq":
         return teaching_of(teacher).plain_statistics(teacher, calibration)
     found = load_statistics(prepared, device=str(teacher.embed.weight.device))

@@ -37,7 +37,7 @@ class Statistics:
     hessians: [K, K], mean over tokens of w_t x_t x_tᵀ with w_t = mean over outputs of the squared gradient, so that
         0.5 * tr(E H Eᵀ) predicts the KL of an error E. `embed` holds the head's inputs plus the input side's diagonal,
         `positions` the gradients' moment at the sum they go into.
-    token_weights: [tokens], 1, or 0 for a token that only fills up.
+    token_weights: [tokens], what each counts in rounding: 1; an encoder's 1 / its text's length, 0 for what fills up.
     rows: row weights of the embedding or head, [vocab], mean teacher probability of each token.
     outputs: [blocks, B, B] float16, mean over tokens of w_t^(p - 1) g_t g_tᵀ with g_t the gradient by the outputs and p
         the OUTPUT_POWER, up to a factor; empty unless asked for.
@@ -229,7 +229,7 @@ def hidden_from(model: Decoder, embedded: Tensor, ids: Tensor) -> Tensor:
 def _sampled_gradient(table: Tensor, hidden: Tensor, stats: Statistics, generator: torch.Generator) -> Tensor:
     """d(-log p(t))/d hidden for t ~ p, [tokens, hidden]; adds mean probabilities to the row weights."""
     slopes = hidden.to(table.dtype) @ table.T  # first the logits
-    for logits in slopes.split(tokens_in_cache(len(table))):
+    for logits in slopes.split(tokens_in_cache(len(table), table.device)):
         probability = F.softmax(logits.float(), -1)
         stats.rows += probability.sum(0)
         target = sample(probability, generator)
@@ -240,8 +240,11 @@ def _sampled_gradient(table: Tensor, hidden: Tensor, stats: Statistics, generato
 def sample(probability: Tensor, generator: torch.Generator) -> Tensor:
     """One index a row of `probability` [n, vocab] (sums of one), drawn by it: int64 [n, 1].
 
-    By the distribution function: `multinomial` draws a random number for every word, a fifth of this stage's time.
+    On a CPU by the distribution function: `multinomial` draws a random number for every word, a fifth of this stage's
+    time. On a GPU sums in a row are not the same in every run.
     """
+    if probability.device.type != "cpu":
+        return torch.multinomial(probability, 1, generator=generator)
     edges = probability.cumsum(-1)
     draw = torch.rand(len(edges), 1, generator=generator, device=edges.device) * edges[:, -1:]
     return torch.searchsorted(edges, draw, right=True).clamp_(max=edges.shape[1] - 1)

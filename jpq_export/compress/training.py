@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from jpq_export.compress import parallel
 from jpq_export.compress.quant_linear import QuantLinear
 from jpq_export.compress.statistics import Progress
+from jpq_export.format.tensor_file import save_tensors
 
-CHECKPOINT_SECONDS = 60  # between two files of a few MB
+CHECKPOINT_SECONDS = 60  # between two files of 12 bytes a scale, 16 once an error was measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,9 @@ class Checkpoint:
             return {}
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        """Write, and rename only when all is written."""
+        """Write, and rename only when all is written; StorageError when the system refuses."""
         temporary = self.path.with_name(f".{self.path.name}.tmp")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+        save_tensors(temporary, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
         os.replace(temporary, self.path)
         self.saved = time.monotonic()
 
@@ -86,10 +87,17 @@ class Course:
     measured: list[tuple[int, float]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)  # parameters at the lowest held-out error
 
+    def add(self, error: float, parameters: Callable[[], dict[str, Tensor]]) -> None:
+        """A measurement after the steps so far; an error that is no number counts as the highest."""
+        error = error if math.isfinite(error) else math.inf
+        if error < min((other for _, other in self.measured), default=math.inf):
+            self.best = parameters()
+        self.measured.append((len(self.losses), error))
+
     def enough(self, patience: int) -> bool:
         """True after `patience` measurements in a row that were not the lowest."""
         errors = [error for _, error in self.measured]
-        return len(errors) > patience and min(errors[-patience:]) > min(errors[:-patience])
+        return len(errors) > patience and min(errors[-patience:]) >= min(errors[:-patience])
 
 
 def run_steps(
@@ -110,11 +118,8 @@ def run_steps(
     for step in range(len(course.losses), len(turns)):
         course.losses.append(sum_gradients(optimizer.trained, one_step(turns[step])))
         optimizer.step(step)
-        if guard.error and settings.measured_every and (step + 1) % settings.measured_every == 0:
-            error = guard.error()
-            if all(error < other for _, other in course.measured):
-                course.best = optimizer.parameters()
-            course.measured.append((step + 1, error))
+        if guard.error and _measured_after(step, settings):
+            course.add(parallel.once(float, guard.error()), optimizer.parameters)  # rank 0's, to the last bit
             if course.enough(settings.patience):
                 break
         if guard.checkpoint and parallel.lead() and guard.checkpoint.due:
@@ -124,6 +129,12 @@ def run_steps(
     if course.best:
         optimizer.set_parameters(course.best)
     return course.losses
+
+
+def _measured_after(step: int, settings: TuneSettings) -> bool:
+    """Every so many steps, and after the last."""
+    every = settings.measured_every
+    return bool(every) and ((step + 1) % every == 0 or step + 1 == settings.steps)
 
 
 def sum_gradients(parameters: list[nn.Parameter], loss: float) -> float:
@@ -226,7 +237,9 @@ class RelativeAdam:
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["adam"].items():
             i, _, key = name.partition("/")
-            moments.setdefault(int(i), {})[key] = tensor
+            moments.setdefault(int(i), {})[key] = (
+                tensor.reshape(()) if key == "step" else tensor
+            )  # files have no scalars
         self.adam.load_state_dict({"state": moments, "param_groups": self.adam.state_dict()["param_groups"]})
         measured = found.get("measured", torch.empty(0, 2)).tolist()
         return Course(found["losses"].tolist(), [(int(step), error) for step, error in measured], parts["best"])

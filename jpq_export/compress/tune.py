@@ -123,13 +123,14 @@ def distil_step(
     head = student.embed if student.head is None else student.head
     assert isinstance(head, QuantLinear)
     table = head.expanded()  # built once: it is a fifth of a small model
-    gradient, table_gradient, total = torch.empty_like(flat), torch.zeros_like(table), 0.0
+    gradient, table_gradient = torch.empty_like(flat), torch.zeros_like(table)
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
     with torch.no_grad():
         for begin in range(0, len(flat), TOKENS):
             rows = slice(begin, begin + TOKENS)
             piece = flat[rows].to(table.dtype)
             theirs, mine = goal[rows].to(teacher_table.dtype) @ teacher_table.T, piece @ table.T
-            few = tokens_in_cache(mine.shape[1])
+            few = tokens_in_cache(mine.shape[1], mine.device)
             for a, b in zip(theirs.split(few), mine.split(few), strict=True):
                 loss, slope = kl_and_slope(a, b)
                 b.copy_(slope.div_(tokens))
@@ -138,11 +139,11 @@ def distil_step(
             table_gradient.addmm_(mine.T, piece)
     head.add_scale_gradient(table_gradient)
     hidden.backward(gradient.view_as(hidden))
-    return total / tokens
+    return float(total) / tokens
 
 
-def kl_and_slope(theirs: Tensor, mine: Tensor) -> tuple[float, Tensor]:
-    """Sum over rows of KL(softmax(theirs) ‖ softmax(mine)), and its gradient by `mine`, q - p: fp32 [rows, vocab].
+def kl_and_slope(theirs: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(softmax(theirs) ‖ softmax(mine)) summed, float64 [], and its gradient by `mine`, q - p: fp32 [rows, vocab].
 
     Written out: autograd would pass a dozen times over the largest tensors of a step. The logarithm of a softmax's sum
     is its largest logit less the logarithm of its largest probability, which saves computing every exponential again.
@@ -151,4 +152,4 @@ def kl_and_slope(theirs: Tensor, mine: Tensor) -> tuple[float, Tensor]:
     p, q = theirs.softmax(-1), mine.softmax(-1)
     their_sum, my_sum = (z.amax(-1) - r.amax(-1).log() for z, r in ((theirs, p), (mine, q)))
     loss = torch.linalg.vecdot(p, theirs - mine) + my_sum - their_sum
-    return float(loss.sum()), q.sub_(p)
+    return loss.sum(dtype=torch.float64), q.sub_(p)

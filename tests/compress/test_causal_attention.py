@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jpq_export.compress import decoder
 from jpq_export.compress.causal_attention import BLOCK, causal_attention, pays
+from jpq_export.compress.decoder import build_decoder
+from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
 
 # bf16 keeps 8 bits: each rounding is off by up to 2⁻⁹, and a gradient has passed six (scaled query, scores,
 # probabilities, their gradient, the scores', the result).
@@ -59,8 +62,29 @@ def test_a_token_does_not_see_later_ones() -> None:
 
 
 def test_it_is_taken_for_whole_causal_texts_in_bf16_only() -> None:
-    query = inputs(BLOCK)[0]
-    assert pays(query, None)
-    assert not pays(query.float(), None)  # parity and gates
-    assert not pays(query[:, :, :-1], None)
-    assert not pays(query, torch.ones(1, 1, BLOCK, BLOCK, dtype=torch.bool))
+    query, key, value, _ = inputs(BLOCK)
+    assert pays(query, key, value, None)
+    assert not pays(query.float(), key.float(), value.float(), None)  # parity and gates
+    assert not pays(query, key.float(), value, None)
+    assert not pays(query[:, :, :-1], key[:, :, :-1], value[:, :, :-1], None)
+    assert not pays(query[:, :, :1], key, value, None)  # with a cache
+    assert not pays(query, key, value, torch.ones(1, 1, BLOCK, BLOCK, dtype=torch.bool))
+
+
+def test_a_decoder_takes_it_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModelSpec(
+        name="tiny", family="llama", vocab=64, hidden=32, head_dim=16, heads_per_group=2, layers=(LayerSpec(1, 32),),
+        ropes=(RopeSpec(tuple(float(10000 ** (-i / 8)) for i in range(8))),), norm_eps=1e-5, activation="silu",
+        tied=True, attention_scale=0.25, bos_id=1, eos_ids=(2,),
+    )  # fmt: skip
+    generator, taken = torch.Generator().manual_seed(0), []
+    weights = {n: torch.randn(s, generator=generator) * 0.2 for n, s in spec.matrices().items()}
+    model = build_decoder(spec, weights | {n: torch.ones(k) for n, k in spec.vectors().items()})
+    ids = torch.randint(0, 64, (2, BLOCK + 3), generator=generator)
+    monkeypatch.setattr(decoder, "causal_attention", lambda *asked: taken.append(1) or causal_attention(*asked))
+    wanted = model.hidden(ids, model.context(ids))
+    assert not taken
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.hidden(ids, model.context(ids))
+    assert taken
+    assert distance(found, wanted) < 2 * BOUND

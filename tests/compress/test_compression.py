@@ -254,6 +254,26 @@ def test_scale_gradient_is_the_derivative_of_the_loss(
     assert gradient != pytest.approx(2 * numeric, rel=0.05, abs=1e-7)
 
 
+def test_heldout_error_is_the_same_under_autocast_and_nothing_for_nothing(
+    teacher: Decoder, sequences: np.ndarray
+) -> None:
+    """Autocast would sum p·z in bf16, which is off by more than most prices."""
+    heldout = Heldout(teacher, sequences[:4])
+    hidden = teacher.hidden(heldout.ids, heldout.context).flatten(0, 1) * 1.02
+    hidden[:, 0] += 0.1
+    plain = heldout.final_kl(hidden, heldout.table)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert heldout.final_kl(hidden, heldout.table) == plain
+    p, z = heldout.probability, hidden.to(heldout.table.dtype) @ heldout.table.T
+    assert plain == pytest.approx(
+        float(F.kl_div(z.float().log_softmax(-1), p, reduction="none").sum(1).mean()), abs=1e-5
+    )
+    forward = PartialForward(teacher, heldout)
+    same = [forward.kl(i, forward.layers[i]) for i in range(3)]
+    assert max(map(abs, same)) < 1e-5
+    assert min(forward.kl(i, forward.layers[2 - i]) for i in (0, 2)) > 1e-2  # the twin: another layer
+
+
 def test_price_list_orders_widths_and_structures(teacher: Decoder, sequences: np.ndarray, tmp_path) -> None:
     found = statistics.collect(teacher, sequences, seed=0)
     cache, raw = round_all(named_weights(teacher), SPEC, found, group_size=32)

@@ -83,22 +83,28 @@ def test_the_fisher_predicts_the_distance(teacher: Encoder, texts: np.ndarray) -
     assert max(ratios) / min(ratios) < 1.5  # quadratic: 16 times the price at 4 times the error
 
 
-def test_padding_weighs_nothing(teacher: Encoder, texts: np.ndarray) -> None:
-    """Other texts of filling, which nothing reads, round to the same model; without the weights they would not."""
-    real = texts != teacher.spec.pad_id
+@pytest.mark.parametrize("plain", [False, True])
+def test_texts_weigh_alike_and_padding_nothing(teacher: Encoder, texts: np.ndarray, *, plain: bool) -> None:
+    """Ours: every text the same, as in the error; plain GPTQ: every token."""
+    real = torch.from_numpy(texts != teacher.spec.pad_id).float()
+    assert real.sum(1).unique().numel() > 1
     assert not real.all()
-    for stats in (ENCODER.collect(teacher, texts, seed=0), ENCODER.plain_statistics(teacher, texts)):
-        assert torch.equal(stats.token_weights, torch.from_numpy(real).flatten().float())
-    moments = []
-    for counted in (stats.token_weights, torch.ones_like(stats.token_weights)):
-        stats.token_weights = counted
-        schemes = {name: Scheme(4, GROUP) for name in teacher.spec.matrices()}
-        compressor = Compressor(teacher, Recipe(all_kept(teacher.spec), schemes), stats, texts)
+    stats = ENCODER.plain_statistics(teacher, texts) if plain else ENCODER.collect(teacher, texts, seed=0)
+    alike = real / real.sum(1, keepdim=True)
+    weights, twin = (real, alike) if plain else (alike, real)
+    torch.testing.assert_close(stats.token_weights, weights.flatten())
+    recipe = Recipe(all_kept(teacher.spec), {name: Scheme(4, GROUP) for name in teacher.spec.matrices()})
+    states = teacher.embed_tokens(torch.from_numpy(texts))  # [texts, length, hidden]
+
+    def moment(counted: torch.Tensor) -> torch.Tensor:
+        stats.token_weights = counted.flatten()
+        compressor = Compressor(teacher, recipe, stats, texts)
         stream = [teacher.embed_tokens(ids) for ids in compressor.ids]
-        moments.append(compressor._moment(stream, stream))
-    tokens = torch.cat(stream).flatten(0, 1)[torch.from_numpy(real).flatten()]
-    torch.testing.assert_close(moments[0], tokens.T @ tokens / len(tokens), rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(moments[1], moments[0], rtol=1e-2, atol=1e-3 * float(moments[0].abs().max()))  # the twin
+        return compressor._moment(stream, stream)
+
+    wanted = torch.einsum("tlh,tlk,tl->hk", states, states, weights) / weights.sum()
+    torch.testing.assert_close(moment(weights), wanted, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(moment(twin), wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_more_bits_and_better_rounding_are_nearer(teacher: Encoder, texts: np.ndarray) -> None:

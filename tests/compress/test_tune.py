@@ -23,6 +23,7 @@ from jpq_export.compress.training import (
     schedule,
     step_of,
 )
+from jpq_export.errors import StorageError
 
 
 def layer(bits: int, *, seed: int = 0) -> QuantLinear:
@@ -138,3 +139,38 @@ def test_it_stops_where_the_heldout_error_does_not_fall_and_keeps_the_best() -> 
     falling, *_, step = training(40, measured_every=2, patience=2)
     optimizer = RelativeAdam([falling], [], TuneSettings(steps=40, measured_every=2))
     assert len(run_steps(optimizer, turns(40), step, guard=Guard(error=iter(range(99, 0, -1)).__next__))) == 40
+
+
+def test_errors_that_are_no_numbers_are_no_best() -> None:
+    module, _, optimizer, one_step = training(40, measured_every=2, patience=2)
+    errors = iter([float("nan"), 3.0, float("nan"), float("inf"), 1.0])
+    seen: list[Tensor] = []
+
+    def error() -> float:
+        seen.append(module.scales.detach().clone())
+        return next(errors)
+
+    assert len(run_steps(optimizer, turns(40), one_step, guard=Guard(error=error))) == 8
+    assert torch.equal(module.scales.detach(), seen[1])
+
+
+def test_the_last_step_is_measured_too() -> None:
+    module, _, optimizer, one_step = training(7, measured_every=3, patience=9)
+    measured: list[int] = []
+    errors = iter([2.0, 3.0, 1.0])
+
+    def error() -> float:
+        measured.append(1)
+        return next(errors)
+
+    run_steps(optimizer, turns(7), one_step, guard=Guard(error=error))
+    assert len(measured) == 3  # after 3, 6 and 7
+    plain, _, other, step = training(7)
+    run_steps(other, turns(7), step)
+    assert torch.equal(module.scales.detach(), plain.scales.detach())
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "no folder" / "file")
+    with pytest.raises(StorageError, match="cannot write"):
+        checkpoint.save({"x": torch.zeros(3)})

@@ -52,7 +52,7 @@ class SparseCompressor(Compressor):
 
     def __init__(self, teacher: Decoder, cell: Cell, recipe: Recipe, stats: Statistics, sequences: np.ndarray) -> None:
         super().__init__(teacher, recipe, stats, sequences)
-        self.cell, self.part = cell, ""
+        self.cell, self.in_layers = cell, False
         # What a removed column did, the kept ones of its matrix take over: SparseGPT's update, for all of them at once.
         self.refits = cell.pattern == "structural"
 
@@ -71,15 +71,19 @@ class SparseCompressor(Compressor):
         """
         return list(student_stream) if self.refits else []
 
-    def _linear(self, i: int, part: str, old_in: Stream, new_in: Stream) -> None:
-        self.part, refits = part, self.refits
-        self.refits = refits and part in COLUMNS_OF
-        super()._linear(i, part, old_in, new_in)
-        self.part, self.refits = "", refits
+    def _linears(self, i: int, parts: tuple[str, ...], old_in: Stream, new_in: Stream) -> None:
+        self.in_layers, refits = True, self.refits
+        self.refits = refits and parts[0] in COLUMNS_OF
+        super()._linears(i, parts, old_in, new_in)
+        self.in_layers, self.refits = False, refits
+
+    def _stored_alike(self, i: int, parts: tuple[str, ...]) -> list[list[str]]:
+        """Each matrix by itself, as published: what is pruned is chosen among its own weights."""
+        return [[part] for part in parts]
 
     def _round(self, W: Tensor, H: Tensor, scheme: Scheme | RowLayout, top: Tensor) -> Rounded:
         # a table, or nothing to prune; no cell has rows of several widths
-        if not self.part or self.cell.zeros.share == 0 or isinstance(scheme, RowLayout):
+        if not self.in_layers or self.cell.zeros.share == 0 or isinstance(scheme, RowLayout):
             return super()._round(W, H, scheme, top)
         return (prune_then_round if self.cell.case == "A" else prune_and_round)(W, H, self.cell.zeros, scheme)
 

@@ -65,6 +65,8 @@ def test_sizes_are_counted_and_an_index_has_its_price(loaded) -> None:
         found[pattern] = sizes(compressed, model.spec, cell)
         assert found[pattern].stored_bytes == compressed.weight_bytes
         assert share <= found[pattern].zeros < share + 0.15  # some weights round to zero by themselves
+        own = {n: float((compressed.weight(n) == 0).mean()) for n in compressed.quantized if n.startswith("layers")}
+        assert all(share - 0.02 <= zeros < share + 0.2 for zeros in own.values()), own  # those that read the same, too
     total = sum(a * b for n, (a, b) in model.spec.matrices().items() if n.startswith("layers"))
     saved = {name: found["2:4"].layer_bytes - size.indexed_bytes for name, size in found.items()}
     # of 4 bits a weight stay 2 and an index of 1 bit; six ways to choose 2 of 4 take 3 bits; 28 of 2 in 8 take 5
