@@ -229,13 +229,9 @@ class Export:
                 trials=self.effort.trials,
                 progress=report,
             )
-        listed = [
-            {"knobs": _finite(asdict(t.knobs)), "kl": t.kl, "score": t.score, "predicted": t.solution.price}
-            for t in trials
-        ]
+        listed = [{"knobs": _finite(asdict(t.knobs)), **t.told()} for t in trials]
         plans = []
-        kinds = {"by_bits": self.effort.finalists_by_bits}
-        for trial in finalists(trials, prepared.prices, self.effort.finalists, **kinds):
+        for trial in finalists(trials, prepared.prices, self.effort.finalists, by_bits=self.effort.finalists_by_bits):
             measured: dict[str, Any] = {
                 "knobs": _finite(asdict(trial.knobs)),
                 "measured_kl_before_recovery": trial.kl,
@@ -331,8 +327,8 @@ class Export:
                 if plan.adapter_rank:
                     tuned, fresh = once(adapt, loaded.model, rounded, plan, sequences, heldout, **kind)
                 else:
-                    checkpoint = Checkpoint(self.work.path(CHECKPOINT))
-                    kind |= {"measured_every": self.effort.tune_measured, "checkpoint": checkpoint}
+                    kind |= {"measured_every": self.effort.tune_measured}
+                    kind |= {"checkpoint": Checkpoint(self.work.path(CHECKPOINT))}
                     tuned, fresh = recover(loaded.model, rounded, sequences, heldout, **kind)
                 once(self._save, tuned, "recovered.safetensors", fresh)
                 once(self.work.path(CHECKPOINT).unlink, missing_ok=True)

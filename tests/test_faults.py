@@ -80,10 +80,10 @@ POINTS = (
     ("jpq_export.compress.stages:_heldout_error:1", "search"),
     ("jpq_export.compress.stages:round_model:2", "search"),
     ("jpq_export.compress.finals:champion:1", "search"),
+    ("jpq_export.compress.training:Checkpoint.save:1", "search"),
+    ("jpq_export.compress.tune:distil_step:2", "pruning and rounding"),
     ("jpq_export.format.compressed:save_tensors:1", "search"),
     ("jpq_export.compress.stages:recover:1", "search"),
-    ("jpq_export.compress.tune:distil_step:2", "pruning and rounding"),
-    ("jpq_export.compress.training:Checkpoint.save:2", "pruning and rounding"),
     ("jpq_export.compress.stages:_heldout_error:1", "pruning and rounding"),
     ("jpq_export.lower.export:export_onnx:1", "pruning and rounding"),
     ("jpq_export.lower.export:check_graph:1", "end-to-end recovery"),
@@ -104,8 +104,8 @@ class Done:
 
     @property
     def error(self) -> str:
-        """The one line of a failed command; finished stages may stand before it."""
-        lines = [line for line in self.text.splitlines() if not line.startswith("✓")]
+        """The one line of a failed command; finished stages and what they note may stand before it."""
+        lines = [line for line in self.text.splitlines() if not line.startswith(("✓", "  "))]
         assert len(lines) == 1, self.text
         assert lines[0].startswith("Error: ")
         return lines[0]

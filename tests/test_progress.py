@@ -34,5 +34,5 @@ def faults(*kinds: str) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_large_tensors_are_not_mapped_anew() -> None:
-    assert faults("kept")[1] < 0.1 * faults()[1]
+    assert faults("kept")[1] < 0.5 * faults()[1]
     assert faults("kept", "old")[0] <= 2 * max(faults()[0], 4096)  # no worse than it was

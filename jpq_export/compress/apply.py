@@ -15,7 +15,6 @@ Under torchrun every process holds the activations of its share of the sequences
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 from jpq_export.compress import parallel
 from jpq_export.compress.decoder import canonical_name, named_weights
 from jpq_export.compress.model import AnyContext, AnyLayer, Model, build_model
-from jpq_export.compress.precision import autocast, fast_bf16
 from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
 from jpq_export.compress.rounding import Rounded, max_codes, quantize_rows
 from jpq_export.compress.statistics import Progress, Statistics
@@ -178,43 +176,33 @@ class Compressor:
         old, new = self.teacher.layers[i], self.student.layers[i]
         if old.attn is None:
             return
-        with self._fast():
-            old_in = _map(old.attention_in, teacher_stream)
-            old_core = [attention_core(old, x, c) for x, c in zip(old_in, contexts[: len(old_in)], strict=True)]
-            _join(teacher_stream, old.attention_join, old_core)
+        old_in = _map(old.attention_in, teacher_stream)
+        old_core = [attention_core(old, x, c) for x, c in zip(old_in, contexts[: len(old_in)], strict=True)]
+        _join(teacher_stream, old.attention_join, old_core)
         if new.attn is None:
             student_stream[:] = [new.attention_part(x, contexts[0]) for x in student_stream]  # pyright: ignore[reportArgumentType] of one kind
             return
         new_in = _map(new.attention_in, student_stream)
         self._linears(i, ("attn.q", "attn.k", "attn.v"), old_in, new_in)
-        with self._fast():
-            new_core = [attention_core(new, x, c) for x, c in zip(new_in, contexts, strict=True)]
+        new_core = [attention_core(new, x, c) for x, c in zip(new_in, contexts, strict=True)]
         self._linears(i, ("attn.o",), old_core, new_core)
-        with self._fast():
-            _join(student_stream, new.attention_join, new_core)
+        _join(student_stream, new.attention_join, new_core)
 
     def _mlp(self, i: int, teacher_stream: Stream, student_stream: Stream) -> None:
         old, new = self.teacher.layers[i], self.student.layers[i]
         if old.mlp is None:
             return
-        with self._fast():
-            old_in = _map(old.mlp_in, teacher_stream)
-            old_core = _map(old.mlp.core, old_in)
-            _join(teacher_stream, old.mlp_join, old_core)
+        old_in = _map(old.mlp_in, teacher_stream)
+        old_core = _map(old.mlp.core, old_in)
+        _join(teacher_stream, old.mlp_join, old_core)
         if new.mlp is None:
             student_stream[:] = _map(new.mlp_part, student_stream)
             return
         new_in = _map(new.mlp_in, student_stream)
         self._linears(i, ("mlp.gate", "mlp.up") if hasattr(new.mlp, "gate") else ("mlp.up",), old_in, new_in)
-        with self._fast():
-            new_core = _map(new.mlp.core, new_in)
+        new_core = _map(new.mlp.core, new_in)
         self._linears(i, ("mlp.down",), old_core, new_core)
-        with self._fast():
-            _join(student_stream, new.mlp_join, new_core)
-
-    def _fast(self) -> AbstractContextManager:
-        """Activations in bf16 where that is faster: what it loses is a hundredth of what rounding weights does."""
-        return autocast(self.teacher.embed.weight.device)
+        _join(student_stream, new.mlp_join, new_core)
 
     def _linears(self, i: int, parts: tuple[str, ...], old_in: Stream, new_in: Stream) -> None:
         """Refit and round linears of the student that read the same: old_in, new_in of [batch, seq, K].
@@ -226,7 +214,7 @@ class Compressor:
         weights = {part: module.weight for part, module in modules.items()}
         if self.refits:
             columns = kept.get(COLUMNS_OF.get(parts[0], ""))
-            D = self._moment(_differences(old_in, new_in, columns), new_in, fast=fast_bf16(H.device.type))
+            D = self._moment(_differences(old_in, new_in, columns), new_in)
             level = REFIT_RIDGE * H.diagonal().mean().clamp(min=1e-30)
             factor = torch.linalg.cholesky(H + level * torch.eye(H.shape[0], device=H.device))
             for part in parts:
@@ -266,13 +254,13 @@ class Compressor:
         done = two_sided(W, H, kept_blocks(outputs, rows, len(full)), rounded, top)
         return Rounded(parallel.from_rank(0, done.codes), done.scales, done.zeros)
 
-    def _moment(self, left: Iterable[Tensor], right: Stream, *, fast: bool = False) -> Tensor:
-        """Mean of left rightᵀ over the tokens of all ranks that count, [K_left, K_right]; `fast`: of bf16 products."""
+    def _moment(self, left: Iterable[Tensor], right: Stream) -> Tensor:
+        """Mean of left rightᵀ over the tokens of all ranks that count, [K_left, K_right]."""
         total, start = None, 0
         for a, b in zip(left, right, strict=True):
             x, y = a.flatten(0, 1), b.flatten(0, 1)
             x = x * self.token_weights[start : start + len(x), None]
-            part = (x.bfloat16().T @ y.bfloat16()).float() if fast else x.float().T @ y.float()
+            part = x.T @ y
             total, start = part if total is None else total.add_(part), start + len(x)
         assert total is not None
         return parallel.add_up(total) / self.tokens
@@ -291,11 +279,10 @@ def _linear(model: Model, i: int, part: str) -> nn.Linear:
 def _differences(old: Stream, new: Stream, columns: Tensor | None) -> Iterator[Tensor]:
     """What the teacher's linear reads less what the student's does, [batch, seq, K_old]; `columns`: those that stay."""
     for theirs, mine in zip(old, new, strict=True):
-        out = theirs.float()
         if columns is None:
-            yield out - mine
+            yield theirs - mine
         else:
-            out = out.clone()
+            out = theirs.clone()
             out[..., columns] -= mine
             yield out
 

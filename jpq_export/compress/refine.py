@@ -54,6 +54,10 @@ class Trial:
         bits = self.solution.price - removal * self.knobs.removal
         return self.kl * (bits + REMOVAL_LASTS * removal) / (bits + removal)
 
+    def told(self) -> dict[str, float]:
+        """Its numbers, for the plan's file."""
+        return {"kl": self.kl, "score": self.score, "predicted": self.solution.price}
+
     def kind(self, prices: PriceList, *, by_bits: bool) -> tuple[bool, bool]:
         """(prunes, uses 2 bits or less if `by_bits`): plans of one kind mostly differ in little.
 
