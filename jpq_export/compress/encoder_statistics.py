@@ -104,8 +104,8 @@ def real_tokens(model: Encoder, sequences: np.ndarray) -> Tensor:
 
 def alike_by_text(model: Encoder, sequences: np.ndarray) -> Tensor:
     """Every text weighs the same, as in the error: its tokens 1 / their number, 0 for what fills up; [tokens]."""
-    real = torch.from_numpy(sequences != model.spec.pad_id).float()
-    return (real / real.sum(1, keepdim=True).clamp(min=1)).flatten().to(model.embed.weight.device)
+    real = real_tokens(model, sequences).view(sequences.shape)
+    return (real / real.sum(1, keepdim=True).clamp(min=1)).flatten()
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ so a run that was killed ends with the numbers of one that was not.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -23,6 +24,8 @@ from jpq_export.compress import parallel
 from jpq_export.compress.quant_linear import QuantLinear
 from jpq_export.compress.statistics import Progress
 from jpq_export.format.tensor_file import save_tensors
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60  # between two files of 12 bytes a scale, 16 once an error was measured
 
@@ -52,10 +55,11 @@ class Checkpoint:
     saved: float = field(default_factory=time.monotonic)
 
     def load(self) -> dict[str, Tensor]:
-        """What the file holds; nothing when it is not there or damaged."""
+        """What the file holds; nothing when it is not there or, which is said, damaged."""
         try:
-            return load_file(self.path)
-        except (OSError, SafetensorError):
+            return load_file(self.path) if self.path.is_file() else {}
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s: damaged (%s); recovery starts again", self.path, error)
             return {}
 
     def save(self, tensors: dict[str, Tensor]) -> None:

@@ -87,7 +87,9 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_recovery_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_recovery_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(training_module, "CHECKPOINT_SECONDS", -1)  # a file after every step
 
     def run(guard: Guard | None, *, dies_at: int | None = None) -> tuple[Tensor, Tensor, list[float]]:
@@ -120,6 +122,7 @@ def test_a_killed_recovery_ends_as_one_that_was_not(tmp_path: Path, monkeypatch:
     assert not torch.equal(run(Guard(Checkpoint(tmp_path / "file")))[0], whole[0])  # the twin: moments count
     (tmp_path / "file").write_bytes(b"no file of tensors")
     assert torch.equal(run(Guard(Checkpoint(tmp_path / "file")))[0], whole[0])  # from the start
+    assert "recovery starts again" in caplog.text
 
 
 def test_it_stops_where_the_heldout_error_does_not_fall_and_keeps_the_best() -> None:
