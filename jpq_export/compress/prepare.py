@@ -49,7 +49,8 @@ def prepare(
         cache, raw = round_all(weights, teacher.spec, stats, **kind, progress=report)
         drop_layer_hessians(stats)
     with stages.stage("prices", "measuring what each sub-layer costs") as report:
-        forward = PartialForward(teacher, teaching_of(teacher).heldout(teacher, heldout[: max(1, len(heldout) // 2)]))
+        teaching = teaching_of(teacher)
+        forward = PartialForward(teacher, teaching.heldout(teacher, teaching.priced(heldout)))
         prices = measure_prices(teacher, stats, raw, cache, forward, group_size=GROUP_SIZE, progress=report)
     prepared = Prepared(prices, cache, stats)
     parallel.once(save_prepared, folder, prepared)

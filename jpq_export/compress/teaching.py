@@ -24,18 +24,41 @@ from jpq_export.compress.statistics import Statistics
 
 @dataclass(frozen=True, slots=True)
 class Teaching:
-    """`collect`, `plain_statistics`: see `statistics`; `heldout`: see `Heldout`; `errors`: of every token or text."""
+    """`collect`, `plain_statistics`: see `statistics`; `heldout`: see `Heldout`; `errors`: of every token or text.
+
+    `priced`: the half of the held-out tokens or texts that prices are measured on.
+    """
 
     collect: Callable[..., Statistics]
     plain_statistics: Callable[..., Statistics]
     heldout: Callable[..., Any]
     errors: Callable[..., Tensor]
     tune: Callable[..., list[float]]
+    priced: Callable[[np.ndarray], np.ndarray]
 
 
-DECODER = Teaching(statistics.collect, statistics.plain_statistics, Heldout, tune.token_kl, tune.tune)
+def _beginnings(sequences: np.ndarray) -> np.ndarray:
+    """Of every sequence [n, length], the first half: many texts say more than long ones.
+
+    SmolLM2-135M, prices from 512 tokens against those from 4,096 others, standard deviation of their logarithms: from
+    one sequence 0.29 (2 bits), 0.29 (whole sub-layers), 0.40 (their half); from four of 128 tokens 0.19, 0.24, 0.28.
+    """
+    return np.ascontiguousarray(sequences[:, : max(1, sequences.shape[1] // 2)])
+
+
+def _half_of_the_texts(texts: np.ndarray) -> np.ndarray:
+    """Half of the texts, whole: a text has one embedding."""
+    return texts[: max(1, len(texts) // 2)]
+
+
+DECODER = Teaching(statistics.collect, statistics.plain_statistics, Heldout, tune.token_kl, tune.tune, _beginnings)
 ENCODER = Teaching(
-    encoder_statistics.collect, encoder_statistics.plain_statistics, EncoderHeldout, text_errors, encoder_tune.tune
+    encoder_statistics.collect,
+    encoder_statistics.plain_statistics,
+    EncoderHeldout,
+    text_errors,
+    encoder_tune.tune,
+    _half_of_the_texts,
 )
 
 

@@ -22,7 +22,7 @@ from jpq_export.compress.prices import measure_prices, round_all
 from jpq_export.compress.refine import refine
 from jpq_export.compress.search import Knobs
 from jpq_export.compress.student import to_compressed, to_student
-from jpq_export.compress.teaching import ENCODER, teaching_of
+from jpq_export.compress.teaching import DECODER, ENCODER, teaching_of
 from jpq_export.compress.training import TuneSettings
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec, spec_from_json
@@ -181,3 +181,12 @@ def test_the_search_meets_a_budget_and_beats_uniform(teacher: Encoder, texts: np
     assert chosen < distance({c.name: c.scheme for c in uniform.choices}, all_kept(spec))
     assert replace(problem, budget=BudgetRequest("latency", 1e3).resolve(spec)).solve(Knobs()).microseconds > 0
     assert teaching_of(teacher) is ENCODER
+
+
+def test_prices_see_half_of_what_is_held_out(texts: np.ndarray) -> None:
+    # A text has one embedding and stays whole; tokens each have an error, and more texts say more than long ones.
+    assert np.array_equal(ENCODER.priced(texts), texts[:48])
+    sequences = np.arange(40).reshape(4, 10)
+    assert np.array_equal(DECODER.priced(sequences), sequences[:, :5])
+    assert ENCODER.priced(texts[:1]).shape == (1, 20)
+    assert DECODER.priced(sequences[:, :1]).shape == (4, 1)
