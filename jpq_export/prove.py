@@ -45,13 +45,16 @@ def finish_bundle(
     if isinstance(compressed.spec, EncoderSpec):
         return _finish_encoder(export, loaded, texts, plan, compressed)
     from jpq_export.parity.check import check_parity
+    from jpq_export.parity.recalled import Recalled
     from jpq_export.parity.report import write_report
+    from jpq_export.parity.runners import TorchRunner
     from jpq_export.parity.vectors import record_vectors
 
     work, stages = export.work, export.stages
     prompts = [row[:64].tolist() for row in texts.heldout]
     while len(prompts) < 3:  # the padded batch wants three different prompts
         prompts.append(texts.calibration[len(prompts)][:64].tolist())
+    reference = Recalled(TorchRunner(compressed))  # the vectors are of the same passes
     with stages.stage("parity", "PyTorch against onnxruntime, every sub-layer") as report:
         parity = check_parity(
             compressed,
@@ -60,11 +63,13 @@ def finish_bundle(
             steps=64,
             form=export.request.target.graph,
             half_path=work.path(GRAPH) if export.request.target.engine else None,
+            reference=reference,
             progress=report,
         )
         work.path("parity.json").write_text(parity.to_json(), encoding="utf-8")
     with stages.stage("vectors", "recording vectors for the device"):
-        record_vectors(compressed, work.path("vectors.safetensors"), prompts=prompts)
+        record_vectors(compressed, work.path("vectors.safetensors"), prompts=prompts, runner=reference)
+    del reference
     with stages.stage("quality", "quality on held-out text") as report:
         quality, kv_cache = _quality(loaded, texts, compressed, report)
     keep = {

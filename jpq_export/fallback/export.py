@@ -175,17 +175,19 @@ class FallbackExport:
         """Parity against the rounded model in transformers, and what `verify` compares with."""
         from jpq_export.fallback.reference import TracedReference
         from jpq_export.parity.check import check_parity
+        from jpq_export.parity.recalled import Recalled
         from jpq_export.parity.vectors import record_vectors
 
         prompts = [row[:64].tolist() for row in (*texts.heldout, *texts.calibration[:3])]
         path = self.work.path("model.onnx")
-        reference = TracedReference(loaded, path)
+        traced = TracedReference(loaded, path)
+        reference = Recalled(traced)
         with self.stages.stage("parity", "PyTorch against onnxruntime, every matrix") as report:
             parity = check_parity(compressed, path, prompts=prompts, reference=reference, progress=report)
             self.work.path("parity.json").write_text(parity.to_json(), encoding="utf-8")
         with self.stages.stage("vectors", "recording vectors for the device"):
             record_vectors(compressed, self.work.path("vectors.safetensors"), prompts=prompts, runner=reference)
-        reference.close()
+        traced.close()
         return parity
 
     def quality(self, loaded: TracedModel, texts: Texts) -> dict[str, Any]:

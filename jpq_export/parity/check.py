@@ -17,6 +17,7 @@ from jpq_export.parity.cases import CHUNK, Cases, make_cases
 from jpq_export.parity.compare import LogitsError, LogitsTally, margin, worst
 from jpq_export.parity.int8_cache import CacheTally, wrong_write
 from jpq_export.parity.points import points
+from jpq_export.parity.recalled import Recalled
 from jpq_export.parity.result import (
     CacheResult,
     CaseResult,
@@ -85,7 +86,7 @@ def check_parity(
     _, unfused = read_metadata(proto, onnx_path)
     rounds = bool(set(model.quantized) - unfused - {"embed", "positions"})
     assert isinstance(model.spec, ModelSpec)  # encoders: `parity.encoder`
-    cases, reference = make_cases(prompts, model.spec), reference or TorchRunner(model)
+    cases, reference = make_cases(prompts, model.spec), reference or Recalled(TorchRunner(model))
     steps = cases.steps_within(model.spec, steps)
     ways = [BODIES, KERNELS] if proto.functions and native.available() else [BODIES]
     count = len(ways) + rounds + (half_path is not None)
