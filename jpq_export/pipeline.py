@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -56,6 +55,7 @@ class Export:
         self.final_sequences = FINAL_SEQUENCES
         self.staircase: list[dict[str, Any]] = []
         self.activations: dict[str, Any] | None = None
+        self.error = "KL", "nats a token"
 
     def run(self) -> dict[str, Any]:
         """All stages up to `request.until`; returns the summary shown at the end."""
@@ -106,6 +106,7 @@ class Export:
             loaded = load_model(self.request.model, progress=report, device=self.request.device)
         check_same(loaded.sha256, loaded.name)
         if isinstance(loaded.spec, EncoderSpec):
+            self.error = "distance", "1 - cosine a text"
             self.effort, self.final_sequences = for_texts(self.effort), FINAL_SEQUENCES * PER_SEQUENCE
             if self.request.kv_cache != FLOAT_CACHE:
                 raise UsageError(
@@ -246,69 +247,15 @@ class Export:
 
     def round(self, loaded: LoadedModel, texts: Texts, plan: Plan) -> tuple[Plan, CompressedModel]:
         """Round every finalist; the plan that is best then, and its model."""
+        from jpq_export.finalists import round_finalists
+
         if once(self.work.has, "rounded.safetensors"):
             self.stages.resumed("compress", "pruning and rounding")
         else:
-            plans = once(self._finalists) or [plan]
-            with self.stages.stage("compress", "pruning and rounding, layer by layer") as report:
-                for i, each in enumerate(plans):
-                    if not once(self.work.has, f"rounded-{i}.safetensors"):
-                        self._round(loaded, texts, each, f"rounded-{i}.safetensors", _share(report, i, len(plans)))
-                winner = 0 if len(plans) == 1 else self._final(loaded, texts, plans)
-            plan = plans[winner]
-            once(self._crown, plan, winner)
-        kl = once(self._kl, "rounded.safetensors")
+            plan = round_finalists(self, loaded, texts, plan)
+        kl = once(self.kl_of, "rounded.safetensors")
         self.staircase.append({"stage": "prune and round", "heldout_kl": kl, "applied": True})
         return plan, once(CompressedModel.load, self.work.path("rounded.safetensors"))
-
-    def _finalists(self) -> list[Plan]:
-        return [load_plan(path) for path in sorted(self.work.folder.glob("finalist-*.json"))]
-
-    def _crown(self, plan: Plan, winner: int) -> None:
-        """The plan first, the file that says "done" last: a run killed in between chooses again, and the same."""
-        write_atomic(self.work.path("plan.json"), plan.to_json())
-        for end in (".json", ""):
-            os.replace(
-                self.work.path(f"rounded-{winner}.safetensors{end}"), self.work.path(f"rounded.safetensors{end}")
-            )
-
-    def _round(self, loaded: LoadedModel, texts: Texts, plan: Plan, name: str, progress: Any) -> None:
-        from jpq_export.compress.stages import round_model
-
-        rounded, kl = round_model(
-            loaded.model,
-            plan,
-            # Baselines round with every token that recovery would see: equal data for all methods.
-            texts.calibration[: self.effort.sequences if plan.method == "jpq" else None],
-            texts.heldout,
-            seed=self.request.seed,
-            passes=self.effort.passes,
-            prepared=prepared_for(self.request, loaded, texts),
-            outputs=self.effort.two_sided,
-            progress=progress,
-        )
-        once(self._save, rounded, name, kl)
-
-    def _final(self, loaded: LoadedModel, texts: Texts, plans: list[Plan]) -> int:
-        """Index of the finalist that goes on, by text that neither the search nor the rounding has seen.
-
-        Fills in `search["finals"]` of all plans.
-        """
-        from jpq_export.compress.finals import champion, measure
-
-        start = self.effort.sequences
-        fresh = texts.calibration[start : start + self.final_sequences]
-        paths = [self.work.path(f"rounded-{i}.safetensors") for i in range(len(plans))]
-        models = (once(CompressedModel.load, path) for path in paths)
-        errors = [measure(loaded.model, model, fresh) for model in models]
-        winner = once(champion, errors, [bool(plan.removed) for plan in plans])
-        finals = [
-            {"assembled_kl": plan.search["measured_kl_before_recovery"], "rounded_kl": float(kl.mean())}
-            | {"removed": len(plan.removed), "bytes": plan.predicted.bytes, "chosen": i == winner}
-            for i, (plan, kl) in enumerate(zip(plans, errors, strict=True))
-        ]
-        plans[:] = [replace(plan, search=plan.search | {"finals": finals}) for plan in plans]
-        return winner
 
     def recover(self, loaded: LoadedModel, texts: Texts, plan: Plan, rounded: CompressedModel) -> CompressedModel:
         """Tune scales and norms, or low-rank branches; kept only if the held-out KL says so."""
@@ -330,25 +277,26 @@ class Export:
                     kind |= {"measured_every": self.effort.tune_measured}
                     kind |= {"checkpoint": Checkpoint(self.work.path(CHECKPOINT))}
                     tuned, fresh = recover(loaded.model, rounded, sequences, heldout, **kind)
-                once(self._save, tuned, "recovered.safetensors", fresh)
+                once(self.save, tuned, "recovered.safetensors", fresh)
                 once(self.work.path(CHECKPOINT).unlink, missing_ok=True)
         else:
             self.stages.resumed("recover", "end-to-end recovery")
         tuned = once(CompressedModel.load, self.work.path("recovered.safetensors"))
-        fresh, kl = (once(self._kl, f"{name}.safetensors") for name in ("recovered", "rounded"))
+        fresh, kl = (once(self.kl_of, f"{name}.safetensors") for name in ("recovered", "rounded"))
         self.staircase.append({"stage": "recover", "heldout_kl": fresh, "applied": fresh < kl})
         name = "recovered" if fresh < kl else "rounded"
         once(shutil.copyfile, self.work.path(f"{name}.safetensors"), self.work.path(COMPRESSED))
         return tuned if fresh < kl else rounded
 
-    def _save(self, model: CompressedModel, name: str, kl: float) -> None:
+    def save(self, model: CompressedModel, name: str, kl: float) -> None:
         """The number first, the file last: a stage is finished when its file has its name."""
         write_atomic(self.work.path(f"{name}.json"), json.dumps({"heldout_kl": kl}))
         temporary = self.work.path(f".{name}.tmp")
         model.save(temporary)
         os.replace(temporary, self.work.path(name))
 
-    def _kl(self, name: str) -> float:
+    def kl_of(self, name: str) -> float:
+        """The held-out KL that was saved with a model."""
         return json.loads(self.work.path(f"{name}.json").read_text(encoding="utf-8"))["heldout_kl"]
 
     def cached_spec(self, spec: Spec) -> Spec:
@@ -386,15 +334,10 @@ class Export:
         """--until: what exists so far becomes the output folder; under torchrun every process comes here."""
         if lead():
             self.work.finish(keep=keep)
-        about = {"until": self.request.until, "activations": self.activations}
+        about = {"until": self.request.until, "activations": self.activations, "error": self.error}
         return {"out": str(self.request.out), "plan": plan, **about}
 
 
 def _finite(knobs: dict[str, float]) -> dict[str, float | None]:
     """JSON has no infinity: None means pruning was not allowed."""
     return {name: value if np.isfinite(value) else None for name, value in knobs.items()}
-
-
-def _share(report: Callable[[int, int], None], index: int, parts: int) -> Callable[[int, int], None]:
-    """Progress of one of several equal parts."""
-    return lambda done, total: report(index * total + done, parts * total)

@@ -60,8 +60,8 @@ class StudyExport(Export):
             self.stages.resumed("compress", "pruning and rounding")
         else:
             model = self.study.compressed(self.cell, self.study.structure(self.cell))
-            self._save(model, "rounded.safetensors", self._heldout_kl(model, texts))
-        kl = self._kl("rounded.safetensors")
+            self.save(model, "rounded.safetensors", self._heldout_kl(model, texts))
+        kl = self.kl_of("rounded.safetensors")
         self.staircase.append({"stage": "prune and round", "heldout_kl": kl, "applied": True})
         return plan, CompressedModel.load(self.work.path("rounded.safetensors"))
 

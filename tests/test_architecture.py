@@ -24,7 +24,7 @@ ROWS = (
     ("comparison",),
     ("comparison_cells", "comparison_report"),
     ("peers",),
-    ("pipeline", "prove", "fallback", "evaluation", "encoder_evaluation", "summary"),
+    ("pipeline", "finalists", "prove", "fallback", "evaluation", "encoder_evaluation", "summary"),
     ("given_plan", "read_activations", "published", "rotate"),
     ("request", "bench", "serve"),
     ("methods", "compress", "lower", "runtime", "engine", "parity", "evaluate", "workspace"),
@@ -33,11 +33,13 @@ ROWS = (
     ("cache", "errors", "progress", "ranks", "revision", "__init__"),
 )
 ROW = {part: i for i, row in enumerate(ROWS) for part in row}
-# The last stages of a run are a file of their own; the fallback is a pipeline beside; parity runs the PyTorch
-# reference and our kernels; the device side uses parity's error measures, pure numpy (test_build.py blocks everything
-# else); tasks go on from the decoder's cache; the runtime asks the driver for a GPU through the device side's few
-# calls; methods build on the parts of compression and draw with the report's pieces.
+# The choice between finalists and the last stages of a run are files of their own; the fallback is a pipeline beside;
+# parity runs the PyTorch reference and our kernels; the device side uses parity's error measures, pure numpy
+# (test_build.py blocks everything else); tasks go on from the decoder's cache; the runtime asks the driver for a GPU
+# through the device side's few calls; methods build on the parts of compression and draw with the report's pieces.
 BESIDE = {
+    ("pipeline", "finalists"),
+    ("finalists", "pipeline"),
     ("pipeline", "prove"),
     ("prove", "pipeline"),
     ("fallback", "prove"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ def test_a_stopped_export_has_the_quality_of_its_bundle(export: Callable[..., An
 
     done, out = export("cpu-x86", "--bits", "6", "--until", "compress")
     assert done.exit_code == 0, done.output
+    assert re.search(r"predicted distance +│ 0\.\d+ 1 - cosine a text", done.output), done.output
+    assert "nats" not in done.output
     refused = command("eval", str(out), "--pairs", str(pairs))
     assert refused.exit_code == 2
     assert "--teacher" in refused.output
