@@ -25,6 +25,7 @@ from jpq_export.format.compressed import COMPRESSED, CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec
 from jpq_export.format.plan import Plan, load_plan
 from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
+from jpq_export.format.wording import wording
 from jpq_export.given_plan import check_given
 from jpq_export.progress import Stages
 from jpq_export.published import PUBLISHED
@@ -55,7 +56,6 @@ class Export:
         self.final_sequences = FINAL_SEQUENCES
         self.staircase: list[dict[str, Any]] = []
         self.activations: dict[str, Any] | None = None
-        self.error = "KL", "nats a token"
 
     def run(self) -> dict[str, Any]:
         """All stages up to `request.until`; returns the summary shown at the end."""
@@ -75,7 +75,7 @@ class Export:
                 self.work.leave()
             raise
         if self.request.until == "plan":
-            return self.stop_early(plan, keep={"plan.json"})
+            return self.stop_early(loaded, plan, keep={"plan.json"})
         plan, rounded = self.round(loaded, texts, plan)
         compressed = self.recover(loaded, texts, plan, rounded)
         if lead():
@@ -85,13 +85,13 @@ class Export:
                 compressed = replace(compressed, spec=spec)
                 compressed.save(self.work.path(COMPRESSED))
         if self.request.until == "compress":
-            return self.stop_early(plan, keep={"plan.json", COMPRESSED, ACTIVATIONS})
+            return self.stop_early(loaded, plan, keep={"plan.json", COMPRESSED, ACTIVATIONS})
         if not lead():
             return {}
         self.lower(loaded, compressed)
         if self.request.until == "onnx":
             names = {p.name for p in self.work.folder.glob("model*")} | {"tokenizer.json", "tokenizer_config.json"}
-            return self.stop_early(plan, keep={"plan.json", COMPRESSED, ACTIVATIONS, *names})
+            return self.stop_early(loaded, plan, keep={"plan.json", COMPRESSED, ACTIVATIONS, *names})
         return self.prove(loaded, texts, plan, compressed)
 
     def load(self) -> LoadedModel:
@@ -106,7 +106,6 @@ class Export:
             loaded = load_model(self.request.model, progress=report, device=self.request.device)
         check_same(loaded.sha256, loaded.name)
         if isinstance(loaded.spec, EncoderSpec):
-            self.error = "distance", "1 - cosine a text"
             self.effort, self.final_sequences = for_texts(self.effort), FINAL_SEQUENCES * PER_SEQUENCE
             if self.request.kv_cache != FLOAT_CACHE:
                 raise UsageError(
@@ -330,11 +329,11 @@ class Export:
 
         return finish_bundle(self, loaded, texts, plan, compressed)
 
-    def stop_early(self, plan: Plan, *, keep: set[str]) -> dict[str, Any]:
+    def stop_early(self, loaded: LoadedModel, plan: Plan, *, keep: set[str]) -> dict[str, Any]:
         """--until: what exists so far becomes the output folder; under torchrun every process comes here."""
         if lead():
             self.work.finish(keep=keep)
-        about = {"until": self.request.until, "activations": self.activations, "error": self.error}
+        about = {"until": self.request.until, "activations": self.activations, "wording": wording(loaded.spec)}
         return {"out": str(self.request.out), "plan": plan, **about}
 
 

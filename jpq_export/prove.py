@@ -54,8 +54,8 @@ def finish_bundle(
     prompts = [row[:64].tolist() for row in texts.heldout]
     while len(prompts) < 3:  # the padded batch wants three different prompts
         prompts.append(texts.calibration[len(prompts)][:64].tolist())
-    reference = Recalled(TorchRunner(compressed))  # the vectors are of the same passes
     with stages.stage("parity", "PyTorch against onnxruntime, every sub-layer") as report:
+        reference = Recalled(TorchRunner(compressed))  # the vectors are of the same passes
         parity = check_parity(
             compressed,
             work.path("model.onnx"),

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from jpq_export.format.plan import Plan
 from jpq_export.format.target import Target
+from jpq_export.format.wording import Wording
 from jpq_export.parity.pictures import size
 
 
@@ -21,7 +22,7 @@ def show_summary(result: dict[str, Any]) -> None:
     """The table of an export, or of a run that stopped early."""
     console, out = Console(), Path(result["out"])
     if "manifest" not in result:
-        _show_plan(console, result["plan"], out, result["error"], result.get("activations"))
+        _show_plan(console, result["plan"], out, result["wording"], result.get("activations"))
         return
     manifest, parity = result["manifest"], result["parity"]
     quality = manifest.quality
@@ -106,26 +107,25 @@ def _engine(engine: dict[str, Any]) -> str:
 
 
 def _show_plan(
-    console: Console, plan: Plan, out: Path, error: tuple[str, str], activations: dict[str, Any] | None = None
+    console: Console, plan: Plan, out: Path, words: Wording, activations: dict[str, Any] | None = None
 ) -> None:
-    """`error`: what a plan is chosen by, and its unit."""
-    budget, (short, unit) = plan.budget, error
+    budget = plan.budget
     asked = size(budget.bytes) if budget.bytes is not None else f"{budget.latency_ms:g} ms"
     table = Table(title=f"plan for {escape(plan.model_name)} on {plan.target}", show_header=False)
     table.add_row("budget", asked)
     table.add_row("stored bytes", size(plan.predicted.bytes))
     table.add_row(
-        "decode latency", f"{plan.predicted.latency_ms:.3f} ms a token, estimated from the target's data sheet"
+        words.latency, f"{plan.predicted.latency_ms:.3f} ms a {words.item}, estimated from the target's data sheet"
     )
     widths = Counter(" and ".join(f"{bits:g}" for bits in sorted({s.bits for s in c.schemes})) for c in plan.choices)
     if plan.method == "jpq":
         gap = f"within {plan.predicted.gap:.2%} of the best possible"
-        table.add_row(f"predicted {short}", f"{plan.predicted.kl:.4f} {unit}, {gap}")
+        table.add_row(f"predicted {words.error}", f"{plan.predicted.kl:.4f} {words.amount} a {words.item}, {gap}")
     elif plan.method == "qpruner":
         told = f"{plan.predicted.kl:.4f} nats a token, the best of {len(plan.search['trials'])} trials"
         table.add_row("measured KL", f"{told}, before the final rounding")
     else:
-        table.add_row(f"predicted {short}", f"not predicted: {plan.method} does not search")
+        table.add_row(f"predicted {words.error}", f"not predicted: {plan.method} does not search")
     table.add_row("matrices by bits", ", ".join(f"{bits}: {widths[bits]}" for bits in sorted(widths)))
     table.add_row("removed", ", ".join(r.name for r in plan.removed) or "nothing")
     if activations:

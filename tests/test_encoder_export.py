@@ -98,8 +98,9 @@ def test_a_stopped_export_has_the_quality_of_its_bundle(export: Callable[..., An
 
     done, out = export("cpu-x86", "--bits", "6", "--until", "compress")
     assert done.exit_code == 0, done.output
-    assert re.search(r"predicted distance +│ 0\.\d+ 1 - cosine a text", done.output), done.output
-    assert "nats" not in done.output
+    assert re.search(r"predicted distance +│ 0\.\d+ \(1 - cosine\) a text", done.output), done.output
+    assert "decode" not in done.output
+    assert "nats" not in done.output + (out / "plan.json").read_text()
     refused = command("eval", str(out), "--pairs", str(pairs))
     assert refused.exit_code == 2
     assert "--teacher" in refused.output
@@ -113,6 +114,9 @@ def test_for_a_board_the_tensorrt_graph_is_written(export: Callable[..., Any]) -
     done, out = export("jetson", "--bits", "6", "--method", "gptq")
     assert done.exit_code == 0, done.output
     assert {"model.trt.onnx", "vectors.safetensors", "tokenizer.json"} <= read_manifest(out).files.keys()
+    refused = command("build", str(out))
+    assert refused.exit_code == 1
+    assert "a sentence encoder, `build` makes engines of language models only" in refused.output
 
 
 def test_what_does_not_go_is_said(export: Callable[..., Any], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from jpq_export.errors import BudgetError
 from jpq_export.format.encoder_spec import Spec, is_table
 from jpq_export.format.plan import Budget, Choice, FrontPoint, LayerPlan, Plan, Predicted, Removal
 from jpq_export.format.target import Target
+from jpq_export.format.wording import wording
 from jpq_export.numerics.scheme import ALL_WIDTHS, BIT_WIDTHS, Scheme, choose_group_size
 
 GROUP_SIZES = (32, 64, 128)
@@ -182,7 +183,7 @@ def _reason(
 ) -> str:
     """What one step up would save and one step down would cost, against the going rate of the budget."""
     prices, cost = problem.prices.matrices[name], problem.cost
-    unit = "MB" if problem.by == "bytes" else "ms"
+    unit, amount = "MB" if problem.by == "bytes" else "ms", wording(problem.prices.spec).amount
     scale = 1e6 if problem.by == "bytes" else 1e3
     at = 0 if problem.by == "bytes" else 1
     here = cost.matrix(rows, columns, scheme)[at]
@@ -195,14 +196,14 @@ def _reason(
             extra = abs(cost.matrix(rows, columns, problem.prices.scheme(columns, bits))[at] - here)
             change = abs(prices[bits] - prices[scheme.bits]) * share
             if extra > 0:
-                steps.append(f"{bits} bits {word} {change:.2g} nats ({change / extra * scale:.3g}/{unit})")
-    rate = f"budget trades at {solution.multiplier * scale:.3g} nats/{unit}"
+                steps.append(f"{bits} bits {word} {change:.2g} {amount} ({change / extra * scale:.3g}/{unit})")
+    rate = f"budget trades at {solution.multiplier * scale:.3g} {amount}/{unit}"
     return "; ".join([*steps, rate])
 
 
 def _removals(problem: Problem, solution: Solution) -> tuple[Removal, ...]:
     scale, unit = (1e6, "MB") if problem.by == "bytes" else (1e3, "ms")
-    out = []
+    amount, out = wording(problem.prices.spec).amount, []
     for name, option in solution.picks.items():
         structure = problem.prices.structures.get(name)
         if structure is None or option.kept == len(structure.order):
@@ -215,8 +216,8 @@ def _removals(problem: Problem, solution: Solution) -> tuple[Removal, ...]:
             if option.kept == 0
             else f"{units - option.kept} of {units} {what}, the least important"
         )
-        rate = f"{solution.multiplier * scale:.3g} nats/{unit}"
-        reason = f"{text}: costs {price:.2g} nats, less than the same room is worth at {rate}"
+        rate = f"{solution.multiplier * scale:.3g} {amount}/{unit}"
+        reason = f"{text}: costs {price:.2g} {amount}, less than the same room is worth at {rate}"
         out.append(Removal(name, price, reason))
     return tuple(out)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jpq_export.errors import BundleError, UsageError
 from jpq_export.format.bundle import Manifest, safe_name
+from jpq_export.format.encoder_spec import KIND
 from jpq_export.format.spec import ModelSpec
 
 FOLDER = "device"  # inside the bundle: everything this board made
@@ -45,6 +46,10 @@ class Settings:
 
 def spec_of(manifest: Manifest, bundle: Path) -> ModelSpec:
     """The model's facts; BundleError when the manifest holds none."""
+    if manifest.kind == KIND:
+        raise BundleError(
+            f"{bundle}: a sentence encoder, `build` makes engines of language models only; use `jpq-export run`"
+        )
     try:
         return ModelSpec.from_json(json.dumps(manifest.model["spec"]))
     except (KeyError, TypeError, ValueError) as error:

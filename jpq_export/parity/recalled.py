@@ -76,7 +76,8 @@ class Recalled:
             return replace(self._known[key], cache=_Fed(passes))
         own = before.take(self.runner)
         outcome = self.runner.forward(ids, mask=mask, cache=own, values=values, given=given)
-        size = outcome.logits.nbytes + sum(value.nbytes for value in outcome.values.values())
+        kept = (outcome.values, outcome.written, outcome.exact)
+        size = outcome.logits.nbytes + sum(value.nbytes for each in kept for value in each.values())
         if not told and self._bytes + size <= MOST_BYTES:
             self._known[key] = replace(outcome, cache=None)
             self._bytes += size

@@ -116,8 +116,10 @@ class Bundle:
 
         Raises:
             CapacityError: a text has more tokens than the model reads.
-            UsageError: this bundle is no sentence encoder, or a text has no tokens.
+            UsageError: this bundle is no sentence encoder, a text has no tokens, or `texts` is one string.
         """
+        if isinstance(texts, str):
+            raise UsageError("embed: got one string, expected a list of texts; give [text]")
         rows = [self.encode(text) for text in texts]
         self.check_rows(rows)
         return self.embed_rows(rows, batch_size=batch_size)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from jpq_export.compress import apply, statistics
+from jpq_export.compress import prepare as preparation
 from jpq_export.compress.apply import Compressor, LayerChoice, Recipe, all_kept, prune, prune_layer
 from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
 from jpq_export.compress.heldout import Heldout, PartialForward
@@ -26,6 +29,7 @@ from jpq_export.compress.tune import (
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
 from jpq_export.numerics.scheme import BIT_WIDTHS, TERNARY, Scheme
+from jpq_export.progress import Stages
 
 SPEC = ModelSpec(
     name="tiny", family="llama", vocab=96, hidden=64, head_dim=16, heads_per_group=2, layers=(LayerSpec(2, 128),) * 3,
@@ -320,6 +324,21 @@ def test_narrow_widths_are_priced_when_asked_for_each_by_its_own_measurement(
     assert again is not None
     for key, rounded in cache.entries.items():
         assert torch.equal(again.cache.entries[key].dequantize(), rounded.dequantize()), key
+
+
+def test_prices_are_measured_on_the_beginnings_of_all_held_out_sequences(
+    teacher: Decoder, sequences: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Watched(PartialForward):
+        def __init__(self, model: Decoder, heldout: Heldout) -> None:
+            seen.append(heldout.ids.numpy())
+            super().__init__(model, heldout)
+
+    monkeypatch.setattr(preparation, "PartialForward", Watched)
+    preparation.prepare(teacher, sequences[:8], sequences[8:], tmp_path / "search", seed=0, stages=Stages())
+    assert [ids.tolist() for ids in seen] == [sequences[8:, :24].tolist()]
 
 
 def test_partial_forward_measures_the_same_kl_as_the_gate(teacher: Decoder, sequences: np.ndarray) -> None:

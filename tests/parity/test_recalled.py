@@ -15,6 +15,7 @@ from jpq_export.parity import recalled
 from jpq_export.parity.check import check_parity
 from jpq_export.parity.recalled import Recalled
 from jpq_export.parity.runners import Outcome, TorchRunner
+from jpq_export.parity.vectors import record_vectors
 
 PROMPT = np.array([[5, 90, 3, 41, 17, 66, 2, 8, 30]], np.int64)
 
@@ -110,3 +111,17 @@ def test_a_second_runtime_costs_the_reference_nothing(
     # The prefill with and without values and for the cache that decoding goes on with, the padded batch and its four
     # steps, seven steps behind the first token.
     assert inner.passes == 3 + 5 + 7
+
+
+def test_vectors_of_the_same_cases_cost_nothing_and_are_the_same(
+    models: dict[str, CompressedModel], bundle: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    inner, path = Counting(models["llama"]), bundle / "model.onnx"
+    reference = Recalled(inner)
+    check_parity(models["llama"], path, prompts=prompts, steps=8, reference=reference)
+    before = inner.passes
+    files = {"recalled": reference, "fresh": TorchRunner(models["llama"])}
+    for name, runner in files.items():
+        record_vectors(models["llama"], tmp_path / name, prompts=prompts, steps=8, runner=runner)
+    assert inner.passes == before
+    assert (tmp_path / "recalled").read_bytes() == (tmp_path / "fresh").read_bytes()

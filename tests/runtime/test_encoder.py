@@ -48,6 +48,7 @@ def test_no_texts(encoder):
         (["w3", ""], UsageError, "text 1 has no tokens"),
         (["w3", "w3 " * 17], CapacityError, "text 1 has 17 tokens, expected at most 16"),
         (["\ud800"], UsageError, "not valid Unicode"),
+        ("w3", UsageError, r"got one string, expected a list of texts; give \[text\]"),
     ],
 )
 def test_refused_texts(encoder, texts, error, says):
