@@ -40,9 +40,9 @@ class Teaching:
 def _beginnings(sequences: np.ndarray) -> np.ndarray:
     """Of every sequence [n, length], the first half: one unusual text weighs less than among half of the sequences.
 
-    SmolLM2-135M, prices from 512 tokens against those from 4,096 others, standard deviation of their logarithms (2 bits,
-    whole sub-layers, half of them), twice: one sequence 0.29, 0.29, 0.40 and 0.14, 0.16, 0.17; two halves 0.17, 0.23,
-    0.32 and 0.15, 0.15, 0.15.
+    SmolLM2-135M, prices from 512 tokens against those from 4,096 others, standard deviation of their logarithms (2
+    bits, whole sub-layers, half of them), twice: one sequence 0.29, 0.29, 0.40 and 0.14, 0.16, 0.17; two halves 0.17,
+    0.23, 0.32 and 0.15, 0.15, 0.15.
     """
     return np.ascontiguousarray(sequences[:, : max(1, sequences.shape[1] // 2)])
 
