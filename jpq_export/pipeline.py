@@ -176,9 +176,10 @@ class Export:
     def _check_budget(self, spec: Spec) -> None:
         """BudgetError before the long part."""
         from jpq_export.compress.plan import check_reachable
-        from jpq_export.compress.prepare import GROUP_SIZE
+        from jpq_export.compress.prepare import group_size_for
 
-        check_reachable(spec, *self._asked(spec), group_size=GROUP_SIZE, prune=self.request.prune)
+        group_size = group_size_for(self.request.target)
+        check_reachable(spec, *self._asked(spec), group_size=group_size, prune=self.request.prune)
 
     def _asked(self, spec: Spec) -> tuple[Any, Any, tuple[float, ...]]:
         """Costs on the target, the budget, and the widths to choose from."""
@@ -202,7 +203,7 @@ class Export:
     def search(self, loaded: LoadedModel, texts: Texts, cost: Any) -> list[Plan]:
         """Prices, exact solution, true-KL refinement; the finalists, best first."""
         from jpq_export.compress.plan import Problem, contrast, make_plan
-        from jpq_export.compress.prepare import prepare
+        from jpq_export.compress.prepare import group_size_for, prepare
         from jpq_export.compress.prepared import check_cache
         from jpq_export.compress.prices import narrow_widths
         from jpq_export.compress.refine import finalists, refine
@@ -214,7 +215,7 @@ class Export:
         calibration = texts.calibration[: self.effort.sequences]
         once(check_cache, folder)  # one that cannot be written is said before the long part
         kind = {"seed": request.seed, "stages": self.stages, "narrow": narrow_widths(widths)}
-        kind |= {"outputs": self.effort.two_sided}
+        kind |= {"outputs": self.effort.two_sided, "group_size": group_size_for(request.target)}
         prepared = prepare(loaded.model, calibration, texts.heldout, folder, **kind)
         problem = Problem(prepared.prices, cost, budget, widths)
         with self.stages.stage("plan", "searching structure and bits together") as report:

@@ -73,6 +73,7 @@ class Texts:
 def prepared_for(request: Request, loaded: LoadedModel, texts: Texts) -> Path:
     """Where this model's price list lives."""
     from jpq_export.compress.effort import EFFORTS
+    from jpq_export.compress.prepare import group_size_for
     from jpq_export.compress.prepared import prepared_folder
     from jpq_export.compress.prices import narrow_widths
 
@@ -84,5 +85,6 @@ def prepared_for(request: Request, loaded: LoadedModel, texts: Texts) -> Path:
         sequences=effort.sequences,
         seed=request.seed,
         device=request.device,
+        group_size=group_size_for(request.target),
         revision=revision(PRICING),
     )

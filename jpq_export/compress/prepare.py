@@ -15,9 +15,19 @@ from jpq_export.compress.prices import ROUNDED_BITS, measure_prices, round_all
 from jpq_export.compress.statistics import Statistics
 from jpq_export.compress.teaching import teaching_of
 from jpq_export.format.encoder_spec import is_table
+from jpq_export.format.target import Target
 from jpq_export.progress import Stages
 
-GROUP_SIZE = 64
+# Of a matrix, where its rows allow. Scales of groups of 64 take a quarter of a bit a weight, which buys more as bits:
+# errors of SmolLM2-135M's matrices at equal bytes, of GPTQ against groups of 64 (6 dB a bit), rotated: groups of 192 of
+# rows of 576 numbers have 0.80 at 2 bits, 0.83 at 3, 0.92 at 4; of 128 of rows of 1,536 0.86, 0.88, 0.93.
+GROUP_SIZE = 128
+ENGINE_GROUP_SIZE = 64  # TensorRT-RTX was only ever seen to take blocks of 64 of SmolLM2's rows
+
+
+def group_size_for(target: Target) -> int:
+    """The group size that plans for `target` start from."""
+    return ENGINE_GROUP_SIZE if target.engine else GROUP_SIZE
 
 
 def prepare(
@@ -30,6 +40,7 @@ def prepare(
     stages: Stages,
     narrow: tuple[float, ...] = (),
     outputs: bool = False,
+    group_size: int = GROUP_SIZE,
 ) -> Prepared:
     """The prepared state for these inputs; `folder` names them (see prepared_folder).
 
@@ -45,13 +56,13 @@ def prepare(
         stats = collect(teacher, calibration, seed=seed, outputs=outputs, progress=report)
     told = ", ".join(f"{bits:g}" for bits in (*narrow, *ROUNDED_BITS))
     with stages.stage("round", f"rounding every matrix at {told} bits") as report:
-        weights, kind = named_weights(teacher), {"group_size": GROUP_SIZE, "narrow": narrow}
+        weights, kind = named_weights(teacher), {"group_size": group_size, "narrow": narrow}
         cache, raw = round_all(weights, teacher.spec, stats, **kind, progress=report)
         drop_layer_hessians(stats)
     with stages.stage("prices", "measuring what each sub-layer costs") as report:
         teaching = teaching_of(teacher)
         forward = PartialForward(teacher, teaching.heldout(teacher, teaching.priced(heldout)))
-        prices = measure_prices(teacher, stats, raw, cache, forward, group_size=GROUP_SIZE, progress=report)
+        prices = measure_prices(teacher, stats, raw, cache, forward, group_size=group_size, progress=report)
     prepared = Prepared(prices, cache, stats)
     parallel.once(save_prepared, folder, prepared)
     return prepared

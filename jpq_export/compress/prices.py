@@ -26,7 +26,7 @@ from jpq_export.compress.rounding import Rounded, quantize_rows, row_loss
 from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.errors import PlanError
 from jpq_export.format.encoder_spec import Spec, is_table, spec_from_json
-from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, choose_group_size, levels, read_width
+from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, levels, read_width, wide_group_size
 
 FORMAT = "jpq-prices/1"
 ROUNDED_BITS = (2, 3, 4)
@@ -55,7 +55,7 @@ class PriceList:
 
     def scheme(self, columns: int, bits: float) -> Scheme:
         """The scheme of a matrix with `columns` inputs."""
-        return Scheme(bits, choose_group_size(columns, self.group_size))
+        return Scheme(bits, wide_group_size(columns, self.group_size))
 
     def save(self, path: Path) -> None:
         """Write prices.json."""
@@ -122,12 +122,12 @@ def round_all(
     mine = [job for job, owner in zip(jobs, owners, strict=True) if owner == parallel.rank()]
     found: dict[tuple[str, int], Stacked] = {}
     for done, (name, start) in enumerate(mine):
-        rows, size = weights[name][start : start + ROWS_TOGETHER], choose_group_size(weights[name].shape[1], group_size)
+        rows, size = weights[name][start : start + ROWS_TOGETHER], wide_group_size(weights[name].shape[1], group_size)
         found[name, start] = _round_widths(rows, stats.hessians[name], size, widths)
         if progress:
             progress(done + 1, len(mine))
     for name in names:
-        W, size = weights[name], choose_group_size(weights[name].shape[1], group_size)
+        W, size = weights[name], wide_group_size(weights[name].shape[1], group_size)
         parts = [
             _exchanged(found.pop(job, None), owner, W[job[1] : job[1] + ROWS_TOGETHER], size, len(widths))
             for job, owner in zip(jobs, owners, strict=True)
@@ -281,7 +281,7 @@ def _structure(
 
 def ffn_step(channels: int, group_size: int) -> int:
     """Channels removed together: whole groups of the down projection, about a twelfth of the width."""
-    unit = choose_group_size(channels, group_size)
+    unit = wide_group_size(channels, min(group_size, max(32, channels // FFN_STEPS)))  # narrower ones in a narrow MLP
     return max(unit, round(channels / FFN_STEPS / unit) * unit)
 
 

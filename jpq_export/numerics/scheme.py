@@ -104,3 +104,12 @@ def choose_group_size(in_features: int, preferred: int = 64) -> int:
     if divisors:
         return min(divisors, key=lambda d: (abs(d - preferred), -d))
     return max(d for d in range(1, min(in_features, preferred) + 1) if in_features % d == 0)
+
+
+def wide_group_size(in_features: int, least: int) -> int:
+    """The smallest multiple of 32 (GPUs want those) from `least` up that divides `in_features`, else the largest below.
+
+    Without a multiple of 32 it is `choose_group_size`. Unlike that one it rather takes a wider group than a narrower.
+    """
+    whole = [d for d in range(32, min(in_features, 4 * least) + 1, 32) if in_features % d == 0]
+    return next((d for d in whole if d >= least), whole[-1]) if whole else choose_group_size(in_features, least)

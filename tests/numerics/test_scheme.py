@@ -11,6 +11,7 @@ from jpq_export.numerics.scheme import (
     kernel_bits,
     levels,
     row_bytes,
+    wide_group_size,
 )
 
 
@@ -97,9 +98,23 @@ def test_choose_group_size(in_features, expected):
     assert choose_group_size(in_features) == expected
 
 
+@pytest.mark.parametrize(
+    ("in_features", "least", "expected"),
+    [
+        *((k, 128, g) for k, g in ((576, 192), (1536, 128), (640, 128), (960, 160), (384, 128), (192, 192), (96, 96))),
+        *((k, 128, g) for k, g in ((64, 64), (32, 32), (200, 200), (1184, 32), (7, 7))),
+        *((k, 64, g) for k, g in ((576, 64), (160, 160), (480, 96))),
+        *((k, 32, g) for k, g in ((96, 32), (128, 32), (100, 25), (12, 12))),
+    ],
+)
+def test_wide_group_size(in_features, least, expected):
+    assert wide_group_size(in_features, least) == expected
+
+
 @pytest.mark.parametrize("in_features", [1, 7, 13, 36, 100, 1100, 1536])
 def test_a_chosen_group_divides_the_row(in_features):
     assert in_features % choose_group_size(in_features) == 0
+    assert in_features % wide_group_size(in_features, 128) == 0
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8])

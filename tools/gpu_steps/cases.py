@@ -13,7 +13,7 @@ from jpq_export.numerics.scheme import KERNEL_TERNARY, from_kernel_bits, levels
 
 TERNARY = KERNEL_TERNARY
 BITS = (1, TERNARY, 2, 3, 4, 5, 6, 7, 8)  # as the kernels count them
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = (32, 64, 128, 192)
 ROWS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 63, 64, 65, 129, 300)
 QUICK_ROWS = (1, 3, 17, 129)
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -195,7 +195,7 @@ def shapes(*, quick: bool) -> list[Shape]:
         for i, rows in enumerate(QUICK_ROWS if quick else ROWS):
             for j, dtype in enumerate(DTYPES):
                 turn = i + 2 * j + bits
-                size = GROUP_SIZES[turn % 3]
+                size = GROUP_SIZES[(turn + turn // 4) % 4]
                 groups = max(1, GROUPS_OF_32[(turn // 2) % 3] * 32 // size)
                 n = OUT_FEATURES[(turn // 3) % 4]
                 out.append(Shape(bits, size, groups, n, rows, dtype, turn % 2 == 0, (turn // 2) % 2 == 0))
