@@ -22,7 +22,6 @@ import numpy as np
 
 from jpq_export.comparison_cells import PermutedExport, Remembered, maker, table_moments
 from jpq_export.comparison_report import page
-from jpq_export.compress.prepare import GROUP_SIZE
 from jpq_export.evaluate.predictors import TorchPredictor
 from jpq_export.evaluate.task_data import TaskChoice
 from jpq_export.evaluate.texts import EvaluationText, read_text, token_windows
@@ -172,8 +171,11 @@ def request_for(comparison: Comparison, method: str, bits: float) -> Request:
 
 
 def pruned_width(bits: float, widths: tuple[float, ...] = BIT_WIDTHS) -> float:
-    """The narrowest width that needs pruning to fit: less is removed, which suits this rival, than with a wider one."""
-    return min((b for b in widths if b + 16 / GROUP_SIZE > bits), default=max(widths))
+    """The narrowest width that needs pruning to fit with scales of groups of 64, or nearly so with wider ones.
+
+    Less is removed, which suits this rival, than with more bits.
+    """
+    return min((b for b in widths if b + 16 / 64 > bits), default=max(widths))
 
 
 def _windows(comparison: Comparison, loaded: Any, text: EvaluationText) -> np.ndarray:

@@ -106,7 +106,7 @@ def test_a_missing_text_is_said_before_anything_runs(compare: Callable, tmp_path
 
 
 def test_the_pruning_rival_removes_as_little_as_it_can() -> None:
-    assert [pruned_width(bits) for bits in (2.1, 2.58, 3.15, 4.16, 5.3)] == [2, 3, 4, 5, 6]
+    assert [pruned_width(bits) for bits in (2.1, 2.58, 3.15, 4.16, 5.3)] == [2, 3, 3, 4, 6]
     assert [pruned_width(bits, (1, 1.6, 2)) for bits in (1.2, 1.5, 2.1, 4)] == [1, 1.6, 2, 2]
 
 

@@ -19,8 +19,8 @@ from jpq_export.numerics.scheme import ALL_WIDTHS, Scheme
 
 CPU = ("avx512-vnni", "avx512", "avx2", "neon", "scalar")
 ROWS = (1, 2, 3, 7, 16, 63, 128, 512)
-N, GROUP_SIZES = (32, 64, 128, 192)  # 192: of rows of 576 numbers
-GROUPS = 5, 3
+GROUP_SIZES = (32, 64, 128, 192)  # 192: of rows of 576 numbers
+N, GROUPS = 5, 3
 # Relative RMS: an fp32 sum of some hundred terms; a result (or X) rounded to the 11 bits of fp16.
 FP32, FP16 = 2e-6, 4e-4
 TYPES = (np.float32, np.float16)
