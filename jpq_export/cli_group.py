@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -36,10 +38,17 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The named command, or export with all arguments."""
         if self.get_command(ctx, args[0]) is None:
+            self._check_misspelt(ctx, args)
             args = [DEFAULT, *args]
         if ranks.launched() and args[0] not in TOGETHER:
             raise UsageError(f"{args[0]}: works in one process; start it without torchrun, which is for an export")
         return super().resolve_command(ctx, args)
+
+    def _check_misspelt(self, ctx: click.Context, args: list[str]) -> None:
+        """UsageError for `jpq-export verfy bundle`: without --target it is no export, and no model lies there."""
+        close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1, cutoff=0.7)
+        if close and not any(arg.startswith("--target") for arg in args) and not Path(args[0]).exists():
+            raise UsageError(f"{args[0]!r}: no such command; did you mean {close[0]!r}? See `jpq-export --help`.")
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run, translating errors."""

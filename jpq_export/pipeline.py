@@ -59,8 +59,12 @@ class Export:
 
     def run(self) -> dict[str, Any]:
         """All stages up to `request.until`; returns the summary shown at the end."""
+        from jpq_export.compress.calibration_text import load_documents
+
         once(check_output, self.request.out, force=self.request.force)
         plan = once(load_plan, self.request.plan) if self.request.plan else None
+        if self.request.calibration:
+            once(load_documents, self.request.calibration)  # one that cannot be read is said before the long part
         loaded = self.load()
         texts = once(self.texts, loaded)
         self.work = Workspace(self.request.out)
@@ -116,6 +120,12 @@ class Export:
                 raise TargetError(
                     f"{self.request.target.name}: TensorRT-RTX engines of encoders are not built yet; use --target cpu"
                 )
+        elif self.request.context > loaded.spec.max_positions:
+            most = loaded.spec.max_positions
+            self.stages.note(
+                f"--context {self.request.context}: {loaded.name} has {most} positions; counted with those"
+            )
+            self.request = replace(self.request, context=most)
         once(check_disk, self.request.out, loaded.spec.parameters())
         if self.request.device == "cpu":  # every process here has the teacher in memory by now
             check_memory(loaded.spec, loaded.name, factor=(EXPORT_FACTOR - 1) * local_world())
@@ -153,6 +163,9 @@ class Export:
 
         if given is not None:
             check_given(given, self.request, loaded)
+            if given.target != self.request.target.name:
+                made = f"{self.request.plan}: made for {given.target}"
+                self.stages.note(f"{made}; its choices hold for {self.request.target.name}, its latency does not")
             self.check_board(given, loaded.spec)
             once(write_atomic, self.work.path("plan.json"), given.to_json())
             return given

@@ -89,15 +89,20 @@ def kv_cache_line(cache: dict[str, Any]) -> str:
 def _show_encoder(console: Console, table: Table, result: dict[str, Any], out: Path) -> None:
     """What differs for a sentence encoder."""
     quality, parity = result["manifest"].quality, result["parity"]
-    told = f"{quality['distance_mean']:.5f} (1 - cosine), worst percent {quality['distance_p99']:.5f}"
+    told = f"{quality['distance_mean']:.5f} (1 - cosine), 99th percentile {quality['distance_p99']:.5f}"
     table.add_row("distance to the teacher", f"{told}, {quality['texts']} held-out texts")
     verdict = "[green]passed[/green]" if parity.passed else "[red]FAILED[/red]"
     table.add_row("parity", f"{verdict}, PyTorch against {', '.join(r.name for r in parity.runtimes)}")
+    table.add_row("report", escape(str(out / "parity.html")))
     console.print(table)
     if not parity.passed and parity.first_diverging:
         console.print(f"first diverging: {parity.first_diverging}")
     shown = escape(shlex.quote(str(out)))
-    console.print(f"next: jpq-export eval {shown} --pairs pairs.csv", soft_wrap=True)
+    console.print(
+        f'next: jpq-export run {shown} "A text" "Another"   |   jpq-export eval {shown} --pairs pairs.csv   |   '
+        f"on the device: jpq-export verify {shown}",
+        soft_wrap=True,
+    )
 
 
 def _engine(engine: dict[str, Any]) -> str:
@@ -138,15 +143,17 @@ def show_targets(targets: Iterable[Target]) -> None:
     """One line a target."""
     table = Table()
     table.add_column("name", no_wrap=True)
-    for title in ("board", "memory", "bandwidth", "fp16", "TensorRT", "default bits"):
-        table.add_column(title, overflow="fold")
+    table.add_column("board", overflow="fold")
+    for title in ("memory", "GB/s", "TFLOP/s", "TensorRT", "bits"):
+        table.add_column(title, no_wrap=True)
+    table.caption = "GB/s: memory bandwidth; TFLOP/s: fp16, dense; bits: per weight where no budget is given"
     for t in targets:
         table.add_row(
             t.name,
             t.title,
             f"{t.memory_bytes / 2**30:.0f} GiB",
-            f"{t.bandwidth_gb_s:g} GB/s",
-            f"{t.fp16_tflops:g} TFLOP/s",
+            f"{t.bandwidth_gb_s:g}",
+            f"{t.fp16_tflops:g}",
             t.tensorrt or "-",
             f"{t.default_bits:g}",
         )

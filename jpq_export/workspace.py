@@ -101,7 +101,8 @@ def write_atomic(path: Path, text: str) -> None:
 def check_output(out: Path, *, force: bool) -> None:
     """Refuse early: an existing folder, a stranger's folder, a place that cannot be written."""
     if out.exists() and not force:
-        raise UsageError(f"--out {out}: already exists; choose another folder or pass --force to replace it")
+        remedy = "choose another folder" + (" or pass --force to replace it" if _replaceable(out) else "")
+        raise UsageError(f"--out {out}: already exists; {remedy}")
     if not _replaceable(out):
         raise UsageError(f"--out {out}: is not a bundle, so --force will not replace it; choose another folder")
     partial = Workspace(out).folder

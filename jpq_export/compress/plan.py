@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jpq_export.compress.cost import CostModel
 from jpq_export.compress.prices import PriceList, StructurePrice, ffn_step
 from jpq_export.compress.refine import bits_of, layer_choices
-from jpq_export.compress.search import Class, Knobs, Solution, build_classes, front, rounded_up, solve, start_knobs
+from jpq_export.compress.search import Class, Knobs, Solution, build_classes, front, solve, start_knobs
 from jpq_export.errors import BudgetError
 from jpq_export.format.encoder_spec import Spec, is_table
 from jpq_export.format.plan import Budget, Choice, FrontPoint, LayerPlan, Plan, Predicted, Removal
@@ -57,8 +57,8 @@ class Problem:
         classes = self.classes(knobs)
         if self.budget.bytes is None:
             assert self.budget.latency_ms is not None
-            return solve(classes, self.budget.latency_ms * 1e3, by=self.by, fixed=time)
-        return solve(classes, self.budget.bytes, by=self.by, fixed=size)
+            return solve(classes, self.budget.latency_ms * 1e3, by=self.by, fixed=time, asked=self.budget)
+        return solve(classes, self.budget.bytes, by=self.by, fixed=size, asked=self.budget)
 
     def classes(self, knobs: Knobs) -> list[Class]:
         """All classes at these knobs."""
@@ -256,10 +256,7 @@ def uniform_plan(
     if best is None:
         least = (min(widths), 128)
         smallest = uniform_bytes(spec, _uniform_schemes(spec, cost.target, least, least), target=cost.target)
-        raise BudgetError(
-            f"budget of {budget.bytes / 1e6:g} MB cannot be met: --method {method} needs at least "
-            f"{rounded_up(smallest, 1e6)} MB; ask for at least that"
-        )
+        raise budget.too_small(smallest, f"--method {method} needs at least")
     schemes = best[1]
     layers = tuple(
         LayerPlan(i, tuple(range(layer.kv_heads)), layer.kv_heads, layer.ffn, layer.ffn)

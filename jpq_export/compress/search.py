@@ -18,6 +18,7 @@ from jpq_export.compress.cost import CostModel
 from jpq_export.compress.prices import PriceList
 from jpq_export.errors import BudgetError
 from jpq_export.format.encoder_spec import is_table
+from jpq_export.format.plan import Budget
 from jpq_export.numerics.scheme import BIT_WIDTHS
 
 RESOLUTION = 12_000
@@ -160,18 +161,19 @@ def pareto(options: list[Option], by: str) -> tuple[Option, ...]:
     return tuple(front)
 
 
-def solve(classes: list[Class], budget: float, *, by: str, fixed: float) -> Solution:
-    """The cheapest-price pick per class with total cost <= budget; BudgetError says the smallest possible budget."""
+def solve(classes: list[Class], budget: float, *, by: str, fixed: float, asked: Budget | None = None) -> Solution:
+    """The cheapest-price pick per class with total cost <= budget; BudgetError says the smallest possible budget.
+
+    `asked`: the budget in the unit it was asked in, for that error.
+    """
     room = budget - fixed
     costs = [np.array([getattr(o, by) for o in c.options], np.float64) for c in classes]
     prices = [np.array([o.price for o in c.options]) for c in classes]
     smallest = sum(c[0] for c in costs)
     if smallest > room:
-        unit, size = ("MB", 1e6) if by == "bytes" else ("ms", 1e3)
-        raise BudgetError(
-            f"budget of {budget / size:g} {unit} cannot be met: the smallest possible plan needs "
-            f"{rounded_up(smallest + fixed, size)} {unit}; ask for at least that"
-        )
+        kind = ("size", budget, int(budget)) if by == "bytes" else ("latency", budget / 1e3, None, budget / 1e3)
+        least = (smallest + fixed) / (1 if by == "bytes" else 1e3)
+        raise (asked or Budget(*kind)).too_small(least, "the smallest possible plan needs")
     bound, multiplier = dual_bound(costs, prices, room)
     picks = _dynamic_program(costs, prices, room)
     picks = _spend_rest(costs, prices, picks, room)
@@ -185,11 +187,6 @@ def solve(classes: list[Class], budget: float, *, by: str, fixed: float) -> Solu
         max(0.0, price - bound) / max(price, 1e-12),
         multiplier,
     )
-
-
-def rounded_up(value: float, unit: float) -> str:
-    """In units, to three decimals and never too little: who asks for that gets it."""
-    return f"{math.ceil(value / unit * 1e3) / 1e3:.3f}"
 
 
 def dual_bound(costs: list[np.ndarray], prices: list[np.ndarray], room: float) -> tuple[float, float]:

@@ -6,8 +6,6 @@ from itertools import product
 
 from jpq_export.compress.cost import CostModel
 from jpq_export.compress.plan import GROUP_SIZES
-from jpq_export.compress.search import rounded_up
-from jpq_export.errors import BudgetError
 from jpq_export.format.plan import Budget, Choice, Plan, Predicted
 from jpq_export.format.spec import ModelSpec
 from jpq_export.format.target import Target
@@ -34,10 +32,7 @@ def uniform_plan(
         if size <= budget.bytes and (best is None or rank > best[0]):
             best = rank, schemes
     if best is None:
-        raise BudgetError(
-            f"budget of {budget.bytes / 1e6:g} MB cannot be met: {spec.name} takes the fallback, which needs "
-            f"at least {rounded_up(least or 0, 1e6)} MB; ask for at least that"
-        )
+        raise budget.too_small(least or 0, f"{spec.name} takes the fallback, which needs at least")
     size, schemes = best[0][1], best[1]
     cost = CostModel(spec, target, 1)
     time = sum(cost.matrix(*shape, schemes[name])[1] for name, shape in spec.matrices().items())

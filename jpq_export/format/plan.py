@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jpq_export.errors import PlanError
+from jpq_export.errors import BudgetError, PlanError
 from jpq_export.format.encoder_spec import Spec
 from jpq_export.numerics.row_blocks import RowLayout
 from jpq_export.numerics.scheme import TERNARY, Scheme
@@ -24,6 +25,19 @@ class Budget:
     value: float
     bytes: int | None
     latency_ms: float | None = None
+
+    def too_small(self, least: float, why: str, remedy: str = "ask for at least that") -> BudgetError:
+        """The error of a budget below `least` (bytes, or ms), both told in the unit that was asked in, rounded up."""
+        latency = self.bytes is None
+        of, size, unit = (self.latency_ms, 1.0, "ms") if latency else (self.bytes, 1e6, "MB")
+        assert of is not None
+
+        def told(cost: float) -> str:
+            amount = f"{math.ceil(cost / size * 1e3) / 1e3:.3f} {unit}"
+            shown = {"bits": "bits per weight", "ratio": "of fp16"}.get(self.kind)
+            return f"{math.ceil(cost / of * self.value * 1e3) / 1e3:.3f} {shown} ({amount})" if shown and of else amount
+
+        return BudgetError(f"budget of {told(of)} cannot be met: {why} {told(least)}; {remedy}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ def passed_line(parity: Mapping[str, Any]) -> str:
 
 def quality_tiles(quality: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(title, value, note) of the embeddings of held-out text."""
-    note = f"1 − cosine, worst percent {quality['distance_p99']:.4f}"
+    note = f"1 − cosine, 99th percentile {quality['distance_p99']:.4f}"
     return [("distance to the original", f"{quality['distance_mean']:.4f}", f"{note}, {quality['texts']} texts")]
 
 

@@ -18,7 +18,7 @@ from jpq_export.compress.prices import PriceList, StructurePrice
 from jpq_export.compress.refine import REMOVAL_LASTS, Trial, finalists
 from jpq_export.compress.search import Knobs
 from jpq_export.errors import BudgetError, PlanError
-from jpq_export.format.plan import Plan, load_plan
+from jpq_export.format.plan import Budget, Plan, load_plan
 from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
 from jpq_export.format.target import load_target
 from jpq_export.numerics.scheme import ALL_WIDTHS, BIT_WIDTHS, TERNARY
@@ -291,3 +291,17 @@ def test_plan_file_round_trips_and_refuses_another_model(prices: PriceList, tmp_
 def test_impossible_latency_names_the_smallest(prices: PriceList) -> None:
     with pytest.raises(BudgetError, match=r"smallest possible plan needs .* ms"):
         planned(prices, BudgetRequest("latency", 0.001))
+
+
+def test_a_budget_is_refused_in_the_unit_it_was_asked_in() -> None:
+    """Rounded up: who asks for what is told gets it."""
+    bits = str(Budget("bits", 0.01, 168_143).too_small(7_376_000, "it needs"))
+    assert bits == (
+        "budget of 0.010 bits per weight (0.169 MB) cannot be met: it needs 0.439 bits per weight (7.376 MB); "
+        "ask for at least that"
+    )
+    assert "it needs 0.500 of fp16 (1.000 MB)" in str(Budget("ratio", 0.25, 500_000).too_small(1e6, "it needs"))
+    assert "budget of 1.000 MB cannot be met: it needs 2.001 MB" in str(
+        Budget("size", 1e6, 1_000_000).too_small(2_000_001, "it needs")
+    )
+    assert "needs 0.124 ms" in str(Budget("latency", 0.1, None, 0.1).too_small(0.1231, "it needs"))

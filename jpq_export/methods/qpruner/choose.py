@@ -9,8 +9,6 @@ from typing import Any
 
 from jpq_export.compress.apply import LayerChoice
 from jpq_export.compress.cost import CostModel
-from jpq_export.compress.search import rounded_up
-from jpq_export.errors import BudgetError
 from jpq_export.format.encoder_spec import Spec, is_table
 from jpq_export.format.plan import Budget, Choice, FrontPoint, LayerPlan, Plan, Predicted, Removal
 from jpq_export.methods.qpruner.adapters import adapter_bytes
@@ -88,10 +86,8 @@ def frame(
             least = found.space(budget.bytes, ()).bytes((max(level - 1, 0),) * len(spec.layers))
             if least <= budget.bytes:
                 return found
-    raise BudgetError(
-        f"budget of {budget.bytes / 1e6:g} MB cannot be met: --method {method} with {widths[0]:g} bits everywhere and "
-        f"{max(kept):.0%} removed needs at least {rounded_up(least, 1e6)} MB; ask for at least that"
-    )
+    why = f"--method {method} with {widths[0]:g} bits everywhere and {max(kept):.0%} removed needs at least"
+    raise budget.too_small(least, why)
 
 
 def by_information(space: Space, widths: tuple[float, ...], information: Sequence[float]) -> Levels:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from jpq_export.compress.cost import CostModel
-from jpq_export.compress.search import rounded_up
-from jpq_export.errors import BudgetError
 from jpq_export.format.encoder_spec import Spec, is_table
 from jpq_export.format.plan import Budget, Choice, LayerPlan, Plan, Predicted, Removal, RowBlock
 from jpq_export.format.target import Target
@@ -92,10 +90,8 @@ def plan_for(
             high = middle
     if best is None:
         least = _plan(logits, -extent, cost, budget, found, sha256, search).predicted.bytes
-        raise BudgetError(
-            f"budget of {budget.bytes / 1e6:g} MB cannot be met: --method toga with {found.widths.low:g} and "
-            f"{found.widths.high:g} bits needs at least {rounded_up(least, 1e6)} MB; ask for at least that"
-        )
+        widths = f"{found.widths.low:g} and {found.widths.high:g} bits"
+        raise budget.too_small(least, f"--method toga with {widths} needs at least")
     return best
 
 

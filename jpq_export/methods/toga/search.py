@@ -18,7 +18,7 @@ from jpq_export.compress.cost import CostModel
 from jpq_export.compress.decoder import Decoder
 from jpq_export.compress.load import LoadedModel
 from jpq_export.compress.prepared import check_cache, prepared_folder
-from jpq_export.errors import BudgetError, TargetError, UsageError
+from jpq_export.errors import TargetError, UsageError
 from jpq_export.format.plan import Budget, Plan
 from jpq_export.format.tensor_file import save_tensors
 from jpq_export.methods.toga.choose import Frame, frame, plan_for
@@ -60,11 +60,8 @@ def toga_plan(
     assert budget.bytes is not None
     found = frame(loaded.spec, cost.target, budget.bytes, widths)
     if not prune and found.low_bytes + found.rest_bytes > budget.bytes:
-        raise BudgetError(
-            f"budget of {budget.bytes / 1e6:g} MB cannot be met: --method toga without pruning needs "
-            f"{(found.low_bytes + found.rest_bytes) / 1e6:.2f} MB with all rows at {found.widths.low:g} bits; ask for "
-            "that or allow --prune"
-        )
+        why = f"--method toga without pruning, all rows at {found.widths.low:g} bits, needs"
+        raise budget.too_small(found.low_bytes + found.rest_bytes, why, "ask for that or allow --prune")
     training = settings(found, effort, prune=prune)
     inputs: dict[str, Any] = {
         "method": "toga",
