@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from jpq_export import __version__
 from jpq_export.cli_group import Commands
@@ -194,17 +195,22 @@ def build_command(bundle: Path, *, dry_run: bool, as_json: bool, workspace: str,
 @click.option("--threads", type=click.IntRange(1, 256), help="Default: all cores.")
 @click.option("--fast", is_flag=True, help="Round activations: to 16 bits in our kernels, to 8 in onnxruntime's own.")
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
-def run(bundle: Path, prompt: tuple[str, ...], *, chat: bool, **options: Any) -> None:
+@click.pass_context
+def run(ctx: click.Context, bundle: Path, prompt: tuple[str, ...], *, chat: bool, **options: Any) -> None:
     """Continue PROMPT with a bundle on onnxruntime, streaming; neither torch nor transformers is loaded.
 
     A sentence encoder prints the embedding of PROMPT as JSON, or of two the cosine of their angle.
     """
     from jpq_export.runtime import load
 
-    loaded = load(bundle, threads=options.pop("threads"), exact=not options.pop("fast"))
+    loaded = load(bundle, threads=options.pop("threads"), exact=not options.pop("fast"), check=True)
     if len(prompt) > (1 if loaded.encoder is None else 2):
         raise UsageError(f"got {len(prompt)} prompts; put one into quotes (two only for a sentence encoder)")
     if loaded.encoder is not None:
+        given = [name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+        if unused := [name for name in given if name not in ("bundle", "prompt", "threads", "fast")]:
+            option = "--" + unused[0].replace("_", "-")
+            raise UsageError(f"{option}: {bundle} is a sentence encoder, which writes no text; leave the option out")
         vectors = loaded.embed(list(prompt))
         click.echo(json.dumps(vectors[0].tolist()) if len(prompt) == 1 else f"{cosine(*vectors):.6f}")
         return

@@ -83,9 +83,12 @@ def _bundle_embed(folder: Path) -> tuple[Any, str]:
     from jpq_export.parity.encoder import OUTPUT, run
     from jpq_export.parity.runners import OrtRunner
     from jpq_export.runtime import native
+    from jpq_export.runtime.bundle import check_files
 
-    if read_manifest(folder).kind != KIND:
+    manifest = read_manifest(folder)
+    if manifest.kind != KIND:
         raise UsageError(f"--pairs: {folder} is no sentence encoder; give --text for a language model")
+    check_files(folder, manifest)
     runner = OrtRunner(folder / "model.onnx", kernels=native.available())
     assert isinstance(runner.spec, EncoderSpec)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -191,7 +191,7 @@ def _open_bundle(folder: Path, stages: Stages) -> Opened:
     from jpq_export.runtime.bundle import load
 
     with stages.stage("open", f"opening {folder}"):
-        bundle = load(folder, exact=True)  # fp32 activations: the compressed model itself, not the fast kernels
+        bundle = load(folder, exact=True, check=True)  # exact: the compressed model itself, in fp32
 
     def logits(ids: np.ndarray, _size: int) -> Iterator[np.ndarray]:
         past = None

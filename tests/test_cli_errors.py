@@ -115,6 +115,14 @@ def cut(name: str, keep: float) -> Damage:
     return damage
 
 
+def flip(name: str) -> Damage:
+    def damage() -> None:
+        content = Path(name).read_bytes()
+        Path(name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    return damage
+
+
 def remove(name: str) -> Damage:
     return lambda: Path(name).unlink()
 
@@ -353,6 +361,7 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "verify nothing": ("verify nowhere", 1, ("nowhere: not a bundle", "manifest.json"), None),
     "report no bundle": ("report m", 1, ("m: not a bundle", "manifest.json"), None),
     "report on damaged numbers": ("report b", 1, ("b/parity.json", "JSON", "again"), write("b/parity.json", "{")),
+    "a misspelt command": ("verfy b", 2, ("no such command", "did you mean 'verify'"), None),
     "run no bundle": ("run m hello", 1, ("m: not a bundle", "manifest.json"), None),
     "run a bundle of tomorrow": (
         "run b hello", 1, ("b/manifest.json", "jpq-bundle/2", "this version"),
@@ -361,6 +370,11 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "run without a tokenizer": ("run b hello", 1, ("b/tokenizer.json", "missing"), remove("b/tokenizer.json")),
     "run a graph cut short": ("run b hello", 1, ("b/model.onnx", "again"), cut("b/model.onnx", 0.5)),
     "run without weights": ("run b hello", 1, ("b/model.onnx", "again"), remove("b/model.onnx.data")),
+    "run changed weights": ("run b hello", 1, ("b/", ".packed", "copy"), flip("b/model.onnx.data")),
+    "eval changed weights": (
+        "eval b --text plan.json --windows 1 --context 32", 1, ("b/", ".packed", "copy"), flip("b/model.onnx.data"),
+    ),
+    "serve a changed tokenizer": ("serve b", 1, ("b/tokenizer.json", "sha256", "copy"), flip("b/tokenizer.json")),
     "run an empty prompt": ("run b ''", 2, ("prompt",), None),
     "run a prompt too long": (f"run b '{'a' * 300}'", 2, ("capacity", "shorten"), None),
     "run a chat without a template": ("run b hi --chat", 2, ("b", "chat template", "--chat"), None),

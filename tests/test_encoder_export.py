@@ -108,6 +108,14 @@ def test_a_stopped_export_has_the_quality_of_its_bundle(export: Callable[..., An
     done, out = export("cpu-x86", "--bits", "6")
     assert done.exit_code == 0, done.output
     assert quality(out) == pytest.approx(stopped)
+    ignored = command("run", str(out), "A man", "--max-new-tokens", "4")
+    assert ignored.exit_code == 2
+    assert "--max-new-tokens" in ignored.output
+    data = out / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    changed = command("eval", str(out), "--pairs", str(pairs))
+    assert changed.exit_code == 1
+    assert "copy or export the bundle again" in changed.output
 
 
 def test_for_a_board_the_tensorrt_graph_is_written(export: Callable[..., Any]) -> None:

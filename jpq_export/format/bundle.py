@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -170,10 +170,11 @@ def safe_name(name: str, source: Path) -> str:
     return name
 
 
-def check_hashes(folder: Path, manifest: Manifest) -> list[Problem]:
-    """Compare every file with the manifest; damage inside external data is traced to the initializers it hit."""
+def check_hashes(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> list[Problem]:
+    """Compare files (all, or those of `names` the manifest lists) with it; damage is traced to initializers."""
     problems = []
-    for name, expected in manifest.files.items():
+    for name in manifest.files if names is None else [name for name in names if name in manifest.files]:
+        expected = manifest.files[name]
         path = folder / name
         if not path.is_file():
             problems.append(Problem(name, f"missing, expected {expected.bytes} bytes"))

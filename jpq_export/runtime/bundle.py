@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer
 
+READ = ("model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json")  # by a runtime
 BATCH = 8  # prompts of a list that are continued together
 
 
@@ -190,7 +191,7 @@ def load(
     exact: bool = True,
     check: bool = False,
 ) -> Bundle:
-    """Open a bundle. `check` compares every file with the manifest's hashes first.
+    """Open a bundle. `check` compares the files read here with the manifest's hashes first (0.1 s for 100 MB).
 
     `capacity`: most tokens of a prompt and its continuation, by default the model's positions. `exact`, `threads`: see
     `OrtModel`.
@@ -201,8 +202,8 @@ def load(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    if check and (problems := check_hashes(folder, manifest)):
-        raise BundleError(f"{folder}: {problems[0].place}: {problems[0].message}; copy or export the bundle again")
+    if check:
+        check_files(folder, manifest)
     tokenizer = _read_tokenizer(folder / "tokenizer.json")
     path = folder / "model.onnx"
     opened = open_session(path, threads=threads, exact=exact)
@@ -220,6 +221,12 @@ def load(
         )
     bundle = Bundle(folder, manifest, tokenizer, decoder, encoder, positions)
     return bundle if capacity is None else bundle.with_capacity(capacity)
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """BundleError names the first file a runtime reads that is not as exported."""
+    if problems := check_hashes(folder, manifest, READ):
+        raise BundleError(f"{folder}/{problems[0].place}: {problems[0].message}; copy or export the bundle again")
 
 
 def _pieces(batcher: batching.Batcher) -> Iterator[str]:

@@ -76,7 +76,7 @@ def serve(settings: Settings, say: Say) -> None:
 
 def open_bundle(settings: Settings) -> Bundle:
     """The bundle with room for `max_tokens`, or for as many as its model has positions."""
-    bundle = load(settings.bundle, threads=settings.threads, exact=settings.exact)
+    bundle = load(settings.bundle, threads=settings.threads, exact=settings.exact, check=True)
     return bundle.with_capacity(min(settings.max_tokens, bundle.capacity))
 
 
