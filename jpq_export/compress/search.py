@@ -171,9 +171,11 @@ def solve(classes: list[Class], budget: float, *, by: str, fixed: float, asked: 
     prices = [np.array([o.price for o in c.options]) for c in classes]
     smallest = sum(c[0] for c in costs)
     if smallest > room:
-        kind = ("size", budget, int(budget)) if by == "bytes" else ("latency", budget / 1e3, None, budget / 1e3)
+        if asked is None:
+            in_bytes = by == "bytes"
+            asked = Budget("size", budget, int(budget)) if in_bytes else Budget("latency", budget, None, budget / 1e3)
         least = (smallest + fixed) / (1 if by == "bytes" else 1e3)
-        raise (asked or Budget(*kind)).too_small(least, "the smallest possible plan needs")
+        raise asked.too_small(least, "the smallest possible plan needs")
     bound, multiplier = dual_bound(costs, prices, room)
     picks = _dynamic_program(costs, prices, room)
     picks = _spend_rest(costs, prices, picks, room)

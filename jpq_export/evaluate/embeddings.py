@@ -59,10 +59,10 @@ def read_pairs(path: Path) -> Pairs:
         ) from error
     try:
         rows = _jsonl(text) if path.suffix == ".jsonl" else _table(text, "\t" if path.suffix == ".tsv" else ",")
-    except (ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
-        raise UsageError(
-            f"--pairs {path}: malformed ({error!r}); expected text, text, score a line, or JSON with {', '.join(KEYS)}"
-        ) from error
+    except csv.Error as error:
+        raise UsageError(f"--pairs {path}: no table ({error}); expected text, text, score a line") from error
+    except _MalformedLine as error:
+        raise UsageError(f"--pairs {path}: {error}") from error
     if len(rows) < 2:
         raise UsageError(f"--pairs {path}: {len(rows)} pairs; give at least two")
     values = [row[2] for row in rows]
@@ -72,16 +72,35 @@ def read_pairs(path: Path) -> Pairs:
     return Pairs(path.name, sha256(body).hexdigest(), tuple(r[0] for r in rows), tuple(r[1] for r in rows), scores)
 
 
+class _MalformedLine(Exception):
+    """Says which, what it has and what was expected."""
+
+
 def _jsonl(text: str) -> list[tuple[str, str, float | None]]:
-    found = [json.loads(line) for line in text.splitlines() if line.strip()]
-    return [(str(r[KEYS[0]]), str(r[KEYS[1]]), None if r.get(KEYS[2]) is None else float(r[KEYS[2]])) for r in found]
+    expected = f"expected a JSON object with {', '.join(KEYS[:2])} and, where there are scores, {KEYS[2]}"
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            raw = json.loads(line)
+            score = raw.get(KEYS[2])
+            found.append((str(raw[KEYS[0]]), str(raw[KEYS[1]]), None if score is None else float(score)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _MalformedLine(f"line {number}: {line[:40]!r}; {expected}") from error
+    return found
 
 
 def _table(text: str, delimiter: str) -> list[tuple[str, str, float | None]]:
-    rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if row]
-    if rows and len(rows[0]) > 2 and not _is_number(rows[0][2]):
+    reader = csv.reader(text.splitlines(), delimiter=delimiter)
+    rows = [(reader.line_num, row) for row in reader if row]
+    if rows and len(rows[0][1]) > 2 and not _is_number(rows[0][1][2]):
         rows = rows[1:]
-    return [(row[0], row[1], float(row[2]) if len(row) > 2 else None) for row in rows]
+    for number, row in rows:
+        if len(row) < 2 or (len(row) > 2 and not _is_number(row[2])):
+            got = "1 column" if len(row) < 2 else f"score {row[2]!r}"
+            raise _MalformedLine(f"line {number}: {got}; expected text, text and, where there are scores, a number")
+    return [(row[0], row[1], float(row[2]) if len(row) > 2 else None) for _, row in rows]
 
 
 def _is_number(text: str) -> bool:

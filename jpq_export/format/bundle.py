@@ -139,8 +139,9 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BundleError(f"{folder}: not a bundle, it has no {MANIFEST}; give the folder jpq-export wrote") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        why = "a file" if folder.is_file() else f"it has no {MANIFEST}"
+        raise BundleError(f"{folder}: not a bundle, {why}; give the folder jpq-export wrote") from error
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: not readable JSON ({error}); export the bundle again") from error
     found = raw.get("format") if isinstance(raw, dict) else None

@@ -46,10 +46,10 @@ def test_every_format_reads_alike(name: str, text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("a.csv", "a,b,1\nc,d,high\n", "malformed"),
+        ("a.csv", "a,b,1\nc,d,high\n", "line 2: score .high."),
         ("a.csv", "", "0 pairs"),
         ("a.csv", "a,b,1\nc,d\n", "only some pairs have a score"),
-        ("a.jsonl", '{"sentence1": "a"}\n', "malformed"),
+        ("a.jsonl", '{"sentence1": "a"}\n', "line 1: .*sentence2"),
     ],
 )
 def test_bad_files_are_named(name: str, text: str, says: str, tmp_path: Path) -> None:
