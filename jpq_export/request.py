@@ -85,6 +85,6 @@ def prepared_for(request: Request, loaded: LoadedModel, texts: Texts) -> Path:
         sequences=effort.sequences,
         seed=request.seed,
         device=request.device,
-        group_size=group_size_for(request.target),
+        group_size=group_size_for(request.target, loaded.spec),
         revision=revision(PRICING),
     )

@@ -32,7 +32,7 @@ from jpq_export.compress.cost import CostModel
 from jpq_export.compress.decoder import Decoder
 from jpq_export.compress.load import LoadedModel
 from jpq_export.compress.plan import BudgetRequest, Problem, make_plan, uniform_plan
-from jpq_export.compress.prepare import prepare
+from jpq_export.compress.prepare import group_size_for, prepare
 from jpq_export.compress.search import Knobs
 from jpq_export.compress.stages import recover
 from jpq_export.compress.statistics import Statistics, collect, plain_statistics
@@ -136,6 +136,7 @@ class Laboratory:
         if kind == "prices":
             folder = prepared_for(request, loaded, self.texts)
             options = {"seed": 0, "stages": self.stages, "narrow": (), "outputs": export.effort.two_sided}
+            options["group_size"] = group_size_for(request.target, loaded.spec)
             prices = prepare(loaded.model, self.calibration, self.texts.heldout, folder, **options).prices
             problem = Problem(prices, cost, budget, BIT_WIDTHS)
             knobs = Knobs()

@@ -14,20 +14,22 @@ from jpq_export.compress.prepared import Prepared, load_prepared, save_prepared
 from jpq_export.compress.prices import ROUNDED_BITS, measure_prices, round_all
 from jpq_export.compress.statistics import Statistics
 from jpq_export.compress.teaching import teaching_of
-from jpq_export.format.encoder_spec import is_table
+from jpq_export.format.encoder_spec import Spec, is_table
+from jpq_export.format.spec import ModelSpec
 from jpq_export.format.target import Target
 from jpq_export.progress import Stages
 
-# Of a matrix, where its rows allow. Scales of groups of 64 take a quarter of a bit a weight, which buys more as bits:
-# errors of SmolLM2-135M's matrices at equal bytes, of GPTQ against groups of 64 (6 dB a bit), rotated: groups of 192 of
-# rows of 576 numbers have 0.80 at 2 bits, 0.83 at 3, 0.92 at 4; of 128 of rows of 1,536 0.86, 0.88, 0.93.
-GROUP_SIZE = 128
+# Of a matrix, where its rows allow. Scales of groups of 64 take a quarter of a bit a weight, which buys more as bits,
+# most so where a rotation has left no channel that stands out. `docs/ablation` has what each does to errors and KL.
+ROTATED_GROUP_SIZE, GROUP_SIZE = 512, 128
 ENGINE_GROUP_SIZE = 64  # TensorRT-RTX was only ever seen to take blocks of 64 of SmolLM2's rows
 
 
-def group_size_for(target: Target) -> int:
-    """The group size that plans for `target` start from."""
-    return ENGINE_GROUP_SIZE if target.engine else GROUP_SIZE
+def group_size_for(target: Target, spec: Spec) -> int:
+    """The group size that plans of a model for `target` start from."""
+    if target.engine:
+        return ENGINE_GROUP_SIZE
+    return ROTATED_GROUP_SIZE if isinstance(spec, ModelSpec) and spec.rotated else GROUP_SIZE
 
 
 def prepare(
@@ -38,9 +40,9 @@ def prepare(
     *,
     seed: int,
     stages: Stages,
+    group_size: int,
     narrow: tuple[float, ...] = (),
     outputs: bool = False,
-    group_size: int = GROUP_SIZE,
 ) -> Prepared:
     """The prepared state for these inputs; `folder` names them (see prepared_folder).
 

@@ -337,7 +337,8 @@ def test_prices_are_measured_on_the_beginnings_of_all_held_out_sequences(
             super().__init__(model, heldout)
 
     monkeypatch.setattr(preparation, "PartialForward", Watched)
-    preparation.prepare(teacher, sequences[:8], sequences[8:], tmp_path / "search", seed=0, stages=Stages())
+    folder = tmp_path / "search"
+    preparation.prepare(teacher, sequences[:8], sequences[8:], folder, seed=0, stages=Stages(), group_size=64)
     assert [ids.tolist() for ids in seen] == [sequences[8:, :24].tolist()]
 
 

@@ -60,7 +60,7 @@ def case(random, bits, group_size, groups, rows, dtype, rng, *, symmetric):
     return arrays, x, rng.normal(size=N).astype(np.float32) if rows % 2 else None
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128, 192])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 576])
 @pytest.mark.parametrize("bits", ALL_WIDTHS)
 def test_matmul(kernels, random, bits, group_size):
     rng = np.random.default_rng(int(bits))

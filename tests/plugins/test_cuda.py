@@ -18,7 +18,12 @@ OK, BAD_WEIGHT, BAD_GROUP, BAD_PRODUCT, WORKSPACE = range(5)
 F32, F16 = 0, 1
 AUTO, FEW, MANY = 0, 1, 2
 GUARD = 64
-SHAPES = {32: 96, 64: 576, 128: 1152, 192: 576}  # 1152 is more than one chunk of 1024; 576 at 3 bits: rows of 216 bytes
+SHAPES = {
+    32: 96,
+    64: 576,
+    128: 1152,
+    576: 1152,
+}  # 1152: over a chunk of 1024; 576 at 3 bits: rows of 216 bytes
 ROWS = (1, 2, 3, 7, 16, 63, 128)
 TYPES = {np.dtype(np.float32): F32, np.dtype(np.float16): F16}
 # fp32: a sum of some hundred terms; fp16: what storing the result in 11 bits costs.

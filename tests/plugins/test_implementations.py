@@ -1,6 +1,6 @@
 """Every implementation of `jpq::LowBitMatMul` this machine has, against the reference in fp64, on the same cases.
 
-All widths, groups of 32 to 192, three groups a row and five rows, so that no block of 64 codes or tile of rows comes
+All widths, groups of 32 to 576, three groups a row and five rows, so that no block of 64 codes or tile of rows comes
 out even; up to 512 rows of X, fp32 and where taken fp16, outputs that start as NaN. Each output is also held
 against the reference of two wrong weights, one code changed or the scales moved by one group: the bound must see them.
 """
@@ -19,7 +19,7 @@ from jpq_export.numerics.scheme import ALL_WIDTHS, Scheme
 
 CPU = ("avx512-vnni", "avx512", "avx2", "neon", "scalar")
 ROWS = (1, 2, 3, 7, 16, 63, 128, 512)
-GROUP_SIZES = (32, 64, 128, 192)  # 192: of rows of 576 numbers
+GROUP_SIZES = (32, 64, 128, 576)  # 576: of SmolLM2's rows, where one group is a row
 N, GROUPS = 5, 3
 # Relative RMS: an fp32 sum of some hundred terms; a result (or X) rounded to the 11 bits of fp16.
 FP32, FP16 = 2e-6, 4e-4

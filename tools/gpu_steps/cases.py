@@ -13,7 +13,7 @@ from jpq_export.numerics.scheme import KERNEL_TERNARY, from_kernel_bits, levels
 
 TERNARY = KERNEL_TERNARY
 BITS = (1, TERNARY, 2, 3, 4, 5, 6, 7, 8)  # as the kernels count them
-GROUP_SIZES = (32, 64, 128, 192)
+GROUP_SIZES = (32, 64, 128, 576)
 ROWS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 63, 64, 65, 129, 300)
 QUICK_ROWS = (1, 3, 17, 129)
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
