@@ -136,11 +136,12 @@ JPQ_TARGET_END
 
 /* ---- the product ---- */
 
-/* How the groups of a weight lie; where codes come as four vectors, or one, two of the three say the same. */
+/* How the groups of a weight lie; where codes come one vector at a time, two of the three say the same. */
 static int layout_of(const jpq_weight *w) {
   if (w->bits == 8 || w->bits == JPQ_TERNARY) return w->group_size % 64 ? ANY : WHOLE;
   if (w->group_size == 64) return HALVES;
-  return w->bits <= 4 || w->group_size % 128 ? ANY : WHOLE;
+  if (w->bits <= 4) return w->group_size % 256 == 0 || (w->group_size == w->k && form(w) >= QUADS) ? WHOLE : ANY;
+  return w->group_size % 128 ? ANY : WHOLE;
 }
 
 static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last) {

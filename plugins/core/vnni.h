@@ -22,7 +22,8 @@ typedef struct prepared {
   const int32_t *lane;     /* [columns / 64, 16] group of the codes in a lane, from a multiple of 16 groups on */
 } prepared;
 
-/* How groups lie to 128 codes: any way, two halves, or one group of several times 128. */
+/* How groups lie to 128 codes: any way, two halves, or one group of several times 128; where codes come as four vectors,
+ * of several times 256 or of all that is in a row. */
 enum { ANY, HALVES, WHOLE };
 
 /* Rows [first, last) of W with some rows of X from m0 on; `copy`: room for four rows. */
