@@ -1,8 +1,9 @@
 """Every implementation of `jpq::LowBitMatMul` this machine has, against the reference in fp64, on the same cases.
 
-All widths, groups of 32 to 512, two or three a row, or one of 576, and five rows, so that no block of 64 codes or tile of rows
-comes out even; up to 512 rows of X, fp32 and where taken fp16, outputs that start as NaN. Each output is also held against
-the reference of two wrong weights, one code changed or the scales moved by one group (or row): the bound must see them.
+All widths, groups of 32 to 512, two or three a row, or one of 576, and five rows, so that no block of 64 codes or tile
+of rows comes out even; up to 512 rows of X, fp32 and where taken fp16, outputs that start as NaN. Each output is also
+held against the reference of two wrong weights, one code changed or the scales moved by one group (or row): the bound
+must see them.
 """
 
 from __future__ import annotations
