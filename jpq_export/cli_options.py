@@ -13,6 +13,7 @@ from jpq_export.format.spec import FLOAT_CACHE, KV_CACHES
 from jpq_export.numerics.scheme import read_width
 
 WIDTHS_HELP = "Bits a matrix may have, by commas; default 2,3,4,5,6,8. Also 1 and 1.6 (ternary)."
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 EFFORTS = ("quick", "standard", "max")
 ACTIVATION_BITS = ("16", "8", "4", "3.2")
 METHODS = ("jpq", "gptq", "rtn", "toga", "qpruner", "llm-pruner")
@@ -94,6 +95,13 @@ def search_options(command: Any) -> Any:
                 "--latency", help="Budget: decode latency of one token on the target, e.g. 8ms; a bare number is ms."
             ),
             click.option("--widths", help=WIDTHS_HELP),
+            click.option(
+                "--group-size",
+                type=int,
+                metavar="N",
+                help="Weights that share a scale, or the next more that divide a row. Default: 512 where the stream is "
+                "rotated, else 128. onnxruntime's own kernels, for machines without a C compiler, want 64.",
+            ),
             click.option("--method", type=click.Choice(METHODS), default="jpq", show_default=True),
             click.option(
                 "--effort",
@@ -187,6 +195,18 @@ def _check_activations(bits: float, method: str, target: Any, until: str | None)
         )
 
 
+def _check_group_size(size: int | None, method: str, target: Any) -> None:
+    """UsageError where plans do not start from a size, or nothing could compute such groups."""
+    if size is None:
+        return
+    if method != "jpq":
+        raise UsageError(f"--group-size: --method {method} has its own; leave the option out")
+    if size not in GROUP_SIZES:
+        raise UsageError(f"--group-size {size}: expected one of {', '.join(map(str, GROUP_SIZES))}")
+    if target.engine and size != 64:
+        raise UsageError(f"--group-size {size}: the engine of {target.name} is built with groups of 64; leave it out")
+
+
 def make_request(options: dict[str, Any], **extra: Any) -> Any:
     """A Request from click's values, or a UsageError."""
     from jpq_export.format.target import load_target
@@ -209,6 +229,7 @@ def make_request(options: dict[str, Any], **extra: Any) -> Any:
         )
     if options.get("adapters") and options["method"] != "qpruner":
         raise UsageError(f"--adapters: --method {options['method']} trains none; use --method qpruner")
+    _check_group_size(options.get("group_size"), options["method"], target)
     activation_bits = float(options.get("activation_bits", 16))
     _check_activations(activation_bits, options["method"], target, extra.get("until") or options.get("until"))
     budget = budget_request(options["size"], options["bits"], options["ratio"], options["latency"], target.default_bits)

@@ -35,6 +35,8 @@ def _check_options(given: Plan, request: Request) -> None:
         )
     if request.widths:
         raise UsageError(f"--widths: {request.plan} has its widths already; keep one of --plan and --widths")
+    if request.group_size:
+        raise UsageError(f"--group-size: {request.plan} has its groups already; keep one of --plan and --group-size")
     if request.adapters not in (0, given.adapter_rank):
         raise UsageError(
             f"--adapters {request.adapters}: {request.plan} has rank {given.adapter_rank}; leave the option out or "

@@ -191,7 +191,7 @@ class Export:
         from jpq_export.compress.plan import check_reachable
         from jpq_export.compress.prepare import group_size_for
 
-        group_size = group_size_for(self.request.target, spec)
+        group_size = group_size_for(self.request.target, spec, self.request.group_size)
         check_reachable(spec, *self._asked(spec), group_size=group_size, prune=self.request.prune)
 
     def _asked(self, spec: Spec) -> tuple[Any, Any, tuple[float, ...]]:
@@ -228,7 +228,10 @@ class Export:
         calibration = texts.calibration[: self.effort.sequences]
         once(check_cache, folder)  # one that cannot be written is said before the long part
         kind = {"seed": request.seed, "stages": self.stages, "narrow": narrow_widths(widths)}
-        kind |= {"outputs": self.effort.two_sided, "group_size": group_size_for(request.target, loaded.spec)}
+        kind |= {
+            "outputs": self.effort.two_sided,
+            "group_size": group_size_for(request.target, loaded.spec, request.group_size),
+        }
         prepared = prepare(loaded.model, calibration, texts.heldout, folder, **kind)
         problem = Problem(prepared.prices, cost, budget, widths)
         with self.stages.stage("plan", "searching structure and bits together") as report:

@@ -43,13 +43,15 @@ class Request:
     kv_cache: str = FLOAT_CACHE
     adapters: int = 0
     activation_bits: float = 16.0
+    group_size: int | None = None
     force: bool = False
 
     def key(self, model_sha256: str, calibration_sha256: str, *, code: str | None = None) -> str:
         """Hash of what determines the bytes of the bundle; `code`: its digest, by default that of this code."""
         raw = {k: v for k, v in asdict(self).items() if k not in ("out", "force", "until", "plan", "calibration")}
-        if self.rotate:
-            del raw["rotate"]  # younger than the keys of results that are kept
+        for younger, default in (("rotate", True), ("group_size", None)):  # than the keys of results that are kept
+            if raw[younger] == default:
+                del raw[younger]
         plan = self.plan.read_text(encoding="utf-8") if self.plan else None
         raw |= {"model": model_sha256, "calibration": calibration_sha256, "plan": plan}
         raw["revision"] = revision() if code is None else code
@@ -85,6 +87,6 @@ def prepared_for(request: Request, loaded: LoadedModel, texts: Texts) -> Path:
         sequences=effort.sequences,
         seed=request.seed,
         device=request.device,
-        group_size=group_size_for(request.target, loaded.spec),
+        group_size=group_size_for(request.target, loaded.spec, request.group_size),
         revision=revision(PRICING),
     )

@@ -353,6 +353,16 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "widths with a plan": (
         f"{export('--plan plan.json')} --widths 2,3", 2, ("--widths", "plan.json has its widths already"), None,
     ),
+    "groups of nothing": (f"{export('--bits 3')} --group-size 7", 2, ("--group-size 7", "32, 64, 128"), None),
+    "groups of another method": (
+        export("--bits 3 --method gptq --group-size 64"), 2, ("--group-size", "--method gptq", "leave"), None,
+    ),
+    "groups no engine takes": (
+        "m --target rtx-4090 --bits 3 --group-size 128 --out out", 2, ("--group-size 128", "rtx-4090", "64"), None,
+    ),
+    "groups with a plan": (
+        f"{export('--plan plan.json')} --group-size 64", 2, ("--group-size", "plan.json has its groups already"), None,
+    ),
     "compare beyond all widths": (
         "compare m --target jetson --budgets 9 --text plan.json", 2, ("--budgets '9'", "up to 8"), None,
     ),

@@ -112,3 +112,16 @@ def test_the_real_trial_is_remembered(shelf: tuple, run: Callable) -> None:
     file.write_text("{")
     run(f"export tied {OPTIONS} --target cpu --until plan --out fourth --force")
     assert json.loads(file.read_text()) == numbers
+
+
+def test_groups_are_a_row_wide_where_rotated_or_as_asked(shelf: tuple, decide: Callable, run: Callable) -> None:
+    """The tiny model's rows have less than 512 numbers."""
+
+    def groups(name: str, *asked: str) -> set[tuple[int, int]]:
+        run(f"plan tied {OPTIONS} --target cpu --out {name} {' '.join(asked)}")
+        choices = json.loads((Path(name) / "plan.json").read_text())["choices"]
+        return {(choice["columns"], choice["group_size"]) for choice in choices}
+
+    decide(True)
+    assert all(columns == size for columns, size in groups("whole"))
+    assert {size for _, size in groups("halves", "--group-size", "32")} == {32}

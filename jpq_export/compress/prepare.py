@@ -25,8 +25,10 @@ ROTATED_GROUP_SIZE, GROUP_SIZE = 512, 128
 ENGINE_GROUP_SIZE = 64  # TensorRT-RTX was only ever seen to take blocks of 64 of SmolLM2's rows
 
 
-def group_size_for(target: Target, spec: Spec) -> int:
-    """The group size that plans of a model for `target` start from."""
+def group_size_for(target: Target, spec: Spec, asked: int | None = None) -> int:
+    """The group size that plans of a model for `target` start from; `asked` is the user's."""
+    if asked is not None:
+        return asked
     if target.engine:
         return ENGINE_GROUP_SIZE
     return ROTATED_GROUP_SIZE if isinstance(spec, ModelSpec) and spec.rotated else GROUP_SIZE
