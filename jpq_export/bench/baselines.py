@@ -18,7 +18,7 @@ from jpq_export.format.plan import Plan
 from jpq_export.format.spec import FLOAT_ACTIVATIONS, FLOAT_CACHE, ModelSpec
 from jpq_export.numerics.affine import QuantizedWeight, store
 from jpq_export.numerics.row_blocks import StoredWeight
-from jpq_export.numerics.scheme import Scheme, choose_group_size
+from jpq_export.numerics.scheme import Scheme, choose_group_size, wide_group_size
 
 SomeSpec = TypeVar("SomeSpec", ModelSpec, EncoderSpec)
 BITS = 4
@@ -33,13 +33,18 @@ def original_spec(pruned: SomeSpec, plan: Plan) -> SomeSpec:
     return replace(whole, **plain) if isinstance(whole, ModelSpec) else whole
 
 
-def random_model(spec: Spec, *, bits: float = BITS, symmetric: bool = False, seed: int = 0) -> CompressedModel:
-    """Every matrix at one width; by default as onnxruntime's own kernel is fastest: 4 bits with integer zero points."""
+def random_model(
+    spec: Spec, *, bits: float = BITS, symmetric: bool = False, wide: int | None = None, seed: int = 0
+) -> CompressedModel:
+    """Every matrix at one width; by default as onnxruntime's own kernel is fastest: 4 bits with integer zero points.
+
+    `wide`: groups of at least so many weights, as plans have them, instead of some 64.
+    """
     rng = np.random.default_rng(seed)
-    quantized: dict[str, StoredWeight] = {
-        name: _random(rng, n, k, Scheme(bits, choose_group_size(k, GROUP_SIZE), symmetric))
-        for name, (n, k) in spec.matrices().items()
-    }
+    quantized: dict[str, StoredWeight] = {}
+    for name, (n, k) in spec.matrices().items():
+        size = wide_group_size(k, wide) if wide else choose_group_size(k, GROUP_SIZE)
+        quantized[name] = _random(rng, n, k, Scheme(bits, size, symmetric))
     return CompressedModel(spec, quantized, {name: np.ones(n, np.float32) for name, n in spec.vectors().items()})
 
 
@@ -64,14 +69,17 @@ def write_baselines(spec: ModelSpec, folder: Path) -> dict[str, Path]:
     return out
 
 
-def write_uniform(spec: ModelSpec, folder: Path, widths: tuple[float, ...]) -> dict[str, Path]:
-    """Our operators over the original model, every matrix at one width, embedding and head too: "jpq-3bit", ..."""
+def write_uniform(spec: ModelSpec, plan: Plan, folder: Path, widths: tuple[float, ...]) -> dict[str, Path]:
+    """Our operators over the original model, every matrix at one width, embedding and head too: "jpq-3bit", ...
+
+    Groups are as wide as the widest of `plan`.
+    """
     from jpq_export.lower.export import export_onnx
 
-    out = {}
+    out, wide = {}, max((choice.group_size for choice in plan.choices), default=GROUP_SIZE)
     for bits in widths:
         name = f"jpq-{bits:g}bit"
         out[name] = folder / name / "model.onnx"
         out[name].parent.mkdir()
-        export_onnx(random_model(spec, bits=bits, symmetric=True), out[name], form="custom_op", chained=True)
+        export_onnx(random_model(spec, bits=bits, symmetric=True, wide=wide), out[name], form="custom_op", chained=True)
     return out

@@ -171,7 +171,7 @@ def bench(folder: Path, settings: Settings, stages: Stages) -> BenchResult:
             with stages.stage("baselines", "writing the graphs to compare with"):
                 check_room(scratch, spec)
                 graphs = write_baselines(spec, scratch) if settings.baselines else {}
-                uniform = write_uniform(replace(spec, rotated=own.rotated), scratch, settings.widths)
+                uniform = write_uniform(replace(spec, rotated=own.rotated), plan, scratch, settings.widths)
         with stages.stage("load", "loading every runtime") as report:
             others = {compared_name(settings.other): settings.other / "model.onnx"} if settings.other else {}
             ways = _ways({"jpq": folder / "model.onnx"} | others | uniform, graphs)
