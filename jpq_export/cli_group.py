@@ -45,9 +45,10 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def _check_misspelt(self, ctx: click.Context, args: list[str]) -> None:
-        """UsageError for `jpq-export verfy bundle`: without --target it is no export, and no model lies there."""
+        """UsageError for `jpq-export verfy bundle`: no export, for want of --target or with two models."""
         close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1, cutoff=0.7)
-        if close and not any(arg.startswith("--target") for arg in args) and not Path(args[0]).exists():
+        exports = any(arg.startswith("--target") for arg in args) and not (args[1:] and args[1][0:1] not in ("", "-"))
+        if close and not args[0].startswith("-") and not exports and not Path(args[0]).exists():
             raise UsageError(f"{args[0]!r}: no such command; did you mean {close[0]!r}? See `jpq-export --help`.")
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
 
 
+WIDEST_OF_ENGINES = 128  # weights that share a scale
+
+
 def check_given(given: Plan, request: Request, loaded: LoadedModel) -> None:
     """PlanError: of another model, or not for this target; UsageError: an option asks for what the plan is not."""
     if given.model_sha256 != loaded.sha256:
@@ -58,4 +61,9 @@ def _check_schemes(given: Plan, request: Request) -> None:
             raise PlanError(
                 f"{request.plan}: {choice.name}: {what} do not fit the signed "
                 f"{max(target.stored_bits)}-bit ones of {target.name}; make a plan with --target {target.name}"
+            )
+        if target.engine and choice.group_size > WIDEST_OF_ENGINES:
+            raise PlanError(
+                f"{request.plan}: {choice.name}: groups of {choice.group_size} are wider than the {WIDEST_OF_ENGINES} "
+                f"that the engine of {target.name} was seen to take; make a plan with --target {target.name}"
             )

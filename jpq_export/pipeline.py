@@ -59,20 +59,21 @@ class Export:
 
     def run(self) -> dict[str, Any]:
         """All stages up to `request.until`; returns the summary shown at the end."""
-        from jpq_export.compress.calibration_text import load_documents
-
         once(check_output, self.request.out, force=self.request.force)
         plan = once(load_plan, self.request.plan) if self.request.plan else None
         if self.request.calibration:
-            once(load_documents, self.request.calibration)  # one that cannot be read is said before the long part
+            once(self._read_calibration)  # text that cannot be read is said before the long part
         loaded = self.load()
         texts = once(self.texts, loaded)
         self.work = Workspace(self.request.out)
         once(self.work.open, self.request.key(loaded.sha256, texts.sha256))
         try:
-            if plan is None and self.request.method == "jpq" and not once(self.work.has, "plan.json"):
-                once(self._check_budget, loaded.spec)
+            searched = plan is None and self.request.method == "jpq" and not once(self.work.has, "plan.json")
+            if searched:
+                once(self._check_either_basis, loaded.spec)
             loaded = settle_rotation(loaded, texts, self.request, plan, self.stages, partial(once, self._check_budget))
+            if searched:
+                once(self._check_budget, loaded.spec)
             plan = self.plan(loaded, texts, plan)
         except JpqError:
             if lead():
@@ -122,9 +123,7 @@ class Export:
                 )
         elif self.request.context > loaded.spec.max_positions:
             most = loaded.spec.max_positions
-            self.stages.note(
-                f"--context {self.request.context}: {loaded.name} has {most} positions; counted with those"
-            )
+            self.stages.note(f"{loaded.name} has {most} positions: latency is that with so many tokens in the cache")
             self.request = replace(self.request, context=most)
         once(check_disk, self.request.out, loaded.spec.parameters())
         if self.request.device == "cpu":  # every process here has the teacher in memory by now
@@ -185,6 +184,22 @@ class Export:
         self.check_board(plan, loaded.spec)
         once(write_atomic, self.work.path("plan.json"), plan.to_json())
         return plan
+
+    def _read_calibration(self) -> None:
+        from jpq_export.compress.calibration_text import load_documents
+
+        load_documents(self.request.calibration)
+
+    def _check_either_basis(self, spec: Spec) -> None:
+        """BudgetError where neither the model nor the rotated one, whose groups are wider, can be small enough."""
+        from jpq_export.compress.rotated import can_rotate
+
+        try:
+            self._check_budget(spec)
+        except BudgetError:
+            if not (self.request.rotate and isinstance(spec, ModelSpec) and can_rotate(spec)):
+                raise
+            self._check_budget(replace(spec, rotated=True))
 
     def _check_budget(self, spec: Spec) -> None:
         """BudgetError before the long part."""

@@ -372,6 +372,8 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "report no bundle": ("report m", 1, ("m: not a bundle", "manifest.json"), None),
     "report on damaged numbers": ("report b", 1, ("b/parity.json", "JSON", "again"), write("b/parity.json", "{")),
     "a misspelt command": ("verfy b", 2, ("no such command", "did you mean 'verify'"), None),
+    "a misspelt command with a target": ("comapre m --target cpu", 2, ("no such command", "'compare'"), None),
+    "an option is no command": ("--plan plan.json m", 2, ("Missing option '--target'",), None),
     "run no bundle": ("run m hello", 1, ("m: not a bundle", "manifest.json"), None),
     "run a bundle of tomorrow": (
         "run b hello", 1, ("b/manifest.json", "jpq-bundle/2", "this version"),
@@ -380,9 +382,9 @@ BAD: dict[str, tuple[str, int, tuple[str, ...], Damage | None]] = {
     "run without a tokenizer": ("run b hello", 1, ("b/tokenizer.json", "missing"), remove("b/tokenizer.json")),
     "run a graph cut short": ("run b hello", 1, ("b/model.onnx", "again"), cut("b/model.onnx", 0.5)),
     "run without weights": ("run b hello", 1, ("b/model.onnx", "again"), remove("b/model.onnx.data")),
-    "run changed weights": ("run b hello", 1, ("b/", ".packed", "copy"), flip("b/model.onnx.data")),
+    "run changed weights": ("run b hello", 1, ("b: ", ".packed", "copy"), flip("b/model.onnx.data")),
     "eval changed weights": (
-        "eval b --text plan.json --windows 1 --context 32", 1, ("b/", ".packed", "copy"), flip("b/model.onnx.data"),
+        "eval b --text plan.json --windows 1 --context 32", 1, ("b: ", ".packed", "copy"), flip("b/model.onnx.data"),
     ),
     "serve a changed tokenizer": ("serve b", 1, ("b/tokenizer.json", "sha256", "copy"), flip("b/tokenizer.json")),
     "run an empty prompt": ("run b ''", 2, ("prompt",), None),

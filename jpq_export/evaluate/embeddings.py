@@ -77,15 +77,20 @@ class _MalformedLine(Exception):
 
 
 def _jsonl(text: str) -> list[tuple[str, str, float | None]]:
-    expected = f"expected a JSON object with {', '.join(KEYS[:2])} and, where there are scores, {KEYS[2]}"
+    expected = (
+        f"expected an object with {', '.join(KEYS[:2])} as texts and, where there are scores, {KEYS[2]} as a number"
+    )
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             raw = json.loads(line)
             score = raw.get(KEYS[2])
-            found.append((str(raw[KEYS[0]]), str(raw[KEYS[1]]), None if score is None else float(score)))
+            first, second = raw[KEYS[0]], raw[KEYS[1]]
+            if not isinstance(first, str) or not isinstance(second, str):
+                raise TypeError(KEYS)
+            found.append((first, second, None if score is None else float(score)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _MalformedLine(f"line {number}: {line[:40]!r}; {expected}") from error
     return found
@@ -94,8 +99,8 @@ def _jsonl(text: str) -> list[tuple[str, str, float | None]]:
 def _table(text: str, delimiter: str) -> list[tuple[str, str, float | None]]:
     reader = csv.reader(text.splitlines(), delimiter=delimiter)
     rows = [(reader.line_num, row) for row in reader if row]
-    if rows and len(rows[0][1]) > 2 and not _is_number(rows[0][1][2]):
-        rows = rows[1:]
+    if rows and len(rows[0][1]) > 2 and not any(letter.isdigit() for letter in rows[0][1][2]):
+        rows = rows[1:]  # a header
     for number, row in rows:
         if len(row) < 2 or (len(row) > 2 and not _is_number(row[2])):
             got = "1 column" if len(row) < 2 else f"score {row[2]!r}"

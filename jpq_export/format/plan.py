@@ -27,17 +27,17 @@ class Budget:
     latency_ms: float | None = None
 
     def too_small(self, least: float, why: str, remedy: str = "ask for at least that") -> BudgetError:
-        """The error of a budget below `least` (bytes, or ms), both told in the unit that was asked in, rounded up."""
+        """The error of a budget below `least` (bytes, or ms), told in the unit that was asked in, rounded up."""
         latency = self.bytes is None
         of, size, unit = (self.latency_ms, 1.0, "ms") if latency else (self.bytes, 1e6, "MB")
         assert of is not None
 
-        def told(cost: float) -> str:
-            amount = f"{math.ceil(cost / size * 1e3) / 1e3:.3f} {unit}"
-            shown = {"bits": "bits per weight", "ratio": "of fp16"}.get(self.kind)
-            return f"{math.ceil(cost / of * self.value * 1e3) / 1e3:.3f} {shown} ({amount})" if shown and of else amount
-
-        return BudgetError(f"budget of {told(of)} cannot be met: {why} {told(least)}; {remedy}")
+        shown = {"bits": "bits per weight", "ratio": "of fp16"}.get(self.kind) if of else None
+        asked, needed = f"{of / size:g} {unit}", f"{math.ceil(least / size * 1e3) / 1e3:.3f} {unit}"
+        if shown:
+            asked = f"{self.value:g} {shown} ({asked})"
+            needed = f"{math.ceil(least / of * self.value * 1e3) / 1e3:.3f} {shown} ({needed})"
+        return BudgetError(f"budget of {asked} cannot be met: {why} {needed}; {remedy}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,5 +111,5 @@ def wide_group_size(in_features: int, least: int) -> int:
 
     Without a multiple of 32 it is `choose_group_size`. Unlike that one it rather takes a wider group than a narrower.
     """
-    whole = [d for d in range(32, min(in_features, 4 * least) + 1, 32) if in_features % d == 0]
+    whole = [d for d in range(32, min(in_features, 8 * least) + 1, 32) if in_features % d == 0]
     return next((d for d in whole if d >= least), whole[-1]) if whole else choose_group_size(in_features, least)

@@ -226,7 +226,9 @@ def load(
 def check_files(folder: Path, manifest: Manifest) -> None:
     """BundleError names the first file a runtime reads that is not as exported."""
     if problems := check_hashes(folder, manifest, READ):
-        raise BundleError(f"{folder}/{problems[0].place}: {problems[0].message}; copy or export the bundle again")
+        place = problems[0].place  # a file, or an initializer in one
+        where = f"{folder / place}" if place in READ else f"{folder}: {place}"
+        raise BundleError(f"{where}: {problems[0].message}; copy or export the bundle again")
 
 
 def _pieces(batcher: batching.Batcher) -> Iterator[str]:

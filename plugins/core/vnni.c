@@ -10,7 +10,8 @@
  *
  * One vpdpbusd a part and 64 codes, a shift by 7 between parts; a 32-bit lane sums 4 products of 8 bits, at most
  * 4 * 255 * 127 * 128^2 + ... < 2^31, or up to 16 of 4 bits. One conversion and one fused multiply-add for all of them
- * bring it to fp32, times scale of W and of X.
+ * bring it to fp32, times scale of W and of X. Of groups of whole blocks or rows each part is summed to the end of the
+ * group, at most LARGEST_GROUP / 16 * 15 * 128 < 2^24 a lane, and the parts meet in fp32.
  */
 #include "vnni.h"
 
@@ -18,13 +19,14 @@
 #include <stdlib.h>
 
 enum {
+  LARGEST_GROUP = 16384, /* a 32-bit lane holds the sum of its digits */
   TILE_BYTES = 16384,  /* of packed rows that stay in the first-level cache while all rows of X pass */
   STACK_BYTES = 16384, /* that a call finds room for without asking */
 };
 
 static int available(void) { return jpq_cpu_features.avx512_vnni; }
 
-static int takes(const jpq_weight *w) { return w->group_size % 8 == 0 && w->bits != 7; }
+static int takes(const jpq_weight *w) { return w->group_size % 8 == 0 && w->group_size <= LARGEST_GROUP && w->bits != 7; }
 
 static const jpq_implementation *other(const jpq_weight *w) { return jpq_avx512.takes(w) ? &jpq_avx512 : &jpq_avx2; }
 

@@ -297,11 +297,11 @@ def test_a_budget_is_refused_in_the_unit_it_was_asked_in() -> None:
     """Rounded up: who asks for what is told gets it."""
     bits = str(Budget("bits", 0.01, 168_143).too_small(7_376_000, "it needs"))
     assert bits == (
-        "budget of 0.010 bits per weight (0.169 MB) cannot be met: it needs 0.439 bits per weight (7.376 MB); "
+        "budget of 0.01 bits per weight (0.168143 MB) cannot be met: it needs 0.439 bits per weight (7.376 MB); "
         "ask for at least that"
     )
     assert "it needs 0.500 of fp16 (1.000 MB)" in str(Budget("ratio", 0.25, 500_000).too_small(1e6, "it needs"))
-    assert "budget of 1.000 MB cannot be met: it needs 2.001 MB" in str(
+    assert "budget of 1 MB cannot be met: it needs 2.001 MB" in str(
         Budget("size", 1e6, 1_000_000).too_small(2_000_001, "it needs")
     )
     assert "needs 0.124 ms" in str(Budget("latency", 0.1, None, 0.1).too_small(0.1231, "it needs"))
