@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from jpq_export import __version__
-from jpq_export.cli_group import Commands
+from jpq_export.cli_group import Commands, given
 from jpq_export.cli_options import (
     EFFORTS,
     WIDTHS_HELP,
@@ -202,14 +201,13 @@ def run(ctx: click.Context, bundle: Path, prompt: tuple[str, ...], *, chat: bool
     A sentence encoder prints the embedding of PROMPT as JSON, or of two the cosine of their angle.
     """
     from jpq_export.runtime import load
+    from jpq_export.runtime.encoder import cosine
 
     loaded = load(bundle, threads=options.pop("threads"), exact=not options.pop("fast"), check=True)
     if len(prompt) > (1 if loaded.encoder is None else 2):
         raise UsageError(f"got {len(prompt)} prompts; put one into quotes (two only for a sentence encoder)")
     if loaded.encoder is not None:
-        given = [name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
-        if unused := [name for name in given if name not in ("bundle", "prompt", "threads", "fast")]:
-            option = "--" + unused[0].replace("_", "-")
+        for option in given(ctx, but=("bundle", "prompt", "threads", "fast")):
             raise UsageError(f"{option}: {bundle} is a sentence encoder, which writes no text; leave the option out")
         vectors = loaded.embed(list(prompt))
         click.echo(json.dumps(vectors[0].tolist()) if len(prompt) == 1 else f"{cosine(*vectors):.6f}")
@@ -239,11 +237,6 @@ def serve_command(ctx: click.Context, *, fast: bool, **options: Any) -> None:
 
     verbose = bool(ctx.parent and ctx.parent.params["verbose"])
     serve(Settings(**options, exact=not fast, verbose=verbose), lambda line: click.echo(line))
-
-
-def cosine(a: Any, b: Any) -> float:
-    """Of the angle between two vectors."""
-    return float(a @ b / ((a @ a) * (b @ b)) ** 0.5)
 
 
 @main.command()

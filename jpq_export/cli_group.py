@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from jpq_export import ranks
 from jpq_export.errors import JpqError, StorageError, UsageError
@@ -82,6 +83,12 @@ class Commands(click.Group):
                 remedy = "use a smaller model or a machine with more memory"
                 raise Sentinel(JpqError(f"out of memory; {remedy}")) from error
             raise
+
+
+def given(ctx: click.Context, *, but: tuple[str, ...]) -> list[str]:
+    """The options the user typed, as typed, but some."""
+    typed = [name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    return ["--" + name.replace("_", "-") for name in typed if name not in but]
 
 
 @contextmanager

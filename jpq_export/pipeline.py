@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jpq_export.compress.parallel import check_same, check_share, lead, once
-from jpq_export.errors import BudgetError, JpqError, TargetError, UsageError
+from jpq_export.errors import JpqError, TargetError, UsageError
+from jpq_export.feasible import asked_of, cached_spec, check_board, check_budget, check_either_basis
 from jpq_export.format.compressed import COMPRESSED, CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec
 from jpq_export.format.plan import Plan, load_plan
-from jpq_export.format.spec import FLOAT_CACHE, ModelSpec
+from jpq_export.format.spec import FLOAT_CACHE
 from jpq_export.format.wording import wording
 from jpq_export.given_plan import check_given
 from jpq_export.progress import Stages
@@ -37,7 +38,6 @@ from jpq_export.workspace import Workspace, check_disk, check_output, write_atom
 
 if TYPE_CHECKING:
     from jpq_export.compress.load import LoadedModel
-    from jpq_export.format.encoder_spec import Spec
 
 CHECKPOINT = "recovering.safetensors"
 FINAL_SEQUENCES = 12  # of the effort's length, to choose between finalists
@@ -70,10 +70,12 @@ class Export:
         try:
             searched = plan is None and self.request.method == "jpq" and not once(self.work.has, "plan.json")
             if searched:
-                once(self._check_either_basis, loaded.spec)
-            loaded = settle_rotation(loaded, texts, self.request, plan, self.stages, partial(once, self._check_budget))
+                once(check_either_basis, self.request, loaded.spec)
+            loaded = settle_rotation(
+                loaded, texts, self.request, plan, self.stages, partial(once, check_budget, self.request)
+            )
             if searched:
-                once(self._check_budget, loaded.spec)
+                once(check_budget, self.request, loaded.spec)
             plan = self.plan(loaded, texts, plan)
         except JpqError:
             if lead():
@@ -86,7 +88,7 @@ class Export:
         if lead():
             found = {"teacher": loaded.model, "texts": texts, "compressed": compressed}
             self.activations = measure_activations(self.request, self.work, self.stages, **found)
-            if (spec := with_activations(self.cached_spec(compressed.spec), self.request)) != compressed.spec:
+            if (spec := with_activations(cached_spec(compressed.spec, self.request), self.request)) != compressed.spec:
                 compressed = replace(compressed, spec=spec)
                 compressed.save(self.work.path(COMPRESSED))
         if self.request.until == "compress":
@@ -165,13 +167,13 @@ class Export:
             if given.target != self.request.target.name:
                 made = f"{self.request.plan}: made for {given.target}"
                 self.stages.note(f"{made}; its choices hold for {self.request.target.name}, its latency does not")
-            self.check_board(given, loaded.spec)
+            check_board(self.request, given, loaded.spec)
             once(write_atomic, self.work.path("plan.json"), given.to_json())
             return given
         if once(self.work.has, "plan.json"):
             self.stages.resumed("plan", "search")
             return once(load_plan, self.work.path("plan.json"))
-        cost, budget, widths = self._asked(loaded.spec)
+        cost, budget, widths = asked_of(self.request, loaded.spec)
         if self.request.method == "jpq":
             plan, *rivals = self.search(loaded, texts, cost)
             for i, each in enumerate([plan, *rivals] if rivals else []):
@@ -181,7 +183,7 @@ class Export:
         else:
             kind = {"method": self.request.method, "widths": widths}
             plan = uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, **kind)
-        self.check_board(plan, loaded.spec)
+        check_board(self.request, plan, loaded.spec)
         once(write_atomic, self.work.path("plan.json"), plan.to_json())
         return plan
 
@@ -189,44 +191,6 @@ class Export:
         from jpq_export.compress.calibration_text import load_documents
 
         load_documents(self.request.calibration)
-
-    def _check_either_basis(self, spec: Spec) -> None:
-        """BudgetError where neither the model nor the rotated one, whose groups are wider, can be small enough."""
-        from jpq_export.compress.rotated import can_rotate
-
-        try:
-            self._check_budget(spec)
-        except BudgetError:
-            if not (self.request.rotate and isinstance(spec, ModelSpec) and can_rotate(spec)):
-                raise
-            self._check_budget(replace(spec, rotated=True))
-
-    def _check_budget(self, spec: Spec) -> None:
-        """BudgetError before the long part."""
-        from jpq_export.compress.plan import check_reachable
-        from jpq_export.compress.prepare import group_size_for
-
-        group_size = group_size_for(self.request.target, spec, self.request.group_size)
-        check_reachable(spec, *self._asked(spec), group_size=group_size, prune=self.request.prune)
-
-    def _asked(self, spec: Spec) -> tuple[Any, Any, tuple[float, ...]]:
-        """Costs on the target, the budget, and the widths to choose from."""
-        from jpq_export.compress.cost import CostModel
-        from jpq_export.numerics.scheme import BIT_WIDTHS
-
-        cost = CostModel(self.cached_spec(spec), self.request.target, self.request.context)
-        return cost, self.request.budget.resolve(spec), self.request.widths or BIT_WIDTHS
-
-    def check_board(self, plan: Plan, spec: Spec) -> None:
-        """Weights and KV cache (fp16 or int8) must fit the board's memory."""
-        target, context = self.request.target, min(self.request.context, spec.max_positions)
-        heads, spec = sum(len(layer.kv_heads) for layer in plan.layers), self.cached_spec(spec)
-        cache = 0 if isinstance(spec, EncoderSpec) else context * spec.cache_bytes(heads, float_bytes=2)
-        if plan.predicted.bytes + cache > target.memory_bytes:
-            raise BudgetError(
-                f"{target.name}: weights of {plan.predicted.bytes / 1e6:.2f} MB and a KV cache of {cache / 1e6:.2f} MB "
-                f"for {context} tokens do not fit its {target.memory_bytes / 1e6:.2f} MB; lower the budget or --context"
-            )
 
     def search(self, loaded: LoadedModel, texts: Texts, cost: Any) -> list[Plan]:
         """Prices, exact solution, true-KL refinement; the finalists, best first."""
@@ -238,7 +202,7 @@ class Export:
         from jpq_export.compress.search import start_knobs
         from jpq_export.compress.teaching import SharedHeldout
 
-        request, (_, budget, widths) = self.request, self._asked(loaded.spec)
+        request, (_, budget, widths) = self.request, asked_of(self.request, loaded.spec)
         folder = prepared_for(request, loaded, texts)
         calibration = texts.calibration[: self.effort.sequences]
         once(check_cache, folder)  # one that cannot be written is said before the long part
@@ -329,10 +293,6 @@ class Export:
     def kl_of(self, name: str) -> float:
         """The held-out KL that was saved with a model."""
         return json.loads(self.work.path(f"{name}.json").read_text(encoding="utf-8"))["heldout_kl"]
-
-    def cached_spec(self, spec: Spec) -> Spec:
-        """The spec with the cache that was asked for: nothing up to the lowering depends on it but its cost."""
-        return replace(spec, kv_cache=self.request.kv_cache) if isinstance(spec, ModelSpec) else spec
 
     def lower(self, loaded: LoadedModel, compressed: CompressedModel) -> None:
         """model.onnx, for TensorRT and TensorRT-RTX a graph of their own, and the tokenizer."""

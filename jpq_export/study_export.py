@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jpq_export.comparison_cells import Remembered
 from jpq_export.errors import TargetError
 from jpq_export.evaluate.text_quality import evaluate_text
+from jpq_export.feasible import check_board
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import is_table
 from jpq_export.format.plan import Budget, Choice, LayerPlan, Plan, Predicted, Removal
@@ -50,7 +51,7 @@ class StudyExport(Export):
                     f"{self.request.target.name}: {choice.name}: {choice.bits}-bit codes with stored zero points, "
                     "which make zero weights exact, do not fit its signed codes; use --target cpu or a Jetson's"
                 )
-        self.check_board(plan, loaded.spec)
+        check_board(self.request, plan, loaded.spec)
         write_atomic(self.work.path("plan.json"), plan.to_json())
         return plan
 

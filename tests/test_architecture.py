@@ -25,7 +25,7 @@ ROWS = (
     ("comparison_cells", "comparison_report"),
     ("peers",),
     ("pipeline", "finalists", "prove", "fallback", "evaluation", "encoder_evaluation", "summary"),
-    ("given_plan", "read_activations", "published", "rotate"),
+    ("feasible", "given_plan", "read_activations", "published", "rotate"),
     ("request", "bench", "serve"),
     ("methods", "compress", "lower", "runtime", "engine", "parity", "evaluate", "workspace"),
     ("format",),

@@ -83,3 +83,8 @@ class OrtEncoder:
 
 def _batches(order: list[int], size: int) -> Iterator[list[int]]:
     return (order[start : start + size] for start in range(0, len(order), size))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Of the angle between two vectors."""
+    return float(a @ b / ((a @ a) * (b @ b)) ** 0.5)
