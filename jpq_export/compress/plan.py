@@ -55,10 +55,7 @@ class Problem:
         """Exact solution at these knobs."""
         size, time = self.cost.fixed()
         classes = self.classes(knobs)
-        if self.budget.bytes is None:
-            assert self.budget.latency_ms is not None
-            return solve(classes, self.budget.latency_ms * 1e3, by=self.by, fixed=time, asked=self.budget)
-        return solve(classes, self.budget.bytes, by=self.by, fixed=size, asked=self.budget)
+        return solve(classes, self.budget, fixed=time if self.budget.bytes is None else size)
 
     def classes(self, knobs: Knobs) -> list[Class]:
         """All classes at these knobs."""

@@ -161,21 +161,20 @@ def pareto(options: list[Option], by: str) -> tuple[Option, ...]:
     return tuple(front)
 
 
-def solve(classes: list[Class], budget: float, *, by: str, fixed: float, asked: Budget | None = None) -> Solution:
+def solve(classes: list[Class], budget: Budget, *, fixed: float) -> Solution:
     """The cheapest-price pick per class with total cost <= budget; BudgetError says the smallest possible budget.
 
-    `asked`: the budget in the unit it was asked in, for that error.
+    `fixed`: bytes, or microseconds where the budget is a latency, of what no class is about.
     """
-    room = budget - fixed
+    by = "microseconds" if budget.bytes is None else "bytes"
+    limit = budget.bytes if budget.bytes is not None else (budget.latency_ms or 0) * 1e3
+    room = limit - fixed
     costs = [np.array([getattr(o, by) for o in c.options], np.float64) for c in classes]
     prices = [np.array([o.price for o in c.options]) for c in classes]
     smallest = sum(c[0] for c in costs)
     if smallest > room:
-        if asked is None:
-            in_bytes = by == "bytes"
-            asked = Budget("size", budget, int(budget)) if in_bytes else Budget("latency", budget, None, budget / 1e3)
         least = (smallest + fixed) / (1 if by == "bytes" else 1e3)
-        raise asked.too_small(least, "the smallest possible plan needs")
+        raise budget.too_small(least, "the smallest possible plan needs")
     bound, multiplier = dual_bound(costs, prices, room)
     picks = _dynamic_program(costs, prices, room)
     picks = _spend_rest(costs, prices, picks, room)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,16 +15,20 @@ import torch
 from jpq_export.compress.cost import CostModel
 from jpq_export.compress.effort import EFFORTS
 from jpq_export.compress.finals import champion
+from jpq_export.compress.load import LoadedModel
 from jpq_export.compress.plan import BudgetRequest, Problem, contrast, make_plan, uniform_bytes, uniform_plan
 from jpq_export.compress.prices import PriceList, StructurePrice
 from jpq_export.compress.refine import REMOVAL_LASTS, Trial, finalists
 from jpq_export.compress.search import Knobs
 from jpq_export.errors import BudgetError, PlanError
+from jpq_export.feasible import check_either_basis
 from jpq_export.format.plan import Budget, Plan, load_plan
 from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
 from jpq_export.format.target import load_target
+from jpq_export.given_plan import check_given
 from jpq_export.numerics.scheme import ALL_WIDTHS, BIT_WIDTHS, TERNARY
 from jpq_export.pipeline import FINAL_SEQUENCES
+from jpq_export.request import Request
 
 INF = float("inf")
 
@@ -305,3 +311,23 @@ def test_a_budget_is_refused_in_the_unit_it_was_asked_in() -> None:
         Budget("size", 1e6, 1_000_000).too_small(2_000_001, "it needs")
     )
     assert "needs 0.124 ms" in str(Budget("latency", 0.1, None, 0.1).too_small(0.1231, "it needs"))
+
+
+def test_a_budget_that_only_the_rotated_model_meets_is_not_refused_before() -> None:
+    """Its groups are wider; without rotation, or below both, the smallest budget is told."""
+    request = Request("m", load_target("cpu"), Path("out"), BudgetRequest("bits", 2.08), prune=False)
+    check_either_basis(request, SMOLLM)
+    with pytest.raises(BudgetError, match=r"needs 2\.[1-9]"):
+        check_either_basis(replace(request, rotate=False), SMOLLM)
+    with pytest.raises(BudgetError, match=r"needs 2\.0"):
+        check_either_basis(replace(request, budget=BudgetRequest("bits", 1.9)), SMOLLM)
+
+
+def test_groups_wider_than_engines_take_are_refused_in_a_given_plan(prices: PriceList) -> None:
+    plan = planned(prices, BudgetRequest("bits", 4.0), target="rtx-4090")
+    wide = replace(plan, choices=tuple(replace(choice, group_size=choice.columns) for choice in plan.choices))
+    request = Request("m", load_target("rtx-4090"), Path("out"), BudgetRequest("bits", 4.0), plan=Path("plan.json"))
+    loaded = cast(LoadedModel, SimpleNamespace(sha256="00", spec=SMOLLM))
+    check_given(plan, request, loaded)
+    with pytest.raises(PlanError, match=r"plan.json: .*groups of 576 are wider than the 128"):
+        check_given(wide, request, loaded)

@@ -11,6 +11,11 @@ import pytest
 
 from jpq_export.compress.search import Class, Option, dual_bound, pareto, solve
 from jpq_export.errors import BudgetError
+from jpq_export.format.plan import Budget
+
+
+def of_bytes(size: float) -> Budget:
+    return Budget("size", size, int(size))
 
 
 def random_classes(count: int, options: int, *, seed: int) -> list[Class]:
@@ -39,7 +44,7 @@ def test_solution_is_within_its_certified_gap_of_the_enumerated_optimum(seed: in
     low = sum(c.options[0].bytes for c in classes)
     high = sum(c.options[-1].bytes for c in classes)
     budget = low + 0.4 * (high - low)
-    solution = solve(classes, budget + 50, by="bytes", fixed=50)
+    solution = solve(classes, of_bytes(budget + 50), fixed=50)
     best = enumerate_best(classes, budget)
     assert solution.bytes <= budget
     assert best <= solution.price <= best * 1.01 + 1e-9
@@ -63,11 +68,11 @@ def test_impossible_budget_names_the_smallest_possible_one() -> None:
     classes = random_classes(3, 4, seed=0)
     smallest = sum(c.options[0].bytes for c in classes) + 10
     with pytest.raises(BudgetError) as caught:
-        solve(classes, smallest - 1, by="bytes", fixed=10)
+        solve(classes, of_bytes(smallest - 1), fixed=10)
     told = re.search(r"needs (\d+\.\d{3}) MB", str(caught.value))
     assert told
     assert smallest <= float(told[1]) * 1e6 < smallest + 1000
-    assert solve(classes, smallest, by="bytes", fixed=10).bytes + 10 == smallest
+    assert solve(classes, of_bytes(smallest), fixed=10).bytes + 10 == smallest
 
 
 def test_pareto_drops_what_is_beaten() -> None:
@@ -79,5 +84,5 @@ def test_pareto_drops_what_is_beaten() -> None:
 def test_latency_budget_counts_microseconds() -> None:
     classes = random_classes(4, 5, seed=1)
     fastest = sum(min(o.microseconds for o in c.options) for c in classes)
-    solution = solve(classes, fastest * 1.5, by="microseconds", fixed=0)
+    solution = solve(classes, Budget("latency", 1, None, fastest * 1.5e-3), fixed=0)
     assert solution.microseconds <= fastest * 1.5
