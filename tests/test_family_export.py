@@ -71,6 +71,18 @@ def test_a_whole_export_with_an_int8_cache_is_proved(shelf: Path, family: str) -
     run(f"verify {out}", expected=1)
 
 
+def test_what_is_not_quite_as_asked_is_said(shelf: Path) -> None:
+    export = "export phi3 --effort quick --method rtn --bits 6 --until plan --context"
+    positions = json.loads((shelf / "phi3" / "config.json").read_text())["max_position_embeddings"]
+    beyond = run(f"{export} {positions + 1} --target jetson --out {shelf / 'beyond'}")
+    assert f"phi3 has {positions} positions" in " ".join(beyond.split())
+    plan = shelf / "beyond" / "plan.json"
+    other = run(f"{export} 64 --target cpu --plan {plan} --out {shelf / 'other'}")
+    assert "made for jetson" in " ".join(other.split())
+    same = run(f"{export} {positions} --target jetson --plan {plan} --out {shelf / 'same'}")
+    assert "positions" not in same and "made for" not in same  # the twins
+
+
 def test_toga_refuses_a_model_without_gates(shelf: Path) -> None:
     toga = "--effort quick --context 64 --target jetson --method toga --bits 3"
     said = " ".join(run(f"export gpt2 {toga} --out {shelf / 'no'}", expected=2).split())

@@ -95,7 +95,10 @@ static void find_lanes(int32_t *lane, int64_t columns, int64_t blocked, int64_t 
   }
 }
 
-static int form(const jpq_weight *w) { return form_of(w->bits, w->group_size); }
+/* No block of 256 codes is of two groups. */
+static int whole_blocks(const jpq_weight *w) { return w->group_size % 256 == 0 || w->group_size == w->k; }
+
+static int form(const jpq_weight *w) { return form_of(w->bits, w->group_size, whole_blocks(w)); }
 
 /* Columns that come in blocks: one of which more than half is there is filled up. */
 static int64_t blocked_columns(int64_t k, int64_t block) {
@@ -142,7 +145,7 @@ JPQ_TARGET_END
 static int layout_of(const jpq_weight *w) {
   if (w->bits == 8 || w->bits == JPQ_TERNARY) return w->group_size % 64 ? ANY : WHOLE;
   if (w->group_size == 64) return HALVES;
-  if (w->bits <= 4) return w->group_size % 256 == 0 || (w->group_size == w->k && form(w) >= QUADS) ? WHOLE : ANY;
+  if (w->bits <= 4) return whole_blocks(w) && form(w) >= QUADS ? WHOLE : ANY;
   return w->group_size % 128 ? ANY : WHOLE;
 }
 

@@ -6,7 +6,8 @@
  * share one sum, one conversion and one multiplication by scales. X is brought into the same order, once.
  * Four vectors (1 to 4 bits) hold 16 codes that follow each other in lane l: one sum for four of them. Up to 2 bits these are
  * codes 16 l .. 16 l + 15; of 3 and 4 bits lanes 4 k and 4 k + 1 have codes 32 k .. 32 k + 31 of the first 128 and lanes
- * 4 k + 2 and 4 k + 3 those of the others, as that shuffle comes which hinders products least.
+ * 4 k + 2 and 4 k + 3 those of the others, as that shuffle comes which hinders products least. Where all 256 are of one
+ * group no lane needs to be of neighbours: the four are two pairs, without a shuffle.
  */
 #ifndef JPQ_VNNI_CODES_H
 #define JPQ_VNNI_CODES_H
@@ -52,14 +53,15 @@ static const uint8_t fourths[8] = {0, 4, 8, 12, 16, 20, 24, 28};
 #define ORDER4(AT) AT, AT + 2, AT + 4, AT + 6
 #define FOUR_LANES(AT) ORDER4(AT), ORDER4(AT + 16), ORDER4(AT + 128), ORDER4(AT + 144)
 #define OF_EIGHT(I) {FOUR_LANES(I), FOUR_LANES(32 + I), FOUR_LANES(64 + I), FOUR_LANES(96 + I)}
-enum { PLAIN, PAIRS, WIDE_PAIRS, QUADS, SPLIT_QUADS };
-static const _Alignas(64) uint8_t orders[5][4][64] = {
-    [PAIRS] = {{ORDER16(2, 0), ORDER16(2, 32), ORDER16(2, 64), ORDER16(2, 96)},
-               {ORDER16(2, 1), ORDER16(2, 33), ORDER16(2, 65), ORDER16(2, 97)}},
+#define EVERY_OTHER(I) {ORDER16(2, I), ORDER16(2, 32 + I), ORDER16(2, 64 + I), ORDER16(2, 96 + I)}
+enum { PLAIN, PAIRS, WIDE_PAIRS, QUADS, SPLIT_QUADS, TWO_PAIRS };
+static const _Alignas(64) uint8_t orders[6][4][64] = {
+    [PAIRS] = {EVERY_OTHER(0), EVERY_OTHER(1)},
     [WIDE_PAIRS] = {{ORDER16(1, 0), ORDER16(1, 16), ORDER16(1, 64), ORDER16(1, 80)},
                     {ORDER16(1, 32), ORDER16(1, 48), ORDER16(1, 96), ORDER16(1, 112)}},
     [QUADS] = {EVERY_FOURTH(0), EVERY_FOURTH(1), EVERY_FOURTH(2), EVERY_FOURTH(3)},
-    [SPLIT_QUADS] = {OF_EIGHT(0), OF_EIGHT(1), OF_EIGHT(8), OF_EIGHT(9)}};
+    [SPLIT_QUADS] = {OF_EIGHT(0), OF_EIGHT(1), OF_EIGHT(8), OF_EIGHT(9)},
+    [TWO_PAIRS] = {EVERY_OTHER(0), EVERY_OTHER(1), EVERY_OTHER(128), EVERY_OTHER(129)}};
 
 /* Ternary: the byte of each of 64 codes whose first is in a phase, and factors for even codes (whose result is brought
  * to the upper half of 16 bits) and odd ones (which are there). */
@@ -75,9 +77,10 @@ JPQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni,avx2,f
 
 JPQ_INLINE __mmask64 low_bits(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
 
-/* How codes come: 8 bits and ternary ones, and where a lane would be of several groups, 64 at a time. */
-JPQ_INLINE int form_of(int bits, int32_t group_size) {
-  if (bits <= 4 && group_size % 16 == 0) return bits <= 2 ? QUADS : SPLIT_QUADS;
+/* How codes come: 8 bits and ternary ones, and where a lane would be of several groups, 64 at a time. `whole`: a block of
+ * 256, or what there is of it, is never of two groups. */
+JPQ_INLINE int form_of(int bits, int32_t group_size, int whole) {
+  if (bits <= 4 && group_size % 16 == 0) return bits <= 2 ? QUADS : whole ? TWO_PAIRS : SPLIT_QUADS;
   return bits <= 4 ? PAIRS : bits <= 7 && group_size % 64 == 0 ? WIDE_PAIRS : PLAIN;
 }
 
@@ -150,14 +153,20 @@ JPQ_INLINE void unpack_pair(const uint8_t *p, int bits, __m512i out[2]) {
 }
 
 /* Of the 256 codes from `p` on: bytes that begin with the codes of vectors 0 and 2, and hold those of the vectors behind
- * them; up to 2 bits all are in the first. */
-JPQ_INLINE void quad_bytes(const uint8_t *p, int bits, __m512i out[2]) {
+ * them; up to 2 bits all are in the first. `whole` as in form_of. */
+JPQ_INLINE void quad_bytes(const uint8_t *p, int bits, int whole, __m512i out[2]) {
   if (bits <= 2) {
     out[0] = bits == 2 ? load(p, 64) : _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i *)p));
     if (bits == 1) out[0] = windows(out[0], fourths); /* four codes and four of the next byte */
     return;
   }
   __m512i first = load(p, 64), last = load(p + 16 * bits, 64);
+  if (whole) {
+    const __m512i spread = *(const __m512i *)pair_spreads[2];
+    out[0] = bits == 4 ? first : windows(_mm512_permutexvar_epi8(spread, first), seconds[2]);
+    out[1] = bits == 4 ? last : windows(_mm512_permutexvar_epi8(spread, last), seconds[2]);
+    return;
+  }
   if (bits == 3) {
     first = _mm512_permutexvar_epi8(*(const __m512i *)threes, first);
     last = _mm512_permutexvar_epi8(*(const __m512i *)threes, last);
@@ -177,9 +186,9 @@ JPQ_INLINE __m512i quad_vector(const __m512i bytes[2], int v, int bits, int shif
 }
 
 /* The 256 codes from `p` on as four vectors. */
-JPQ_INLINE void unpack_quad(const uint8_t *p, int bits, __m512i out[4]) {
+JPQ_INLINE void unpack_quad(const uint8_t *p, int bits, int whole, __m512i out[4]) {
   __m512i bytes[2];
-  quad_bytes(p, bits, bytes);
+  quad_bytes(p, bits, whole, bytes);
   for (int v = 0; v < 4; v++) out[v] = quad_vector(bytes, v, bits, 0);
 }
 
