@@ -33,8 +33,8 @@ TRIALS: tuple[tuple[str, tuple[float, ...]], ...] = (
 # What rounding and recovery win back of a candidate's measured KL: of the part priced to bits 0.54 (2.58 bits) to 0.69
 # (4.16) stays, of the part priced to removed units about 0.82. Without this the search prunes too much.
 REMOVAL_LASTS = 1.35
-# Of the best score. Rounding a second plan takes as long as the first (SmolLM2-135M, `standard`: 2 minutes) and pays only
-# where it turns the order round: at 4.0 bits scores 1.066 apart were 1.035 apart once rounded, in the same order.
+# Of the best score. Rounding a second plan takes as long as the first (SmolLM2-135M, `standard`: 2 minutes) and pays
+# only where it turns the order round: at 4.0 bits scores 1.066 apart were 1.035 apart once rounded, in the same order.
 FINALIST_WITHIN = 1.05
 
 

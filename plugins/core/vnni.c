@@ -1,17 +1,17 @@
 /* AVX-512 VNNI + VBMI: 64 to 256 codes at a time, unpacked to bytes and multiplied with X in fixed point.
  *
- * Each group of X becomes scale * q, q an integer of `parts` signed bytes in base 128:
+ * Each group of X becomes scale * q, q an integer of `parts` signed bytes in base 128 (256 in long groups):
  *
- *     1 part   8 bits    INT8    q = h
- *     2 parts  15 bits   INT16   q = 128 h + l
- *     3 parts  22 bits   FP32    q = 128 (128 h + m) + l: what rounding loses is below what an fp32 sum loses
+ *     1 part   8 bits           INT8    q = h
+ *     2 parts  15 bits (16)     INT16   q = 128 h + l
+ *     3 parts  22 bits (24)     FP32    q = 128 (128 h + m) + l: what rounding loses is below what an fp32 sum loses
  *
  * Up to `most_rows` rows of X; from there on fp32 tiles are faster, and exact.
  *
  * One vpdpbusd a part and 64 codes, a shift by 7 between parts; a 32-bit lane sums 4 products of 8 bits, at most
  * 4 * 255 * 127 * 128^2 + ... < 2^31, or up to 16 of 4 bits. One conversion and one fused multiply-add for all of them
- * bring it to fp32, times scale of W and of X. Of groups of whole blocks or rows each part is summed to the end of the
- * group, at most LARGEST_GROUP / 16 * 15 * 128 < 2^24 a lane, and the parts meet in fp32.
+ * bring it to fp32, times scale of W and of X. Of long groups, those of whole blocks or rows, each part is summed to the
+ * end of the group, at most LARGEST_GROUP / 16 * 15 * 128 < 2^24 a lane, and the parts meet in fp32.
  */
 #include "vnni.h"
 
@@ -34,9 +34,10 @@ JPQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni,avx2,f
 
 /* ---- X ---- */
 
-/* One group: its scale, and `parts` planes of digits `columns` apart; returns the sum of q. */
-static float digits(const float *x, int32_t count, int parts, int8_t *q, int64_t columns, float *scale) {
-  static const float largest[4] = {0, 127, 127 * 128, 127 * 128 * 128};
+/* One group: its scale, and `parts` planes of digits of `log` bits `columns` apart; returns the sum of q times the
+ * scale. */
+static float digits(const float *x, int32_t count, int parts, int log, int8_t *q, int64_t columns, float *scale) {
+  const float largest = 127 << log * (parts - 1);
   __m512i top = _mm512_setzero_si512();
   for (int32_t j = 0; j < count; j += 16) {
     __m512i bits = _mm512_maskz_loadu_epi32((__mmask16)low_bits(count - j), x + j);
@@ -46,22 +47,24 @@ static float digits(const float *x, int32_t count, int parts, int8_t *q, int64_t
   float size;
   memcpy(&size, &most, sizeof size);
   /* An infinity or NaN makes the row NaN; a group of nothing but numbers below 1e-30 is nothing. */
-  *scale = most >= 0x7f800000u ? size - size : size < 1e-30f ? 0 : size / largest[parts];
-  __m512 inverse = _mm512_set1_ps(*scale > 0 ? largest[parts] / size : 0);
-  __m512i total = _mm512_setzero_si512();
-  const __m512i half = _mm512_set1_epi32(64), mask = _mm512_set1_epi32(127);
+  *scale = most >= 0x7f800000u ? size - size : size < 1e-30f ? 0 : size / largest;
+  const __m512 inverse = _mm512_set1_ps(*scale > 0 ? largest / size : 0);
+  const __m512i half = _mm512_set1_epi32(1 << log >> 1), mask = _mm512_set1_epi32((1 << log) - 1);
+  const __m128i bits = _mm_cvtsi32_si128(log);
+  __m512i total = _mm512_setzero_si512(); /* of 64 bits */
   for (int32_t j = 0; j < count; j += 16) {
     __mmask16 here = (__mmask16)low_bits(count - j);
     __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(here, x + j), inverse));
-    total = _mm512_add_epi32(total, v);
+    total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(v)));
+    total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1)));
     for (int part = parts - 1; part > 0; part--) {
       __m512i digit = _mm512_sub_epi32(_mm512_and_si512(_mm512_add_epi32(v, half), mask), half);
       _mm_mask_storeu_epi8(q + part * columns + j, here, _mm512_cvtepi32_epi8(digit));
-      v = _mm512_srai_epi32(_mm512_sub_epi32(v, digit), 7);
+      v = _mm512_sra_epi32(_mm512_sub_epi32(v, digit), bits);
     }
     _mm_mask_storeu_epi8(q + j, here, _mm512_cvtepi32_epi8(v));
   }
-  return _mm512_reduce_add_ps(_mm512_cvtepi32_ps(total)) * *scale;
+  return (float)_mm512_reduce_add_epi64(total) * *scale;
 }
 
 /* Columns [0, blocked) of a plane from their own order into that of the codes. */
@@ -100,6 +103,9 @@ static int whole_blocks(const jpq_weight *w) { return w->group_size % 256 == 0 |
 
 static int form(const jpq_weight *w) { return form_of(w->bits, w->group_size, whole_blocks(w)); }
 
+/* Whose sums stay integers to the end of a group (four_long). */
+static int is_long(const jpq_weight *w) { return w->bits <= 4 && whole_blocks(w) && form(w) >= QUADS; }
+
 /* Columns that come in blocks: one of which more than half is there is filled up. */
 static int64_t blocked_columns(int64_t k, int64_t block) {
   return block == 64 ? 0 : k / block * block + (k % block > block / 2 ? block : 0);
@@ -126,11 +132,13 @@ static jpq_status prepare(jpq_product *p) {
   int8_t *planes = (int8_t *)(at + columns);
   float *scale = (float *)(planes + q), *sum = scale + p->m * groups;
   find_lanes(lane, columns, blocked, block, w->group_size, form(w));
+  const int log = is_long(w) ? LONG_DIGIT_BITS : DIGIT_BITS;
   for (int64_t m = 0; m < p->m; m++)
-    for (int64_t g = 0; g < jpq_groups(w); g++)
-      sum[m * groups + g] =
-          digits(p->x + m * w->k + g * w->group_size, w->group_size, p->parts,
-                 planes + m * p->parts * columns + g * w->group_size, columns, scale + m * groups + g);
+    for (int64_t g = 0; g < jpq_groups(w); g++) {
+      const int64_t j = g * w->group_size;
+      sum[m * groups + g] = digits(p->x + m * w->k + j, w->group_size, p->parts, log,
+                                   planes + m * p->parts * columns + j, columns, scale + m * groups + g);
+    }
   for (int64_t i = 0; blocked && i < p->m * p->parts; i++) reorder(planes + i * columns, blocked, form(w));
   *out = (prepared){jpq_groups(w), columns, groups, block, blocked, planes, scale, sum, lane};
   p->prepared = memory;
@@ -144,8 +152,9 @@ JPQ_TARGET_END
 /* How the groups of a weight lie; where codes come one vector at a time, two of the three say the same. */
 static int layout_of(const jpq_weight *w) {
   if (w->bits == 8 || w->bits == JPQ_TERNARY) return w->group_size % 64 ? ANY : WHOLE;
+  if (is_long(w)) return WHOLE;
   if (w->group_size == 64) return HALVES;
-  if (w->bits <= 4) return whole_blocks(w) && form(w) >= QUADS ? WHOLE : ANY;
+  if (w->bits <= 4) return ANY;
   return w->group_size % 128 ? ANY : WHOLE;
 }
 

@@ -9,7 +9,11 @@
 
 #include "vnni_codes.h"
 
-enum { FEW = 4 };
+enum {
+  FEW = 4,
+  DIGIT_BITS = 7,      /* of X: parts meet in 32 bits */
+  LONG_DIGIT_BITS = 8, /* where they meet in fp32, all that a byte holds */
+};
 
 /* X in fixed point, in the order of the codes, and which scale a lane needs. */
 typedef struct prepared {
