@@ -27,6 +27,7 @@ from markupsafe import Markup
 from jpq_export.bench.report import frame
 from jpq_export.parity.svg import Axis, element, svg, text
 from jpq_export.revision import processor, provenance
+from jpq_export.runtime import native
 from jpq_export.workspace import write_atomic
 
 VOCABULARY, LAYERS, HEAD = 49152, 30, 64
@@ -155,7 +156,7 @@ def picture(lines: dict[str, list[tuple[int, float]]], unit: str, scale: float) 
         while any(abs(height - other) < 16 for other in ends):
             height += 16
         ends.append(height)
-        parts.append(text(WIDTH - RIGHT + 12, height, f"{name}, ^{exponent(points):.2f}", fill=colour))
+        parts.append(text(WIDTH - RIGHT + 12, height, f"{name}, ^{exponent(points):.2f}", style=f"fill: {colour}"))
     label = f"{unit} of every stage against the number of parameters"
     return svg(WIDTH, max([HEIGHT, *ends]) + 8, *parts, label=label)
 
@@ -187,6 +188,7 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / "growth.json"
     runs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    native.cpu_library()  # compiled once; no run is to be the one that waits for it
     for millions in map(float, asked.sizes.split(",")):
         shape = shape_for(millions)
         key = (shape.parameters, asked.effort, asked.bits)
