@@ -10,6 +10,12 @@ turned again.
 
 So R is applied twice a token, and has to be cheap: R = A ⊗ B, with B Sylvester's Hadamard matrix times random signs, as
 large as a power of two up to 128 divides the hidden size, and A a random orthogonal matrix for the rest.
+
+Two more freedoms cost nothing at run time. Attention mixes tokens, not channels, so the values of a head may have
+another basis too, which the columns of `o` undo. And where an MLP is gated, a channel of `up` may be scaled and the
+column of `down` that reads it scaled back (Nagel et al., 2019): rounding `up`, whose rows have scales of their own,
+sees nothing of it, and columns of equal norm use a grid that they share better. GPTQ's error falls by 4 to 10% for `o`,
+by 2 to 8% for `down` (SmolLM2-135M, four and three matrices, groups of a row and of 512).
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from jpq_export.compress.decoder import Decoder, build_decoder, named_weights
 from jpq_export.compress.rotation import make_rotation
@@ -56,10 +63,38 @@ def rotated(model: Decoder, *, seed: int) -> Decoder:
                 weights[name] = (R.T @ weights[name].double()).float()
             if (bias := weights.get(f"{name}.bias")) is not None:
                 weights[f"{name}.bias"] = (bias.double() @ R).float()
+        _turn_values(weights, i, model.spec, seed)
+        _even_columns(weights, i, model.spec)
     for name in {"embed", "head"} & weights.keys():
         weights[name] = (weights[name].double() @ R).float()
     weights |= {"rotation.outer": outer.flatten().float(), "rotation.inner": inner.flatten().float()}
     return build_decoder(replace(model.spec, rotated=True), weights)
+
+
+def _turn_values(weights: dict[str, Tensor], layer: int, spec: ModelSpec, seed: int) -> None:
+    """Another basis for the values of every head, the same for all: several query heads read those of one."""
+    v, o = (f"layers.{layer}.attn.{part}" for part in "vo")
+    if v not in weights:
+        return
+    H = torch.kron(*(torch.from_numpy(part).contiguous() for part in make_rotation(spec.head_dim, seed)))
+    H = H.to(weights[v].device)
+    weights[v] = (H.T @ weights[v].double().unflatten(0, (-1, spec.head_dim))).flatten(0, 1).float()
+    weights[o] = (weights[o].double().unflatten(1, (-1, spec.head_dim)) @ H).flatten(1).float()
+    if (bias := weights.get(f"{v}.bias")) is not None:
+        weights[f"{v}.bias"] = (bias.double().unflatten(0, (-1, spec.head_dim)) @ H).flatten().float()
+
+
+def _even_columns(weights: dict[str, Tensor], layer: int, spec: ModelSpec) -> None:
+    """Columns of `down` that have one norm, their mean; `up` has what they had."""
+    up, down = (f"layers.{layer}.mlp.{part}" for part in ("up", "down"))
+    if down not in weights or not spec.gated:
+        return
+    norm = weights[down].double().norm(dim=0)
+    factor = torch.where(norm > 0, norm / norm.mean(), 1.0)
+    weights[down] = (weights[down].double() / factor).float()
+    weights[up] = (weights[up].double() * factor[:, None]).float()
+    if (bias := weights.get(f"{up}.bias")) is not None:
+        weights[f"{up}.bias"] = (bias.double() * factor).float()
 
 
 def trial_error(heldout: SharedHeldout, model: Decoder) -> float:

@@ -65,6 +65,25 @@ def test_the_rotated_model_computes_the_same(model):
         assert not torch.allclose(build_decoder(other.spec, weights)(IDS), model(IDS), atol=1e-2)
 
 
+@pytest.mark.parametrize("model", ["llama", "qwen2"], indirect=True)
+def test_values_have_another_basis_and_columns_of_down_one_norm(model):
+    model = with_scales(model)
+    other, spec = rotated(model, seed=0), model.spec
+    before, after = (dict(named_weights(each)) for each in (model, other))
+    for i, layer in enumerate(spec.layers):
+        norms = after[f"layers.{i}.mlp.down"].norm(dim=0)
+        torch.testing.assert_close(norms, norms.mean().expand_as(norms))
+        assert before[f"layers.{i}.mlp.down"].norm(dim=0).std() > 0.01 * norms.mean()  # they were not before
+        turned = other.rotation(
+            before[f"layers.{i}.attn.o"].T
+        )  # what the stream's basis alone makes of it, [values, hidden]
+        o = after[f"layers.{i}.attn.o"].T
+        assert not torch.allclose(o, turned, atol=1e-3)
+        for head in range(layer.kv_heads * spec.heads_per_group):
+            rows = slice(head * spec.head_dim, (head + 1) * spec.head_dim)
+            torch.testing.assert_close(o[rows].T @ o[rows], turned[rows].T @ turned[rows], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_a_removed_sub_layer_and_biases_of_what_is_added(model):
     weights, spec = dict(named_weights(with_scales(model))), model.spec
@@ -102,8 +121,12 @@ def test_statistics_do_not_depend_on_the_basis(model, monkeypatch):
     monkeypatch.setattr(statistics, "head_table", lambda model: model.embed.weight)
     model = with_scales(model)
     plain, other = (statistics.collect(each, IDS.numpy(), seed=0) for each in (model, rotated(model, seed=0)))
-    for name in ("layers.0.attn.o", "layers.1.mlp.down"):
-        torch.testing.assert_close(other.hessians[name], plain.hessians[name], rtol=1e-3, atol=1e-4)
+    norm = dict(named_weights(model))["layers.1.mlp.down"].norm(dim=0)  # what `up` has taken over
+    factor = norm / norm.mean()
+    moment = plain.hessians["layers.1.mlp.down"] * factor[:, None] * factor
+    torch.testing.assert_close(other.hessians["layers.1.mlp.down"], moment, rtol=1e-3, atol=1e-4)
+    moments = (stats.hessians["layers.0.attn.o"].double() for stats in (plain, other))
+    torch.testing.assert_close(*map(torch.linalg.eigvalsh, moments), rtol=1e-3, atol=1e-3)  # turned
     torch.testing.assert_close(other.rows, plain.rows, rtol=1e-3, atol=1e-4)
     traces = [stats.hessians["embed"].trace() for stats in (plain, other)]
     torch.testing.assert_close(*traces, rtol=1e-3, atol=0)
