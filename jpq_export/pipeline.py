@@ -227,7 +227,8 @@ class Export:
             )
         listed = [{"knobs": _finite(asdict(t.knobs)), **t.told()} for t in trials]
         plans = []
-        for trial in finalists(trials, prepared.prices, self.effort.finalists, by_bits=self.effort.finalists_by_bits):
+        kinds = {"by_bits": self.effort.finalists_by_bits, "within": self.effort.finalists_within}
+        for trial in finalists(trials, prepared.prices, self.effort.finalists, **kinds):
             measured: dict[str, Any] = {
                 "knobs": _finite(asdict(trial.knobs)),
                 "measured_kl_before_recovery": trial.kl,

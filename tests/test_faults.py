@@ -20,14 +20,14 @@ import pytest
 SERVER = """
 import errno, gc, importlib, json, os, resource, signal, sys
 import jpq_export.cli, jpq_export.evaluation, jpq_export.pipeline, jpq_export.prove
-from jpq_export.compress import effort, finals, load, prepare, refine, stages, training
+from jpq_export.compress import effort, finals, load, prepare, stages, training
 from jpq_export.lower import export
 from jpq_export.parity import check, report, verify
 import transformers.models.llama.modeling_llama
 
-two_finalists = ("two_bit", (float("inf"),)), ("removal", (float("inf"),))
-effort.EFFORTS["quick"] = effort.Effort("quick", 4, 2, 64, 1, 6, 2, two_finalists, finalists=2, finalists_by_bits=True)
-refine.FINALIST_WITHIN = float("inf")
+two = ("two_bit", (float("inf"),)), ("removal", (float("inf"),))
+both = {"finalists": 2, "finalists_by_bits": True, "finalists_within": float("inf")}
+effort.EFFORTS["quick"] = effort.Effort("quick", 4, 2, 64, 1, 6, 2, two, **both)
 training.CHECKPOINT_SECONDS = -1  # a file after every step of recovery
 RAISED = {
     "full": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file"),

@@ -32,6 +32,7 @@ def for_texts(effort: Effort) -> Effort:
         tune_sequences=effort.tune_sequences * PER_SEQUENCE,
         length=LONGEST,
         finalists=max(2, effort.finalists),  # at 2.5 bits the first plan prunes; rounded, the whole one is better
+        finalists_within=1.15,  # rounding takes seconds
     )
 
 

@@ -33,9 +33,6 @@ TRIALS: tuple[tuple[str, tuple[float, ...]], ...] = (
 # What rounding and recovery win back of a candidate's measured KL: of the part priced to bits 0.54 (2.58 bits) to 0.69
 # (4.16) stays, of the part priced to removed units about 0.82. Without this the search prunes too much.
 REMOVAL_LASTS = 1.35
-# Of the best score. Rounding a second plan takes as long as the first (SmolLM2-135M, `standard`: 2 minutes) and pays
-# only where it turns the order round: at 4.0 bits scores 1.066 apart were 1.035 apart once rounded, in the same order.
-FINALIST_WITHIN = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +71,12 @@ def prunes(prices: PriceList, solution: Solution) -> bool:
     return any(solution.picks[name].kept < len(s.order) for name, s in prices.structures.items())
 
 
-def finalists(trials: list[Trial], prices: PriceList, limit: int, *, by_bits: bool) -> list[Trial]:
-    """The best trial of each kind, best first, at most `limit`, none far behind the best."""
+def finalists(trials: list[Trial], prices: PriceList, limit: int, *, by_bits: bool, within: float) -> list[Trial]:
+    """The best trial of each kind, best first, at most `limit`, none with a score above `within` times the best."""
     best: dict[tuple[bool, bool], Trial] = {}
     for trial in trials:
         best.setdefault(trial.kind(prices, by_bits=by_bits), trial)
-    return [t for t in best.values() if t.score <= FINALIST_WITHIN * trials[0].score][:limit]
+    return [t for t in best.values() if t.score <= within * trials[0].score][:limit]
 
 
 def layer_choices(prices: PriceList, solution: Solution) -> tuple[LayerChoice, ...]:

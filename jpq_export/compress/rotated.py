@@ -34,6 +34,7 @@ from jpq_export.numerics.scheme import Scheme, choose_group_size
 
 READ_BY = {"attn_norm": ("attn.q", "attn.k", "attn.v"), "mlp_norm": ("mlp.gate", "mlp.up")}
 ADDED_BY = ("attn.o", "mlp.down")
+MOST_SCALING = 4  # of a channel of `up`: what `down` reads must fit fp16 where an engine computes in it
 LEAST_INNER = 16  # channels that a Hadamard matrix mixes; below, a rotation is mostly A, which is not cheap
 TRIAL_BITS, TRIAL_GROUP = 3, 64
 
@@ -85,12 +86,12 @@ def _turn_values(weights: dict[str, Tensor], layer: int, spec: ModelSpec, seed: 
 
 
 def _even_columns(weights: dict[str, Tensor], layer: int, spec: ModelSpec) -> None:
-    """Columns of `down` that have one norm, their mean; `up` has what they had."""
+    """Columns of `down` that have one norm, their mean, but for those far from it; `up` has what they had."""
     up, down = (f"layers.{layer}.mlp.{part}" for part in ("up", "down"))
     if down not in weights or not spec.gated:
         return
     norm = weights[down].double().norm(dim=0)
-    factor = torch.where(norm > 0, norm / norm.mean(), 1.0)
+    factor = (norm / norm.mean()).clamp(1 / MOST_SCALING, MOST_SCALING) if norm.any() else torch.ones_like(norm)
     weights[down] = (weights[down].double() / factor).float()
     weights[up] = (weights[up].double() * factor[:, None]).float()
     if (bias := weights.get(f"{up}.bias")) is not None:

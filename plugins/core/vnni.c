@@ -1,14 +1,14 @@
 /* AVX-512 VNNI + VBMI: 64 to 256 codes at a time, unpacked to bytes and multiplied with X in fixed point.
  *
- * Each group of X becomes scale * q, q an integer of `parts` signed bytes in base 128 (256 in long groups):
+ * Each group of X becomes scale * q, q an integer of `parts` signed bytes in base B = 128, or 256 in long groups:
  *
  *     1 part   8 bits           INT8    q = h
- *     2 parts  15 bits (16)     INT16   q = 128 h + l
- *     3 parts  22 bits (24)     FP32    q = 128 (128 h + m) + l: what rounding loses is below what an fp32 sum loses
+ *     2 parts  15 or 16 bits    INT16   q = B h + l
+ *     3 parts  22 or 24 bits    FP32    q = B (B h + m) + l: what rounding loses is below what an fp32 sum loses
  *
  * Up to `most_rows` rows of X; from there on fp32 tiles are faster, and exact.
  *
- * One vpdpbusd a part and 64 codes, a shift by 7 between parts; a 32-bit lane sums 4 products of 8 bits, at most
+ * One vpdpbusd a part and 64 codes; in short groups a shift by 7 between parts: a 32-bit lane sums 4 products of 8 bits, at most
  * 4 * 255 * 127 * 128^2 + ... < 2^31, or up to 16 of 4 bits. One conversion and one fused multiply-add for all of them
  * bring it to fp32, times scale of W and of X. Of long groups, those of whole blocks or rows, each part is summed to the
  * end of the group, at most LARGEST_GROUP / 16 * 15 * 128 < 2^24 a lane, and the parts meet in fp32.
@@ -19,7 +19,7 @@
 #include <stdlib.h>
 
 enum {
-  LARGEST_GROUP = 16384, /* a 32-bit lane holds the sum of its digits */
+  LARGEST_GROUP = 16384, /* a lane's sum of digits is exact in fp32 */
   TILE_BYTES = 16384,  /* of packed rows that stay in the first-level cache while all rows of X pass */
   STACK_BYTES = 16384, /* that a call finds room for without asking */
 };

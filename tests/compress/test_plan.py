@@ -237,16 +237,19 @@ def test_finalists_are_the_best_of_every_kind_that_is_near(prices: PriceList) ->
         return Trial(Knobs(**knobs), problem.solve(Knobs(**knobs)), kl)
 
     cheap = {"removal": 0.1, "two_bit": 0.1}
-    trials = [trial(1.0, **cheap), trial(1.01, **cheap), trial(1.04, removal=INF)]
-    trials.append(trial(1.06, removal=0.01, two_bit=INF))
+    trials = [trial(1.0, **cheap), trial(1.01, **cheap), trial(1.4, removal=INF)]
+    trials.append(trial(1.5, removal=0.01, two_bit=INF))
     kinds = [each.kind(prices, by_bits=True) for each in trials]
     assert kinds == [(True, True), (True, True), (False, True), (True, False)]
+    scores = [each.score / trials[0].score for each in trials]
+    near, far = {"within": scores[2]}, {"within": scores[3]}
+    assert 1 < scores[2] < scores[3]
     for by_bits in (True, False):  # the second is of the same kind, the last too far
-        assert finalists(trials, prices, 3, by_bits=by_bits) == [trials[0], trials[2]]
-        assert finalists(trials, prices, 1, by_bits=by_bits) == [trials[0]]
-    near = [*trials[:3], replace(trials[3], kl=1.0)]
-    assert finalists(near, prices, 3, by_bits=True) == [trials[0], trials[2], near[3]]
-    assert finalists(near, prices, 3, by_bits=False) == [trials[0], trials[2]]  # it prunes as the first does
+        assert finalists(trials, prices, 3, by_bits=by_bits, **near) == [trials[0], trials[2]]
+        assert finalists(trials, prices, 1, by_bits=by_bits, **near) == [trials[0]]
+        assert finalists(trials, prices, 3, by_bits=by_bits, within=1.0) == [trials[0]]
+    assert finalists(trials, prices, 3, by_bits=True, **far) == [trials[0], trials[2], trials[3]]
+    assert finalists(trials, prices, 3, by_bits=False, **far) == [trials[0], trials[2]]  # it prunes as the first does
 
 
 def test_what_removal_costs_weighs_more_than_what_bits_cost(prices: PriceList) -> None:

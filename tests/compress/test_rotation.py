@@ -16,7 +16,7 @@ from jpq_export.compress.rotation import make_rotation
 from jpq_export.compress.teaching import SharedHeldout
 from jpq_export.format.spec import ModelSpec, rotation_sizes
 
-ROTATED = ("llama", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3")
+ROTATED = ("llama", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3", "phi3")
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 250, (2, 24)))
 
 
@@ -74,9 +74,8 @@ def test_values_have_another_basis_and_columns_of_down_one_norm(model):
         norms = after[f"layers.{i}.mlp.down"].norm(dim=0)
         torch.testing.assert_close(norms, norms.mean().expand_as(norms))
         assert before[f"layers.{i}.mlp.down"].norm(dim=0).std() > 0.01 * norms.mean()  # they were not before
-        turned = other.rotation(
-            before[f"layers.{i}.attn.o"].T
-        )  # what the stream's basis alone makes of it, [values, hidden]
+        # What the stream's basis alone makes of it, [values, hidden].
+        turned = other.rotation(before[f"layers.{i}.attn.o"].T)
         o = after[f"layers.{i}.attn.o"].T
         assert not torch.allclose(o, turned, atol=1e-3)
         for head in range(layer.kv_heads * spec.heads_per_group):
