@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-path = Path(__file__).parents[2] / "tools" / "input_bases.py"
-spec = importlib.util.spec_from_file_location(path.stem, path)
-assert spec and spec.loader
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+
+@pytest.fixture
+def tool(load_tool: Any) -> Any:
+    return load_tool("input_bases")
 
 
 @pytest.mark.parametrize(("name", "columns", "expected"), [("layers.0.attn.o", 192, 2), ("layers.0.mlp.down", 1024, 3)])
-def test_every_basis_is_of_the_same_product(name: str, columns: int, expected: int) -> None:
+def test_every_basis_is_of_the_same_product(tool: Any, name: str, columns: int, expected: int) -> None:
     generator = torch.Generator().manual_seed(0)
     W, x = (torch.randn(rows, columns, generator=generator) for rows in (16, 200))
     found = tool.bases(name, W, x.T @ x, 64)
@@ -27,7 +25,7 @@ def test_every_basis_is_of_the_same_product(name: str, columns: int, expected: i
     assert len({float(other[0, 0]) for other, _ in found.values()}) == expected  # and they differ
 
 
-def test_an_error_is_that_of_the_product() -> None:
+def test_an_error_is_that_of_the_product(tool: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     W, x = torch.randn(8, 64, generator=generator), torch.randn(300, 64, generator=generator)
     few, many = (tool.error(W, x.T @ x, bits) for bits in (2, 4))
