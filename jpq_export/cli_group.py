@@ -63,7 +63,11 @@ class Commands(click.Group):
             path = (error.ctx or ctx).command_path
             raise Sentinel(UsageError(f"{error.format_message()} See `{path} --help`.")) from error
         except KeyboardInterrupt:
-            click.echo("Interrupted; the same command goes on after the last finished stage.", err=True)
+            click.echo(
+                "Interrupted; the same command goes on after the last finished stage (statistics, rounded matrices and "
+                "prices are one).",
+                err=True,
+            )
             raise click.exceptions.Exit(130) from None
         except OSError as error:
             if error.errno == errno.EPIPE:
