@@ -49,7 +49,7 @@ def layer_errors(runtime: Raw, as_run: Raw | None = None) -> Markup:
             x + (7 if low_side else -7), 27, f"first wrong: {wrong['place']}", "note strong", **_anchor(low_side)
         )
         parts.append(told)
-    return svg(WIDTH, 312, *parts, label=f"relative RMS error of every sub-layer, {runtime['name']}")
+    return svg(WIDTH, 324, *parts, label=f"relative RMS error of every sub-layer, {runtime['name']}")
 
 
 def _power(value: float) -> str:
@@ -104,20 +104,23 @@ def _error_dot(row: Raw, x: float, y: Axis) -> Markup:
 
 
 def _layer_labels(rows: Sequence[Raw], at: Sequence[float]) -> list[Markup]:
-    """Layer numbers under the axis, thinned so that they never touch."""
+    """Layer numbers under the axis, what has a name in a line below, both thinned so that they never touch."""
     starts: dict[str, float] = {}
     for row, x in zip(rows, at, strict=True):
         parts = row["name"].split(".")
         starts.setdefault(parts[1] if parts[0] == "layers" else parts[0], x)
-    out, last = [], -100.0
-    for label, x in starts.items():
-        width = 26 if label.isdigit() else 44
-        if x - last >= width or not label.isdigit():
-            if out and x - last < width:
-                out.pop()
-            out.append(text(x, 290, label, text_anchor="middle"))
-            last = x
-    return [*out, text(WIDTH / 2, 309, "layer, in order of execution", "axis", text_anchor="middle")]
+    numbers = [(label, x) for label, x in starts.items() if label.isdigit()]
+    names = [(label, x) for label, x in starts.items() if not label.isdigit()]
+    out: list[Markup] = []
+    for labels, width, y in ((numbers, 26, 287), (names, 44, 300)):
+        shown: list[tuple[str, float]] = []
+        for label, x in labels:
+            if not shown or x - shown[-1][1] >= width:
+                shown.append((label, x))
+        if labels and shown[-1] != labels[-1]:  # the last one is where a reader looks for how many there are
+            shown[-1:] = [labels[-1]]
+        out += [text(x, y, label, text_anchor="middle") for label, x in shown]
+    return [*out, text(WIDTH / 2, 320, "layer, in order of execution", "axis", text_anchor="middle")]
 
 
 def front(plan: Raw, *, words: Mapping[str, str]) -> Markup:
