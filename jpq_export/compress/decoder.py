@@ -155,6 +155,11 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else nn.Identity()
 
+    def _turned(self, x: Tensor) -> Tensor:
+        for rotation in self.turn:
+            x = rotation(x)
+        return x
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         batch, seq, _ = x.shape
@@ -221,17 +226,18 @@ class Layer(nn.Module):
         self.mlp = MLP(spec, index) if layer.ffn else None
         self.mlp_norm = norm(layer.ffn > 0)
         self.mlp_post_norm = norm(layer.ffn > 0 and spec.post_norms)
+        self.turn: tuple[Rotation, ...] = ()  # the model's, where reads are turned; no module of this layer
 
     def attention_part(self, x: Tensor, context: Context) -> Tensor:
         """The stream plus the attention sub-layer."""
         if self.attn is None or self.attn_norm is None:
             return x
-        y = self.attn(self.attn_norm(x), context)
+        y = self.attn(self.attention_in(x), context)
         return x + (y if self.attn_post_norm is None else self.attn_post_norm(y))
 
     def attention_in(self, x: Tensor) -> Tensor:
         """What q, k and v read."""
-        return x if self.attn_norm is None else self.attn_norm(x)
+        return x if self.attn_norm is None else self._turned(self.attn_norm(x))
 
     def attention_join(self, x: Tensor, core: Tensor) -> Tensor:
         """The stream after the attention sub-layer, from the input of its output projection."""
@@ -241,7 +247,7 @@ class Layer(nn.Module):
 
     def mlp_in(self, x: Tensor) -> Tensor:
         """What gate and up read."""
-        return x if self.mlp_norm is None else self.mlp_norm(x)
+        return x if self.mlp_norm is None else self._turned(self.mlp_norm(x))
 
     def mlp_join(self, x: Tensor, core: Tensor) -> Tensor:
         """The stream after the MLP sub-layer, from the input of its down projection."""
@@ -253,8 +259,13 @@ class Layer(nn.Module):
         """The stream plus the MLP sub-layer."""
         if self.mlp is None or self.mlp_norm is None:
             return x
-        y = self.mlp(self.mlp_norm(x))
+        y = self.mlp(self.mlp_in(x))
         return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        for rotation in self.turn:
+            x = rotation(x)
+        return x
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
@@ -274,6 +285,9 @@ class Decoder(nn.Module):
         layers = nn.ModuleList(Layer(spec, i) for i in range(len(spec.layers)))
         self.layers = layers  # pyright: ignore[reportAttributeAccessIssue] see the annotation above
         self.rotation = Rotation(spec.hidden) if spec.rotated else None
+        if self.rotation and spec.turned_reads:
+            for layer in self.layers:
+                layer.turn = (self.rotation,)
         self.norm = make_norm(spec)
         self.stored: Stored | None = stored_int8 if spec.kv_cache == INT8_CACHE else None
         self.head = None if spec.tied else nn.Linear(spec.hidden, spec.vocab, bias=False)
@@ -298,7 +312,10 @@ class Decoder(nn.Module):
 
     def embed_tokens(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """[batch, seq] -> [batch, seq, hidden]; `positions` [batch or 1, seq], by default 0, 1, ..."""
-        x = table_rows(self.embed, ids) * self.spec.embed_scale
+        x = table_rows(self.embed, ids)
+        if self.rotation and self.spec.turned_reads:
+            x = self.rotation.back(x)
+        x = x * self.spec.embed_scale
         if self.positions is None:
             return x
         at = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
@@ -326,7 +343,7 @@ class Decoder(nn.Module):
         return self._for_head(self._last_norm(x))
 
     def _last_norm(self, x: Tensor) -> Tensor:
-        return self.norm(x if self.rotation is None else self.rotation.back(x))
+        return self.norm(x if self.rotation is None or self.spec.turned_reads else self.rotation.back(x))
 
     def _for_head(self, x: Tensor) -> Tensor:
         return x if self.rotation is None else self.rotation(x)

@@ -8,8 +8,13 @@ KL of 0.106 instead of 0.201 nats at 3 bits, 0.419 instead of 0.910 at 2. Only t
 stream and a head that may be tied to the embedding: the stream is turned back before that norm, and what it gives is
 turned again.
 
-So R is applied twice a token, and has to be cheap: R = A ⊗ B, with B Sylvester's Hadamard matrix times random signs, as
-large as a power of two up to 128 divides the hidden size, and A a random orthogonal matrix for the rest.
+Where what is added has a norm of its own (Gemma-3), g stands between a sub-layer and the stream, which may besides hold
+a channel thousands of times as large as others, kept from linears by a small g. There the stream stays as it is, and
+what linears and head read is turned, behind their norms.
+
+So R is applied twice a token, or that often and before every sub-layer, and has to be cheap: R = A ⊗ B, with B
+Sylvester's Hadamard matrix times random signs, as large as a power of two up to 128 divides the hidden size, and A a
+random orthogonal matrix for the rest.
 
 Two more freedoms cost nothing at run time. Attention mixes tokens, not channels, so the values of a head may have
 another basis too, which the columns of `o` undo. And where an MLP is gated, a channel of `up` may be scaled and the
@@ -40,8 +45,8 @@ TRIAL_BITS, TRIAL_GROUP = 3, 64
 
 
 def can_rotate(spec: ModelSpec) -> bool:
-    """Whether the stream of this kind of model may have another basis: RMS norms, all of them before the sub-layers."""
-    plain = not (spec.layer_norm or spec.post_norms or spec.learned_positions or spec.traced or spec.rotated)
+    """Whether the stream, or what is read of it, may have another basis: RMS norms, and no positions in it."""
+    plain = not (spec.layer_norm or spec.learned_positions or spec.traced or spec.rotated)
     return plain and rotation_sizes(spec.hidden)[1] >= LEAST_INNER
 
 
@@ -50,16 +55,17 @@ def rotated(model: Decoder, *, seed: int) -> Decoder:
     device = model.embed.weight.device
     outer, inner = (torch.from_numpy(part).to(device) for part in make_rotation(model.spec.hidden, seed))
     R = torch.kron(outer.contiguous(), inner.contiguous())  # float64, as are all products here
-    weights = dict(named_weights(model))
+    weights, reads = dict(named_weights(model)), model.spec.post_norms
     for i in range(len(model.spec.layers)):
         for norm, readers in READ_BY.items():
             if (scale := weights.get(f"layers.{i}.{norm}")) is None:
                 continue
             for reader in readers:
                 if (name := f"layers.{i}.{reader}") in weights:
-                    weights[name] = ((weights[name].double() * scale.double()) @ R).float()
-            weights[f"layers.{i}.{norm}"] = torch.ones_like(scale)
-        for name in (f"layers.{i}.{part}" for part in ADDED_BY):
+                    folded = weights[name].double() * (1 if reads else scale.double())
+                    weights[name] = (folded @ R).float()
+            weights[f"layers.{i}.{norm}"] = scale if reads else torch.ones_like(scale)
+        for name in (f"layers.{i}.{part}" for part in ADDED_BY if not reads):
             if name in weights:
                 weights[name] = (R.T @ weights[name].double()).float()
             if (bias := weights.get(f"{name}.bias")) is not None:

@@ -93,7 +93,8 @@ class ModelSpec:
 
     `rotated`: embedding, stream and head have the basis x (A ⊗ B) instead of x, with orthogonal A [a, a],
     `rotation.outer` by rows, and B [b, b], `rotation.inner`. All weights are made for it but the last norm's: the
-    stream is turned back before that norm, and what it gives into the head's basis again.
+    stream is turned back before that norm, and what it gives into the head's basis again. With `post_norms` the stream
+    stays in its basis (`turned_reads`): what linears and head read is turned behind their norms, and an embedding back.
 
     `traced`: the graph is no decoder of this form but one that torch.onnx.export traced. Vocabulary, positions, token
     ids and cache (head_dim, kv_heads and window of every layer) are facts then; everything else is not and lies at 0.
@@ -198,6 +199,11 @@ class ModelSpec:
 
     def _norm(self, name: str) -> dict[str, int]:
         return dict.fromkeys([name, f"{name}.bias"] if self.layer_norm else [name], self.hidden)
+
+    @property
+    def turned_reads(self) -> bool:
+        """Whether not the stream is in another basis, but what is read of it."""
+        return self.rotated and self.post_norms
 
     def parameters(self) -> int:
         """Number of parameters, tied weights counted once; a rotation is none of the model's."""

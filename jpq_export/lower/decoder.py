@@ -68,7 +68,8 @@ class DecoderGraph:
         self._ready: dict[str, ir.Value] = {}
         # Products of which the next belong to one operator; `_at_hand`: the norm it has computed last. Not with an int8
         # cache: where roundings flip, parity judges every product by what it reads, which a chain does not show.
-        self._chained = dialect.chained and not self.spec.layer_norm and self.spec.kv_cache != INT8_CACHE
+        never = self.spec.layer_norm or self.spec.turned_reads  # a chain knows neither
+        self._chained = dialect.chained and not never and self.spec.kv_cache != INT8_CACHE
         self._chain: Chain | None = None
         self._at_hand: str | None = None
         self._chains: list[Chain] = []
@@ -76,8 +77,12 @@ class DecoderGraph:
     def _norms_of_sums(self) -> list[str]:
         layers = enumerate(self.spec.layers)
         present = [(i, part) for i, layer in layers for part in ("attn", "mlp") if getattr(layer, SIZE_OF[part])]
-        last = [] if self.spec.rotated else ["norm"]  # of a stream that is turned back first
+        last = ["norm"] if self._stays() else []  # not of a stream that is turned back first
         return [*(f"layers.{i}.{part}_norm" for i, part in present), *last][1:]
+
+    def _stays(self) -> bool:
+        """Whether the stream is in the basis of its last norm."""
+        return not self.spec.rotated or self.spec.turned_reads
 
     def build(self) -> ir.Value:
         """All nodes; returns the logits [batch, seq, vocab]."""
@@ -94,10 +99,9 @@ class DecoderGraph:
             x = self._mlp(i, x)
         self._close_chain()
         self.nodes.scope = "rotation" if spec.rotated else ""
-        turn = self.nodes, self._vectors, spec.hidden
-        x = self._norm(rotation.rotated(x, *turn, back=True) if spec.rotated else x, "norm")
+        x = self._norm(x if self._stays() else self._turned(x, back=True), "norm")
         self.taps.append(x)
-        x = rotation.rotated(x, *turn) if spec.rotated else x
+        x = self._turned(x) if spec.rotated else x
         self.nodes.scope = ""
         return self.weights.linear(x, "logits", weight="embed" if spec.tied else "head")
 
@@ -126,6 +130,14 @@ class DecoderGraph:
         all_of_them = [*attentions, *rowwise.functions(spec, opset), *found, *bodies]
         return [each for each in all_of_them if (each.name, each.overload) in used]
 
+    def _turned(self, x: ir.Value, *, back: bool = False) -> ir.Value:
+        return rotation.rotated(x, self.nodes, self._vectors, self.spec.hidden, back=back)
+
+    def _read(self, x: ir.Value, at: str) -> ir.Value:
+        """What the first linears of a sub-layer read of the stream x."""
+        x = self._norm(x, f"{at}_norm")
+        return self._turned(x) if self.spec.turned_reads else x
+
     def _input(self, name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
         self.inputs.append(value)
@@ -136,7 +148,10 @@ class DecoderGraph:
         nodes, spec = self.nodes, self.spec
         nodes.scope = "embed"
         looked_up = None if spec.learned_positions else "embed"
-        rows = self.weights.rows(ids, "embed", name=looked_up if spec.embed_scale == 1 else None)
+        rows = self.weights.rows(ids, "embed", name=None if spec.embed_scale != 1 or spec.turned_reads else looked_up)
+        if spec.turned_reads:
+            rows = self._turned(rows, back=True)
+            rows = rows if spec.embed_scale != 1 else nodes("Identity", rows, name=looked_up)
         if spec.embed_scale != 1:
             rows = nodes("Mul", rows, nodes.const(spec.embed_scale, np.float32), name=looked_up)
         if spec.learned_positions:
@@ -250,7 +265,7 @@ class DecoderGraph:
         if self._chain and parts:
             return self._end_chain(self._chain).give(parts, names, self.nodes)
         self._close_chain()
-        return self.weights.linears(self._norm(x, f"{at}_norm"), names)
+        return self.weights.linears(self._read(x, at), names)
 
     def _chained_sum(self, chain: Chain, part: Part, at: str) -> ir.Value:
         """`_residual` as a link: value `at`, a tap."""
@@ -299,7 +314,7 @@ class DecoderGraph:
             if gates and down:
                 return self._chained_mlp(x, gates, down[0], at)
         self._close_chain()
-        inner = self._norm(x, f"{at}_norm")
+        inner = self._read(x, at)
         first, *factor = self.weights.linears(inner, names)
         if factor and self.dialect.growing:
             product = rowwise.gated(self.nodes, self.spec.activation, first, *factor, name=f"{at}.inner")

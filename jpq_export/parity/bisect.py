@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jpq_export.format.compressed import CompressedModel
-from jpq_export.format.encoder_spec import is_table
+from jpq_export.format.encoder_spec import EncoderSpec, is_table
+from jpq_export.format.spec import rotation_sizes
 from jpq_export.numerics.reference import int8_codes
 from jpq_export.parity import tolerance
 from jpq_export.parity.compare import relative_rms
@@ -68,7 +69,9 @@ def _local_error(model: CompressedModel, name: str, values: Mapping[str, np.ndar
     source = linear_input(name, model.spec) if name in model.quantized and not is_table(name) else None
     if source is None or source not in values or name not in values:
         return None
-    x, bias = _as_read(values[source], model), model.vectors.get(f"{name}.bias")
+    turned = not isinstance(model.spec, EncoderSpec) and model.spec.turned_reads and source.endswith("_norm")
+    x = _turned(values[source], model) if turned else _as_read(values[source], model)
+    bias = model.vectors.get(f"{name}.bias")
     return _product_error(x, model.weight(name), bias, values[name])
 
 
@@ -93,6 +96,14 @@ def _product_error(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, g
         error = np.abs(got[..., rows] - expected) / np.maximum(scale, np.finfo(np.float32).tiny)
         worst = max(worst, float(np.nan_to_num(error, nan=np.inf).max()))
     return worst
+
+
+def _turned(x: np.ndarray, model: CompressedModel) -> np.ndarray:
+    """What linears behind a norm read where reads are turned: x (A ⊗ B) of x [..., hidden], float64."""
+    a, b = rotation_sizes(model.spec.hidden)
+    outer, inner = (model.vectors[f"rotation.{part}"].astype(np.float64) for part in ("outer", "inner"))
+    rows = x.astype(np.float64).reshape(*x.shape[:-1], a, b)
+    return (outer.reshape(a, a).T @ (rows @ inner.reshape(b, b))).reshape(x.shape)
 
 
 def _as_read(x: np.ndarray, model: CompressedModel) -> np.ndarray:
