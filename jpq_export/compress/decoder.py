@@ -155,11 +155,6 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else nn.Identity()
 
-    def _turned(self, x: Tensor) -> Tensor:
-        for rotation in self.turn:
-            x = rotation(x)
-        return x
-
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         batch, seq, _ = x.shape
