@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq_export.compress import parallel
-from jpq_export.compress.decoder import canonical_name, named_weights
+from jpq_export.compress.decoder import Layer, canonical_name, named_weights
 from jpq_export.compress.model import AnyContext, AnyLayer, Model, build_model
 from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
 from jpq_export.compress.rounding import Rounded, max_codes, quantize_rows
@@ -84,6 +84,8 @@ def prune_layer(model: Model, index: int, choice: LayerChoice) -> AnyLayer:
         layer: AnyLayer = type(model.layers[index])(model.spec.with_layers(layers), index)  # pyright: ignore[reportArgumentType] of one kind
     weights = pruned_weights(model, index, choice)
     layer.load_state_dict({key: weights[canonical_name(key)] for key in layer.state_dict()}, assign=True)
+    if isinstance(layer, Layer):
+        layer.turn = model.layers[index].turn
     return layer.eval().requires_grad_(False)
 
 

@@ -57,14 +57,17 @@ class CostModel:
             return size, self.microseconds(size, OPS_PER_ATTENTION, 2 * kv_heads * spec.head_dim * self.tokens**2)
         cache_bytes = spec.cache_bytes(kv_heads, float_bytes=2) * tokens  # a float cache is fp16 on the device
         macs = 2 * kv_heads * spec.heads_per_group * spec.head_dim * tokens
-        return size, self.microseconds(size + cache_bytes, OPS_PER_ATTENTION, macs)
+        return size, self.microseconds(size + cache_bytes, OPS_PER_ATTENTION + self._turn_of_reads(), macs)
 
     def mlp_rest(self, index: int, channels: int) -> tuple[int, float]:
         """(bytes, microseconds) of an MLP sub-layer beside its matrices."""
         if channels == 0:
             return self._vector_bytes(index, "mlp", None, 0), 0.0
         size = self._vector_bytes(index, "mlp", None, channels)
-        return size, self.microseconds(size, OPS_PER_MLP, 0)
+        return size, self.microseconds(size, OPS_PER_MLP + self._turn_of_reads(), 0)
+
+    def _turn_of_reads(self) -> int:
+        return OPS_PER_ROTATION if isinstance(self.spec, ModelSpec) and self.spec.turned_reads else 0
 
     def fixed(self) -> tuple[int, float]:
         """(bytes, microseconds) of what no choice changes: last norm, rotations, look-up and head launches."""

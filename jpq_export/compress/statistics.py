@@ -208,7 +208,8 @@ def _one_batch(model: Decoder, ids: Tensor, stats: Statistics, draws: list[torch
     hidden.backward(gradient)
     add_moment(stats.hessians, "head" if model.head is not None else "embed", final.flatten(0, 1).float())
     if start.grad is not None:
-        side = start.grad.flatten(0, 1).float().square().sum(0) * model.spec.embed_scale**2  # [hidden]
+        by_row = start.grad if not (model.rotation and model.spec.turned_reads) else model.rotation(start.grad)
+        side = by_row.flatten(0, 1).float().square().sum(0) * model.spec.embed_scale**2  # [hidden]
         name = "embed"
         if name not in stats.hessians:
             stats.hessians[name] = torch.zeros(len(side), len(side), device=side.device)

@@ -1,4 +1,4 @@
-"""The turn of a rotated stream before its last norm and behind it (see `compress/rotation.py`)."""
+"""The turn of a rotated stream around its last norm, or of what is read of a stream (see `compress/rotation.py`)."""
 
 from __future__ import annotations
 

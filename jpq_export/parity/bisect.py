@@ -65,12 +65,16 @@ def _local_error(model: CompressedModel, name: str, values: Mapping[str, np.ndar
     cancel is small without being wrong.
     """
     if (head := _head(model, name)) is not None:
-        return _product_error(values["norm"], model.weight(head), None, values[name]) if "norm" in values else None
+        if "norm" not in values:
+            return None
+        turned = not isinstance(model.spec, EncoderSpec) and model.spec.rotated
+        x = _turned(values["norm"], model) if turned else values["norm"]
+        return _product_error(x, model.weight(head), None, values[name])
     source = linear_input(name, model.spec) if name in model.quantized and not is_table(name) else None
     if source is None or source not in values or name not in values:
         return None
     turned = not isinstance(model.spec, EncoderSpec) and model.spec.turned_reads and source.endswith("_norm")
-    x = _turned(values[source], model) if turned else _as_read(values[source], model)
+    x = _as_read(_turned(values[source], model) if turned else values[source], model)
     bias = model.vectors.get(f"{name}.bias")
     return _product_error(x, model.weight(name), bias, values[name])
 
@@ -99,7 +103,7 @@ def _product_error(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, g
 
 
 def _turned(x: np.ndarray, model: CompressedModel) -> np.ndarray:
-    """What linears behind a norm read where reads are turned: x (A ⊗ B) of x [..., hidden], float64."""
+    """What is read behind a norm where reads are turned: x (A ⊗ B) of x [..., hidden], float64."""
     a, b = rotation_sizes(model.spec.hidden)
     outer, inner = (model.vectors[f"rotation.{part}"].astype(np.float64) for part in ("outer", "inner"))
     rows = x.astype(np.float64).reshape(*x.shape[:-1], a, b)

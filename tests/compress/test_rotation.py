@@ -9,12 +9,17 @@ import pytest
 import torch
 
 from jpq_export.compress import statistics
+from jpq_export.compress.apply import all_kept, prune_layer
+from jpq_export.compress.cost import CostModel
 from jpq_export.compress.decoder import KVCache, build_decoder, named_weights
+from jpq_export.compress.heldout import Heldout, PartialForward
 from jpq_export.compress.load import load_model
 from jpq_export.compress.rotated import can_rotate, rotated, trial_error
 from jpq_export.compress.rotation import make_rotation
+from jpq_export.compress.statistics import plain_statistics
 from jpq_export.compress.teaching import SharedHeldout
 from jpq_export.format.spec import ModelSpec, rotation_sizes
+from jpq_export.format.target import load_target
 
 ROTATED = ("llama", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3", "phi3", "gemma3")
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 250, (2, 24)))
@@ -132,6 +137,51 @@ def test_statistics_do_not_depend_on_the_basis(model, monkeypatch):
     torch.testing.assert_close(other.rows, plain.rows, rtol=1e-3, atol=1e-4)
     traces = [stats.hessians["embed"].trace() for stats in (plain, other)]
     torch.testing.assert_close(*traces, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("model", ["llama_tied", "gemma3"], indirect=True)
+def test_a_layer_by_itself_has_the_basis_too(model, monkeypatch, fast):
+    monkeypatch.setattr("jpq_export.compress.heldout.fast_bf16", lambda _: fast)
+    other = rotated(with_scales(model), seed=0)
+    forward = PartialForward(other, Heldout(other, IDS.numpy()))
+    for i, kept in enumerate(all_kept(other.spec)):
+        alone = prune_layer(other, i, kept)
+        assert forward.kl(i, other.layers[i]) == pytest.approx(0, abs=2e-3)  # bf16 where fast
+        assert forward.kl(i, alone) == pytest.approx(0, abs=2e-3)
+    alone.turn = ()  # the twin
+    assert model.spec.post_norms == (forward.kl(i, alone) > 0.1)
+
+
+@pytest.mark.parametrize("model", ["gemma3"], indirect=True)
+def test_the_embeddings_moment_is_in_the_basis_of_its_table(model, monkeypatch):
+    monkeypatch.setattr(statistics, "autocast", lambda _: nullcontext())
+    monkeypatch.setattr(statistics, "head_table", lambda model: model.embed.weight)
+    model = with_scales(model)
+    other = rotated(model, seed=0)
+    plain, turned = (statistics.collect(each, IDS.numpy(), seed=0) for each in (model, other))
+    R = other.rotation(torch.eye(model.spec.hidden))
+    both = plain.hessians["embed"], turned.hessians["embed"]
+    off = ~torch.eye(len(R), dtype=bool)
+    # What the look-up adds is a diagonal, of another basis in each: of what is left all is turned.
+    side = (
+        plain_statistics(model, IDS.numpy()).hessians["embed"],
+        plain_statistics(other, IDS.numpy()).hessians["embed"],
+    )
+    torch.testing.assert_close((R.T @ side[0] @ R)[off], both[1][off], rtol=1e-3, atol=1e-3)
+    gradients = [moment - head for moment, head in zip(both, side, strict=True)]
+    assert not torch.allclose(gradients[0].diagonal(), gradients[1].diagonal(), rtol=0.1)
+    torch.testing.assert_close(gradients[0].trace(), gradients[1].trace(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("model", ["gemma3"], indirect=True)
+def test_every_turn_of_a_read_is_launched(model):
+    costs = [CostModel(spec, load_target("jetson"), 64) for spec in (model.spec, replace(model.spec, rotated=True))]
+    turn = 2 * load_target("jetson").op_overhead_us
+    for part in ("attention_rest", "mlp_rest"):
+        plain, turned = (getattr(cost, part)(0, 1)[1] for cost in costs)
+        assert turned - plain == pytest.approx(turn)
+        assert getattr(costs[1], part)(0, 0)[1] == 0
 
 
 @pytest.mark.parametrize("model", ["llama_tied"], indirect=True)
