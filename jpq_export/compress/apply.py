@@ -84,8 +84,8 @@ def prune_layer(model: Model, index: int, choice: LayerChoice) -> AnyLayer:
         layer: AnyLayer = type(model.layers[index])(model.spec.with_layers(layers), index)  # pyright: ignore[reportArgumentType] of one kind
     weights = pruned_weights(model, index, choice)
     layer.load_state_dict({key: weights[canonical_name(key)] for key in layer.state_dict()}, assign=True)
-    if isinstance(layer, Layer):
-        layer.turn = model.layers[index].turn
+    if isinstance(layer, Layer) and isinstance(whole := model.layers[index], Layer):
+        layer.turn = whole.turn
     return layer.eval().requires_grad_(False)
 
 
