@@ -40,8 +40,8 @@ static inline int64_t jpq_bytes(int64_t codes, int bits) {
   return bits == JPQ_TERNARY ? (codes + 4) / 5 : (codes * bits + 7) / 8;
 }
 
-/* What may happen to X. INT8 and INT16: an implementation *may* round it, per row and group of K, to 8 bits,
- * or 15 to 16, relative to the largest value there. FP32: no loss beyond that of an fp32 sum. */
+/* What may happen to X. INT8 and INT16: an implementation *may* round it, per row and group of K, to 8 or 15 bits
+ * relative to the largest value there. FP32: no loss beyond that of an fp32 sum. */
 typedef enum jpq_activations { JPQ_FP32 = 0, JPQ_INT8 = 1, JPQ_INT16 = 2 } jpq_activations;
 
 typedef enum jpq_status { JPQ_OK = 0, JPQ_BAD_WEIGHT = 1, JPQ_NO_MEMORY = 2, JPQ_BAD_INDEX = 3, JPQ_NOT_HERE = 4 } jpq_status;
