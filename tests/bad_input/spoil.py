@@ -53,6 +53,14 @@ def check(bench: Path, command: str, code: int, says: tuple[str, ...]) -> None:
     assert not list((bench.parent.parent).rglob("cache/**/*partial*"))
 
 
+def check_case(bench: Path, case: Case) -> None:
+    """`check` of a case, after its damage."""
+    command, code, says, damage = case
+    if damage:
+        damage()
+    check(bench, command, code, says)
+
+
 def write(name: str, content: str | bytes) -> Damage:
     return lambda: Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
 

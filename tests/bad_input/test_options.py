@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from spoil import Case, check, edit_json, export, write
+from spoil import Case, check_case, edit_json, export, write
 
 BOARD = """title = "a board"
 kind = "cpu"
@@ -174,7 +174,4 @@ BAD: dict[str, Case] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_one_line(case: str, bench: Path) -> None:
-    command, code, says, damage = BAD[case]
-    if damage:
-        damage()
-    check(bench, command, code, says)
+    check_case(bench, BAD[case])
