@@ -19,8 +19,9 @@ At 4 and 8 bits it has none. There the zero is 2^(b-1) and the missing half is a
 
     X · [s (c - 2^(b-1) + 1/2)]ᵀ = X · [s (c - 2^(b-1))]ᵀ + X · [s / 2]ᵀ
 
-the last a product with the sums of X over groups. Ternary codes have an integer zero and need neither. Shapes and
-shifts depend on the variant, so every variant is an overload of the function of its own.
+the last a product with the sums of X over groups. Ternary codes have an integer zero and need neither. Wide groups are
+handed over as several of the kernel's blocks with one scale: a row of 576 as 9 of 64. Shapes and shifts depend on the
+variant, so every variant is an overload of the function of its own.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ FIELDS: dict[float, tuple[tuple[int, int], ...]] = {
     6: ((0, 3), (3, 3)),
     8: ((0, 4), (4, 4)),
 }
-FUSED_BLOCKS = (16, 32, 64, 128, 256)  # block sizes MatMulNBits takes
+FUSED_BLOCKS = (256, 128, 64, 32, 16)  # block sizes MatMulNBits takes
 INT_ATTRIBUTES = ("bits", "K", "N", "group_size", "symmetric")
 TEXT_ATTRIBUTES = ("plugin_namespace", "plugin_version")
 FLOAT, INT32 = ir.DataType.FLOAT, ir.DataType.INT32
@@ -90,9 +91,14 @@ class Variant:
         return "_".join(parts + (["bias"] if self.bias else []))
 
     @property
+    def block(self) -> int:
+        """Widest block of MatMulNBits that a group is a multiple of; 0 when it is of none."""
+        return next((block for block in FUSED_BLOCKS if self.scheme.group_size % block == 0), 0)
+
+    @property
     def fused(self) -> bool:
-        """Whether onnxruntime's MatMulNBits takes the group size; otherwise onnxruntime folds the weight to fp32."""
-        return self.scheme.group_size in FUSED_BLOCKS
+        """Whether onnxruntime's MatMulNBits can take it; otherwise onnxruntime folds the weight to fp32."""
+        return self.block > 0
 
     @property
     def doubled(self) -> bool:
@@ -217,22 +223,32 @@ def matmul(nodes: Nodes, variant: Variant, inputs: dict[str, ir.Value]) -> ir.Va
 def _fused(nodes: Nodes, variant: Variant, inputs: dict[str, ir.Value]) -> ir.Value:
     """The product through DequantizeLinear on [K, N], in the form onnxruntime fuses; one for each field of a code."""
     scheme = variant.scheme
-    scales = nodes("Transpose", nodes("Cast", inputs["scales"], to=FLOAT), perm=[1, 0])  # [K/g, N]
+    of_groups = nodes("Transpose", nodes("Cast", inputs["scales"], to=FLOAT), perm=[1, 0])  # [K/g, N]
+    blocks = scheme.group_size // variant.block  # of a group
+    scales = _repeated(nodes, of_groups, blocks)
     codes = _fields(nodes, inputs["packed"], variant, count=variant.columns, doubled=variant.doubled)
     if scheme.symmetric:
         zeros = [nodes("Expand", nodes.const(zero, np.uint8), nodes("Shape", scales)) for zero in variant.centre]
     else:
-        zeros = _fields(nodes, inputs["zeros"], variant, count=variant.groups)
+        zeros = [_repeated(nodes, z, blocks) for z in _fields(nodes, inputs["zeros"], variant, count=variant.groups)]
     products = []
     for (start, _), code, zero in zip(FIELDS[scheme.bits], codes, zeros, strict=True):
         step = _times(nodes, scales, 2.0 ** (start - variant.doubled))
         code, zero = nodes("Cast", code, to=UINT4), nodes("Cast", zero, to=UINT4)
-        weight = nodes("DequantizeLinear", code, step, zero, axis=0, block_size=scheme.group_size)
+        weight = nodes("DequantizeLinear", code, step, zero, axis=0, block_size=variant.block)
         products.append(nodes("MatMul", inputs["X"], weight))
     if variant.lacks_half:
         sums = group_sums(nodes, inputs["X"], scheme.group_size)
-        products.append(nodes("MatMul", sums, _times(nodes, scales, 0.5)))
+        products.append(nodes("MatMul", sums, _times(nodes, of_groups, 0.5)))
     return reduce(lambda total, product: nodes("Add", total, product), products)
+
+
+def _repeated(nodes: Nodes, rows: ir.Value, times: int) -> ir.Value:
+    """Every row of [K/g, N] `times` times, one after the other."""
+    if times == 1:
+        return rows
+    each = nodes("Expand", nodes("Unsqueeze", rows, nodes.ints(1)), nodes.ints(1, times, 1))
+    return nodes("Flatten", each, axis=2)
 
 
 def _fields(nodes: Nodes, packed: ir.Value, variant: Variant, *, count: int, doubled: bool = False) -> list[ir.Value]:

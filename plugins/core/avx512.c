@@ -11,6 +11,7 @@ static int available(void) { return jpq_cpu_features.avx512; }
 JPQ_TARGET("avx512f,avx512bw,avx512vl,avx2,fma")
 
 #include "sum4.h"
+#include "transpose16.h"
 
 #define W 16
 #define VF __m512
@@ -32,26 +33,7 @@ JPQ_TARGET("avx512f,avx512bw,avx512vl,avx2,fma")
 
 JPQ_INLINE void v_sums(float *out, const VF s[4]) { _mm_storeu_ps(out, jpq_sum4(s)); }
 
-JPQ_INLINE void v_transpose(VF r[W]) {
-  VF t[W];
-  for (int i = 0; i < W; i += 2) {
-    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < W; i += 4)
-    for (int c = 0; c < 2; c++) {
-      __m512d low = _mm512_castps_pd(t[i + c]), high = _mm512_castps_pd(t[i + c + 2]);
-      r[i + 2 * c] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      r[i + 2 * c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-  for (int c = 0; c < 4; c++) { /* 128-bit lane l of r[4 i + c]: column 4 l + c of rows 4 i .. 4 i + 3 */
-    VF low = _mm512_shuffle_f32x4(r[c], r[c + 4], 0x44), high = _mm512_shuffle_f32x4(r[c], r[c + 4], 0xee);
-    VF low2 = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0x44), high2 = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0xee);
-    t[c] = _mm512_shuffle_f32x4(low, low2, 0x88), t[c + 4] = _mm512_shuffle_f32x4(low, low2, 0xdd);
-    t[c + 8] = _mm512_shuffle_f32x4(high, high2, 0x88), t[c + 12] = _mm512_shuffle_f32x4(high, high2, 0xdd);
-  }
-  memcpy(r, t, sizeof t);
-}
+#define v_transpose(rows) jpq_transpose16(rows)
 
 /* 16 ternary codes in 32 bits each. */
 JPQ_INLINE __m512i ternary_lanes(const uint8_t *row, int64_t j) {

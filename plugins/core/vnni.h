@@ -26,6 +26,16 @@ typedef struct prepared {
   const int32_t *lane;     /* [columns / 64, 16] group of the codes in a lane, from a multiple of 16 groups on */
 } prepared;
 
+JPQ_TARGET("avx512f,avx512vnni")
+
+/* As _mm512_dpbusd_epi32, for which GCC 12 copies or stores every sum. */
+JPQ_INLINE __m512i jpq_plus_products(__m512i sum, __m512i codes, __m512i digits) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(digits));
+  return sum;
+}
+
+JPQ_TARGET_END
+
 /* How groups lie to 128 codes: any way, two halves, or one group of several times 128; where codes come as four vectors,
  * of several times 256 or of all that is in a row. */
 enum { ANY, HALVES, WHOLE };
@@ -37,6 +47,13 @@ typedef void (*rows_function)(const jpq_product *p, int64_t m0, int64_t first, i
 JPQ_INLINE size_t room_for(const jpq_weight *w, int64_t groups) {
   return 8 * (size_t)groups + 4 * (size_t)jpq_bytes(w->k, w->bits) + OVERREAD + 4 * (size_t)jpq_bytes(groups, w->bits);
 }
+
+/* A group of X, `count` of them, as integers times `*scale`: `parts` planes of signed digits of `log` bits, `columns`
+ * apart, the highest first. Returns their sum times the scale. */
+float jpq_vnni_digits(const float *x, int32_t count, int parts, int log, int8_t *q, int64_t columns, float *scale);
+
+/* Many rows of X; its `prepare` is for those whose weights jpq_vnni takes. */
+extern const jpq_implementation jpq_vnni_many;
 
 /* By bits, layout, parts, and 1, 2 or 4 rows of X; NULL for what is compiled elsewhere. */
 typedef rows_function vnni_table[JPQ_WIDTHS][3][3][3];

@@ -171,7 +171,7 @@ def test_every_width_through_a_whole_model(tiny, tmp_path, bits, form, symmetric
     assert tiny.relative_rms(got.logits, reference(tiny.decoder(model), tokens((2, 7)))) < BOUND
 
 
-@pytest.mark.parametrize("group_size", [4, 24, 48])
+@pytest.mark.parametrize("group_size", [4, 12, 24])
 def test_group_sizes_without_a_kernel(tiny, tmp_path, group_size):
     from dataclasses import replace
 

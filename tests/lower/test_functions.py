@@ -15,7 +15,7 @@ from jpq_export.numerics.scheme import ALL_WIDTHS, Scheme, kernel_bits
 
 # fp32 sums of up to 96 products, in another order than numpy's; a wrong scale, zero or code is above 1e-2.
 BOUND = 2e-6
-SHAPES = [(64, 16), (96, 32), (60, 20), (33, 11), (36, 12), (5, 5), (48, 16)]  # K and group size
+SHAPES = [(64, 16), (96, 32), (60, 20), (33, 11), (36, 12), (5, 5), (48, 16), (96, 48), (80, 80)]  # K and group size
 
 
 def random_weight(bits, k, group_size, symmetric, *, n=7, seed=0):
@@ -118,12 +118,20 @@ def test_a_wrong_weight_is_seen(bits, symmetric, fault):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", ALL_WIDTHS)
-def test_onnxruntime_fuses_the_body(bits, symmetric, tmp_path):
+@pytest.mark.parametrize(("k", "group_size", "block"), [(64, 16, 16), (96, 48, 16), (576, 576, 64), (1024, 512, 256)])
+def test_onnxruntime_fuses_the_body(bits, symmetric, k, group_size, block, tmp_path):
     path = tmp_path / "optimized.onnx"
-    run(model_of("LowBitMatMul", random_weight(bits, 64, 16, symmetric)), np.ones((1, 1, 64), np.float32), path)
-    operators = [node.op_type for node in onnx.load(path).graph.node]
-    assert operators.count("MatMulNBits") == len(functions.FIELDS[bits])
-    assert "DequantizeLinear" not in operators
+    run(model_of("LowBitMatMul", random_weight(bits, k, group_size, symmetric)), np.ones((1, 1, k), np.float32), path)
+    nodes = onnx.load(path).graph.node
+    fused = [node for node in nodes if node.op_type == "MatMulNBits"]
+    assert len(fused) == len(functions.FIELDS[bits])
+    assert {a.i for node in fused for a in node.attribute if a.name == "block_size"} == {block}
+    assert "DequantizeLinear" not in [node.op_type for node in nodes]
+
+
+def test_the_widest_block_of_a_group():
+    blocks = {576: 64, 512: 256, 384: 128, 128: 128, 48: 16, 20: 0}
+    assert {g: Variant.of("LowBitMatMul", Scheme(3, g), g).block for g in blocks} == blocks
 
 
 def test_a_group_size_without_a_kernel_is_folded_to_fp32(tmp_path):
