@@ -114,9 +114,11 @@ static int64_t blocked_columns(int64_t k, int64_t block) {
 static jpq_status prepare(jpq_product *p) {
   const jpq_weight *w = p->weight;
   static const int parts_of[] = {[JPQ_FP32] = 3, [JPQ_INT8] = 1, [JPQ_INT16] = 2};
-  static const int64_t most_rows[] = {[JPQ_FP32] = 12, [JPQ_INT8] = 32, [JPQ_INT16] = 16}; /* measured */
+  static const int64_t most_rows[2][3] = {/* measured; of long groups the sums of several rows do not fit the registers */
+                                          {[JPQ_FP32] = 12, [JPQ_INT8] = 18, [JPQ_INT16] = 16},
+                                          {[JPQ_FP32] = 3, [JPQ_INT8] = 18, [JPQ_INT16] = 4}};
   p->parts = parts_of[p->activations];
-  if (p->m > most_rows[p->activations]) {
+  if (p->m > most_rows[is_long(w)][p->activations]) {
     p->chosen = &jpq_vnni_many;
     return p->chosen->prepare(p);
   }

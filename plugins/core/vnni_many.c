@@ -30,25 +30,37 @@ JPQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni,avx2,f
 
 #include "transpose16.h"
 
+/* The digits of a tile, from planes [DIGITS, columns] to [quads, DIGITS, 4]; writes 16 bytes behind that. */
+static void interleave(const int8_t *planes, int64_t columns, int64_t quads, int8_t *to) {
+  for (int64_t j = 0; j < quads; j += 16) {
+    __m512 words[16];
+    for (int d = 0; d < 16; d++) words[d] = d < DIGITS ? _mm512_loadu_ps(planes + d * columns + 4 * j) : _mm512_setzero_ps();
+    jpq_transpose16(words);
+    for (int i = 0; i < 16 && j + i < quads; i++, to += 4 * DIGITS) _mm512_storeu_ps(to, words[i]);
+  }
+}
+
 static jpq_status prepare(jpq_product *p) {
   const jpq_weight *w = p->weight;
   static const int parts_of[] = {[JPQ_FP32] = 3, [JPQ_INT8] = 1, [JPQ_INT16] = 2};
   const int parts = p->parts = parts_of[p->activations], rows = DIGITS / parts;
-  const int64_t groups = jpq_groups(w), tiles = (p->m + rows - 1) / rows, quads = w->k / 4;
-  const size_t q = (size_t)(tiles * quads) * DIGITS * 4, floats = (size_t)(tiles * rows * groups);
-  char *memory = calloc(1, sizeof(many) + q + 2 * sizeof(float) * floats + (size_t)(parts * w->k));
+  const int64_t groups = jpq_groups(w), tiles = (p->m + rows - 1) / rows, quads = w->k / 4, columns = (w->k + 63) & ~(int64_t)63;
+  const size_t q = (size_t)(tiles * quads) * DIGITS * 4 + 16, floats = (size_t)(tiles * rows * groups);
+  char *memory = malloc(sizeof(many) + q + 2 * sizeof(float) * floats + (size_t)(DIGITS * columns));
   if (!memory) return JPQ_NO_MEMORY;
   float *scale = (float *)(memory + sizeof(many)), *sum = scale + floats;
   int8_t *to = (int8_t *)(sum + floats), *planes = to + q;
   *(many *)memory = (many){groups, to, scale, sum};
-  for (int64_t m = 0; m < p->m; m++) {
+  for (int64_t m = 0; m < tiles * rows; m++) {
+    int8_t *row = planes + m % rows * parts * columns;
     for (int64_t g = 0; g < groups; g++) {
       const int64_t j = g * w->group_size, at = m * groups + g;
-      sum[at] = jpq_vnni_digits(p->x + m * w->k + j, w->group_size, parts, LONG_DIGIT_BITS, planes + j, w->k, scale + at);
+      if (m < p->m)
+        sum[at] = jpq_vnni_digits(p->x + m * w->k + j, w->group_size, parts, LONG_DIGIT_BITS, row + j, columns, scale + at);
+      else
+        scale[at] = sum[at] = 0; /* whatever its digits are */
     }
-    int8_t *row = to + 4 * (m / rows * quads * DIGITS + m % rows * parts);
-    for (int part = 0; part < parts; part++)
-      for (int64_t i = 0; i < quads; i++) memcpy(row + 4 * (i * DIGITS + part), planes + part * w->k + 4 * i, 4);
+    if (m % rows == rows - 1) interleave(planes, columns, quads, to + m / rows * quads * DIGITS * 4);
   }
   p->prepared = memory;
   return JPQ_OK;
@@ -137,7 +149,7 @@ static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last)
   const int64_t groups = x->groups, columns = (w->k + 63) & ~(int64_t)63;
   const int rows = DIGITS / p->parts;
   const size_t floats = (size_t)(2 * groups * PANEL_ROWS + 2 * groups), panel_bytes = (size_t)(columns * PANEL_ROWS);
-  char *memory = calloc(1, 64 + panel_bytes + 4 * floats + 16 * (size_t)(jpq_bytes(w->k, w->bits) + OVERREAD));
+  char *memory = malloc(64 + panel_bytes + 4 * floats + 16 * (size_t)(jpq_bytes(w->k, w->bits) + OVERREAD));
   if (!memory) return JPQ_NO_MEMORY;
   uint8_t *panel = (uint8_t *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
   float *scale = (float *)(panel + panel_bytes), *shift = scale + groups * PANEL_ROWS, *room = shift + groups * PANEL_ROWS;
