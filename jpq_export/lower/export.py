@@ -24,6 +24,7 @@ from jpq_export.lower.weights import Form
 FORMAT = "jpq-onnx/2"  # 2: time comes first in the cache
 RTX = Dialect(functions=False, half=True)
 SPEC_KEY, FORMAT_KEY = "jpq.spec", "jpq.format"
+DEFAULT_BYTES = 8  # one int64
 UNFUSED_KEY = "jpq.unfused"  # matrices onnxruntime unpacks to fp32 at load
 CHAINED_KEY = "jpq.chained"  # there where the graph has operators that only our library for a CPU knows
 
@@ -140,9 +141,12 @@ def place_in_file(value: ir.Value) -> tuple[float, str]:
 
 
 def save(model: ir.Model, path: Path) -> None:
-    """Write the graph and beside it all its weights; StorageError when that fails."""
+    """Write the graph and beside it all its weights; StorageError when that fails.
+
+    Defaults of inputs (LOGITS_FROM) stay in the graph: what several graphs have in common is in one data file.
+    """
     try:
-        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=0)
+        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=DEFAULT_BYTES + 1)
     except OSError as error:
         reason = error.strerror or error
         raise StorageError(f"{path}: cannot write ({reason}); free some space or choose another --out") from error

@@ -75,10 +75,12 @@ class GrowingCache:
 
     def run(self, feeds: Mapping[str, np.ndarray], total: int) -> np.ndarray:
         """One pass after which the cache holds `total` tokens; its logits."""
+        from onnxruntime import OrtValue
+
         if total > self._room:
             self._grow(max(total, FIRST_ROOM, 2 * self._room))
-        for name, value in feeds.items():
-            self._binding.bind_cpu_input(name, value)
+        for name, value in feeds.items():  # not `bind_cpu_input`, which knows no input with a default
+            self._binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(value))
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)
         self.length = total

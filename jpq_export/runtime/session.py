@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from jpq_export.errors import BundleError, CapacityError, UsageError
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.spec import LOGITS_FROM, ModelSpec
 from jpq_export.runtime import native, native_cuda
 from jpq_export.runtime.cache import Cache, CacheLayout, GrowingCache, PassedCache
 
@@ -76,6 +76,7 @@ class OrtModel:
             raise BundleError(f"{path}: not written by jpq-export (metadata: {error!r}); export it again") from error
         self.path = _describe(unfused, exact, kernels)
         self._inputs = {value.name for value in self.session.get_inputs()}
+        self._inputs |= {value.name for value in self.session.get_overridable_initializers()}
         self.outputs = tuple(value.name for value in self.session.get_outputs())
         self.cache = CacheLayout.of(self.session)
         _return_freed_memory()
@@ -136,10 +137,11 @@ class OrtModel:
         return PassedCache(self.session, self.cache, tensors, device=self.device)
 
     def step(self, ids: np.ndarray, cache: Cache, *, mask: np.ndarray | None = None) -> np.ndarray:
-        """As `forward`, with a cache that is never copied and grows: logits [batch, seq, vocab]."""
+        """As `forward`, with a cache that is never copied and grows: logits of every row's last token [batch, vocab]."""
         feeds = self._token_feeds(ids, mask, None, cache.length)
         total = feeds["attention_mask"].shape[1]
-        return cache.run({name: value for name, value in feeds.items() if name in self._inputs}, total)
+        feeds[LOGITS_FROM] = np.array([ids.shape[1] - 1])
+        return cache.run({name: value for name, value in feeds.items() if name in self._inputs}, total)[:, -1]
 
 
 class Decoding:
@@ -159,7 +161,7 @@ class Decoding:
         row = np.asarray(list(ids), np.int64)[None]
         if not row.size:
             raise UsageError("the prompt has no tokens; give some text")
-        return self._model.step(row, self.cache)[0, -1]
+        return self._model.step(row, self.cache)[0]
 
 
 def open_session(

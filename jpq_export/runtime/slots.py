@@ -38,7 +38,7 @@ class Slots:
         mask = (np.arange(total) >= total - lengths[:, None]).astype(np.int64)
         logits = self._model.step(np.asarray(tokens, np.int64)[:, None], self._cache, mask=mask)
         self.lengths = lengths
-        return logits[:, -1]
+        return logits
 
     def leave(self, rows: Collection[int]) -> None:
         """Remove rows; the others move up, and padding that none of them needs is cut off."""

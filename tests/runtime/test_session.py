@@ -43,6 +43,17 @@ def test_decoding_step_by_step_equals_one_pass(exact):
     assert decoding.length == 6
 
 
+def test_the_head_reads_what_is_asked_for(exact):
+    past = {f"past.{name}": value for name, value in exact.cache.none(1).items()}
+    feeds = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "position_ids": np.arange(6)[None]} | past
+    whole = exact.forward(IDS).logits
+    assert same(exact.session.run(["logits"], feeds)[0], whole)
+    for start in (0, 4, 5):
+        got = exact.session.run(["logits"], feeds | {"logits_from": np.array([start])})[0]
+        assert got.shape == (1, 6 - start, whole.shape[-1])
+        assert same(got, whole[:, start:])
+
+
 def test_sequences_do_not_share_a_cache(exact):
     first, second = exact.start(), exact.start()
     first.step([9, 9, 9])

@@ -5,7 +5,7 @@
 #include "backend.h"
 #include "ort_session_api.h"
 
-enum { FIXED_INPUTS = 3, FIXED_OUTPUTS = 1, NAME_MOST = 64 };
+enum { FIXED_INPUTS = 4, FIXED_OUTPUTS = 1, NAME_MOST = 64 };
 
 /* One cache tensor: floats or int8 codes, head_dim wide, or the codes' scales, one wide. `grows`: it is
  * [room, 1, kv_heads, width] and new rows are written behind the old ones; otherwise [1, kv_heads, past, width]. */
@@ -25,6 +25,7 @@ typedef struct ort_backend {
   OrtSession *session;
   OrtMemoryInfo *cpu;
   int takes_mask, takes_positions;
+  int takes_from; /* which new token is the first whose logits are wanted */
   size_t cached_count;
   ort_cached *cached;
 } ort_backend;

@@ -169,6 +169,22 @@ static jpq_result read_output(ort_backend *self, size_t i, const char *name, int
   return add_cached(self, name, type, dims, rank, error);
 }
 
+/* Whether there is an input with a default of this name. */
+static jpq_result has_default(ort_backend *self, const char *wanted, int *found, jpq_error *error) {
+  const OrtApi *api = self->api;
+  OrtAllocator *allocator;
+  size_t count;
+  ORT_TRY(self, ORT(api, GetAllocatorWithDefaultOptions)(&allocator), "allocator");
+  ORT_TRY(self, ORT(api, SessionGetOverridableInitializerCount)(self->session, &count), "inputs");
+  for (size_t i = 0; i < count && !*found; i++) {
+    char *name;
+    ORT_TRY(self, ORT(api, SessionGetOverridableInitializerName)(self->session, i, allocator, &name), "inputs");
+    *found = !strcmp(name, wanted);
+    ORT_TRY(self, ORT(api, AllocatorFree)(allocator, name), "allocator");
+  }
+  return JPQ_SUCCESS;
+}
+
 static jpq_result read_names(ort_backend *self, jpq_error *error) {
   const OrtApi *api = self->api;
   OrtAllocator *allocator;
@@ -224,6 +240,7 @@ jpq_result ort_backend_open(const char *folder, const manifest *m, const jpq_loa
   if (!result) result = open_session(self, folder, m, options, error);
   if (!result) result = read_spec(self, folder, error);
   if (!result) result = read_names(self, error);
+  if (!result) result = has_default(self, "logits_from", &self->takes_from, error);
   if (result) return close_all(&self->base), result;
   return *out = &self->base, JPQ_SUCCESS;
 }

@@ -15,6 +15,7 @@ struct backend_cache {
   unsigned char *sides[2];
   int current; /* the side that holds what is valid */
   int64_t *positions, *mask; /* [capacity] each */
+  int64_t last;              /* of the new tokens */
   const char **input_names, **output_names;
   OrtValue **inputs, **outputs; /* NULL between steps */
 };
@@ -75,7 +76,7 @@ jpq_result ort_cache_new(const backend *base, int64_t capacity, backend_cache **
   return *out = cache, JPQ_SUCCESS;
 }
 
-/* ids, mask and positions as far as the graph takes them; `used` counts them. */
+/* ids, mask, positions and which logits are wanted, as far as the graph takes them; `used` counts them. */
 static jpq_result bind_tokens(backend_cache *c, int64_t past, const int64_t *ids, int64_t count, size_t *used,
                               jpq_error *error) {
   const ort_backend *self = c->owner;
@@ -91,6 +92,11 @@ static jpq_result bind_tokens(backend_cache *c, int64_t past, const int64_t *ids
   if (self->takes_positions) {
     c->input_names[*used] = "position_ids";
     JPQ_TRY(tensor(self, c->positions + past, bytes, row, 2, ORT_INT64, c->inputs + (*used)++, error));
+  }
+  if (self->takes_from) {
+    c->last = count - 1;
+    c->input_names[*used] = "logits_from";
+    JPQ_TRY(tensor(self, &c->last, sizeof c->last, row, 1, ORT_INT64, c->inputs + (*used)++, error));
   }
   return JPQ_SUCCESS;
 }
@@ -144,18 +150,19 @@ static jpq_result read_floats(const ort_backend *self, OrtValue *value, size_t e
 static jpq_result run_step(backend_cache *c, int64_t past, const int64_t *ids, int64_t count, float *logits, jpq_error *error) {
   const ort_backend *self = c->owner;
   const int64_t vocab = self->base.spec.vocab, one[3] = {1, 1, vocab};
+  const int one_row = count == 1 || self->takes_from;
   size_t inputs = 0;
   const float *got;
   JPQ_TRY(bind_tokens(c, past, ids, count, &inputs, error));
   JPQ_TRY(bind_cache(c, past, count, inputs, error));
   inputs += self->cached_count;
   c->output_names[0] = "logits";
-  if (count == 1) JPQ_TRY(tensor(self, logits, (size_t)vocab * sizeof(float), one, 3, ORT_FLOAT, c->outputs, error));
+  if (one_row) JPQ_TRY(tensor(self, logits, (size_t)vocab * sizeof(float), one, 3, ORT_FLOAT, c->outputs, error));
   ORT_TRY(self,
           ORT(self->api, Run)(self->session, NULL, c->input_names, (const OrtValue *const *)c->inputs, inputs,
                               c->output_names, FIXED_OUTPUTS + self->cached_count, c->outputs),
           "model.onnx");
-  if (count == 1) return JPQ_SUCCESS;
+  if (one_row) return JPQ_SUCCESS;
   JPQ_TRY(read_floats(self, c->outputs[0], (size_t)(count * vocab), "logits", &got, error));
   memcpy(logits, got + (count - 1) * vocab, (size_t)vocab * sizeof(float));
   return JPQ_SUCCESS;

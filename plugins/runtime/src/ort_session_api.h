@@ -27,9 +27,11 @@ enum {
   SLOT_RegisterCustomOpsLibrary = 29,
   SLOT_SessionGetInputCount = 30,
   SLOT_SessionGetOutputCount = 31,
+  SLOT_SessionGetOverridableInitializerCount = 32,
   SLOT_SessionGetOutputTypeInfo = 34,
   SLOT_SessionGetInputName = 36,
   SLOT_SessionGetOutputName = 37,
+  SLOT_SessionGetOverridableInitializerName = 38,
   SLOT_CreateTensorWithDataAsOrtValue = 49,
   SLOT_CastTypeInfoToTensorInfo = 55,
   SLOT_CreateCpuMemoryInfo = 69,
@@ -59,6 +61,9 @@ typedef OrtStatus *(ORT_CALL *SetIntraOpNumThreads_t)(OrtSessionOptions *options
 typedef OrtStatus *(ORT_CALL *RegisterCustomOpsLibrary_t)(OrtSessionOptions *options, const char *path, void **handle);
 typedef OrtStatus *(ORT_CALL *SessionGetInputCount_t)(const OrtSession *session, size_t *out);
 typedef OrtStatus *(ORT_CALL *SessionGetOutputCount_t)(const OrtSession *session, size_t *out);
+typedef OrtStatus *(ORT_CALL *SessionGetOverridableInitializerCount_t)(const OrtSession *session, size_t *out);
+typedef OrtStatus *(ORT_CALL *SessionGetOverridableInitializerName_t)(const OrtSession *session, size_t i,
+                                                                      OrtAllocator *allocator, char **out);
 typedef OrtStatus *(ORT_CALL *SessionGetInputName_t)(const OrtSession *session, size_t i, OrtAllocator *allocator,
                                                      char **out);
 typedef OrtStatus *(ORT_CALL *SessionGetOutputName_t)(const OrtSession *session, size_t i, OrtAllocator *allocator,
