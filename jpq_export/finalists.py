@@ -62,7 +62,6 @@ def _round(export: Export, loaded: LoadedModel, texts: Texts, plan: Plan, name: 
         seed=export.request.seed,
         passes=effort.passes,
         prepared=prepared_for(export.request, loaded, texts),
-        outputs=effort.two_sided,
         progress=progress,
     )
     once(export.save, rounded, name, kl)

@@ -207,10 +207,7 @@ class Export:
         calibration = texts.calibration[: self.effort.sequences]
         once(check_cache, folder)  # one that cannot be written is said before the long part
         kind = {"seed": request.seed, "stages": self.stages, "narrow": narrow_widths(widths)}
-        kind |= {
-            "outputs": self.effort.two_sided,
-            "group_size": group_size_for(request.target, loaded.spec, request.group_size),
-        }
+        kind["group_size"] = group_size_for(request.target, loaded.spec, request.group_size)
         prepared = prepare(loaded.model, calibration, texts.heldout, folder, **kind)
         problem = Problem(prepared.prices, cost, budget, widths)
         with self.stages.stage("plan", "searching structure and bits together") as report:

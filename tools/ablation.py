@@ -135,7 +135,7 @@ class Laboratory:
             return uniform_plan(loaded.spec, cost, budget, sha256=loaded.sha256, method="gptq")
         if kind == "prices":
             folder = prepared_for(request, loaded, self.texts)
-            options = {"seed": 0, "stages": self.stages, "narrow": (), "outputs": export.effort.two_sided}
+            options = {"seed": 0, "stages": self.stages, "narrow": ()}
             options["group_size"] = group_size_for(request.target, loaded.spec)
             prices = prepare(loaded.model, self.calibration, self.texts.heldout, folder, **options).prices
             problem = Problem(prices, cost, budget, BIT_WIDTHS)

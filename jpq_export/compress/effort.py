@@ -15,8 +15,7 @@ class Effort:
     plans are rounded before one is chosen; they differ in whether they prune and, `finalists_by_bits`, in whether they
     use 2 bits, and score at most `finalists_within` times the best: rounding changes the order by up to a tenth, but a
     second one takes as long as the first (2 minutes of `standard` on SmolLM2-135M, where at 4.0 bits scores 1.066 apart
-    came out 1.035 apart, in the same order). `two_sided`: rounding sees which outputs err together, which costs two
-    minutes more on SmolLM2-135M.
+    came out 1.035 apart, in the same order).
     """
 
     name: str
@@ -30,7 +29,6 @@ class Effort:
     finalists: int = 1
     finalists_by_bits: bool = False
     finalists_within: float = 1.05
-    two_sided: bool = False
     tune_measured: int = 0
 
     @property
@@ -58,12 +56,11 @@ EFFORTS = {
         length=512,
         passes=3,
         tune_sequences=240,
-        tune_steps=1400,
+        tune_steps=1000,
         trials=TRIALS,
         finalists=3,
         finalists_by_bits=True,
         finalists_within=1.15,
-        two_sided=True,
         tune_measured=100,
     ),
 }

@@ -44,11 +44,10 @@ def prepare(
     stages: Stages,
     group_size: int,
     narrow: tuple[float, ...] = (),
-    outputs: bool = False,
 ) -> Prepared:
     """The prepared state for these inputs; `folder` names them (see prepared_folder).
 
-    `narrow`: widths below 2 bits that are rounded too. `outputs`: with the moments of two-sided rounding.
+    `narrow`: widths below 2 bits that are rounded too.
     """
     device = str(teacher.embed.weight.device)
     found = load_prepared(folder, device=device)
@@ -57,7 +56,7 @@ def prepare(
         return found
     with stages.stage("statistics", "collecting Fisher statistics") as report:
         collect = teaching_of(teacher).collect
-        stats = collect(teacher, calibration, seed=seed, outputs=outputs, progress=report)
+        stats = collect(teacher, calibration, seed=seed, progress=report)
     told = ", ".join(f"{bits:g}" for bits in (*narrow, *ROUNDED_BITS))
     with stages.stage("round", f"rounding every matrix at {told} bits") as report:
         weights, kind = named_weights(teacher), {"group_size": group_size, "narrow": narrow}

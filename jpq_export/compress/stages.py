@@ -35,11 +35,10 @@ def round_model(
     seed: int,
     passes: int,
     prepared: Path,
-    outputs: bool = False,
     progress: Progress | None = None,
 ) -> tuple[CompressedModel, float]:
-    """Prune and quantize by the plan, two-sidedly if `outputs`; with the held-out KL (nats per token)."""
-    stats = _statistics(teacher, plan, calibration, seed, prepared, outputs=outputs)
+    """Prune and quantize by the plan; with the held-out KL (nats per token)."""
+    stats = _statistics(teacher, plan, calibration, seed, prepared)
     schemes = {choice.name: choice.layout or choice.scheme for choice in plan.choices}
     layers = tuple(LayerChoice(layer.kv_heads, layer.kept_channels) for layer in plan.layers)
     recipe = Recipe(layers, schemes, ROUNDING.get(plan.method, plan.method), passes)
@@ -49,16 +48,14 @@ def round_model(
     return compressed, _heldout_error(teacher, to_student(compressed, device=device), heldout)
 
 
-def _statistics(
-    teacher: Model, plan: Plan, calibration: np.ndarray, seed: int, prepared: Path, *, outputs: bool
-) -> Statistics:
+def _statistics(teacher: Model, plan: Plan, calibration: np.ndarray, seed: int, prepared: Path) -> Statistics:
     """Plain ones for the baselines; ours know what embedding and head are asked, from the cache when it is there."""
     if plan.method != "jpq":
         return teaching_of(teacher).plain_statistics(teacher, calibration)
     found = load_statistics(prepared, device=str(teacher.embed.weight.device))
     if all(parallel.gathered(found is not None)) and found is not None:
         return found
-    return teaching_of(teacher).collect(teacher, calibration, seed=seed, outputs=outputs)
+    return teaching_of(teacher).collect(teacher, calibration, seed=seed)
 
 
 def _heldout_error(teacher: Model, student: Model, sequences: np.ndarray) -> float:

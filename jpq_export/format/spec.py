@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 
 FLOAT_CACHE, INT8_CACHE = "float", "int8"
-LOGITS_FROM = "logits_from"  # optional input of a decoder's graph: the first new token whose logits are wanted, int64 [1]
+LOGITS_FROM = "logits_from"  # an input with a default: the first new token whose logits are wanted, int64 [1]
 KV_CACHES = (FLOAT_CACHE, INT8_CACHE)
 FLOAT_ACTIVATIONS, INT8_ACTIVATIONS = "float", "int8"
 ACTIVATIONS = (FLOAT_ACTIVATIONS, INT8_ACTIVATIONS)

@@ -137,7 +137,7 @@ class OrtModel:
         return PassedCache(self.session, self.cache, tensors, device=self.device)
 
     def step(self, ids: np.ndarray, cache: Cache, *, mask: np.ndarray | None = None) -> np.ndarray:
-        """As `forward`, with a cache that is never copied and grows: logits of every row's last token [batch, vocab]."""
+        """As `forward`, with a cache that is never copied and grows: logits of the last token [batch, vocab]."""
         feeds = self._token_feeds(ids, mask, None, cache.length)
         total = feeds["attention_mask"].shape[1]
         feeds[LOGITS_FROM] = np.array([ids.shape[1] - 1])

@@ -144,7 +144,7 @@ def test_rounded_activations_are_exactly_the_promised_fixed_point(core_of, rando
             stored = random(n, k, bits, group_size, bool(m % 2), rng)
             x = rng.normal(size=(m, k)).astype(np.float32) * np.exp(rng.normal(size=k)).astype(np.float32)
             # A byte a part in long groups, and of many rows.
-            bytewise = name == "avx512-vnni" and (m > 16 or group_size == 256 and bits in (1, 2, 3, 4))
+            bytewise = name == "avx512-vnni" and (m > 16 or (group_size == 256 and bits in (1, 2, 3, 4)))
             most = 127 * 256 if bytewise and activations == INT16 else largest[activations]
             rounded, step = fixed_point(x, group_size, most)
             status, y = core.matmul(x, stored, name, activations=activations)
