@@ -254,7 +254,7 @@ def report(bundle: Path) -> None:
 @click.option("--pairs", type=click.Path(path_type=Path), help="For encoders: .csv of text, text, score; or .jsonl.")
 @click.option("--windows", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--context", type=click.IntRange(2), default=2048, show_default=True)
-@click.option("--teacher", help="Model to compare with; default: the one in the bundle's manifest.")
+@click.option("--teacher", help="To compare with; default: the manifest's, none for encoders.")
 @click.option("--no-teacher", is_flag=True, help="Perplexity only.")
 @task_options
 @click.option("--json", "json_out", type=click.Path(path_type=Path), help="Write the result here.")
@@ -264,7 +264,8 @@ def evaluate(
     """Perplexity of MODEL or BUNDLE on a text, its KL and top-1 agreement against a teacher, and zero-shot tasks.
 
     MODEL may also be the folder of an export that stopped early (--until compress): the compressed model in PyTorch.
-    Of a sentence encoder: Spearman's correlation with the scores of --pairs, and retrieval recall.
+    Of a sentence encoder: Spearman's correlation with the scores of --pairs, and retrieval recall; with --teacher, a model
+    or another bundle, also how near the embeddings are, and whether the scores tell both apart.
     """
     from jpq_export.encoder_evaluation import evaluate_encoder
     from jpq_export.evaluate.task_data import task_choice

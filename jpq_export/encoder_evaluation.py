@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jpq_export.errors import UsageError
-from jpq_export.evaluate.embeddings import evaluate_embeddings, read_pairs
+from jpq_export.evaluate.embeddings import closeness, evaluate_embeddings, read_pairs
 from jpq_export.format.bundle import read_manifest
 from jpq_export.format.compressed import COMPRESSED, CompressedModel
 from jpq_export.format.encoder_spec import KIND, EncoderSpec
@@ -22,21 +22,30 @@ TEXTS = 32  # embedded at once
 def evaluate_encoder(model: str | None, *, pairs: Path, teacher: str | None = None) -> dict[str, Any]:
     """A sentence encoder or its bundle on a file of pairs, as JSON values; see `EmbeddingQuality`.
 
-    `teacher`: whose tokenizer serves an export that stopped before the bundle.
+    `teacher`: a model or another bundle to compare with, see `Closeness`; its tokenizer serves an export that stopped
+    before the bundle.
     """
     stages, rows = Stages(), read_pairs(pairs)
+    embed, name = _open(model, teacher, stages)
+    with stages.stage("evaluate", f"{len(rows.first)} pairs"):
+        result = asdict(evaluate_embeddings(embed, rows))
+    about = {"model": name, "pairs_file": rows.name, "pairs_sha256": rows.sha256}
+    if teacher is not None:
+        theirs, about["teacher"] = _open(teacher, None, stages)
+        with stages.stage("compare", f"{len(rows.first)} pairs, against {about['teacher']}"):
+            result |= asdict(closeness(embed, theirs, rows))
+    return about | {key: value for key, value in result.items() if value is not None}
+
+
+def _open(model: str | None, teacher: str | None, stages: Stages) -> tuple[Any, str]:
+    """What embeds texts, and its name."""
     folder = Path(model) if model else None
     with stages.stage("load", f"loading {model or 'the default model'}") as report:
         if folder and (folder / "manifest.json").is_file():
-            embed, name = _bundle_embed(folder)
-        elif folder and (folder / COMPRESSED).is_file():
-            embed, name = _stopped_embed(folder, teacher, report)
-        else:
-            embed, name = _model_embed(model, report)
-    with stages.stage("evaluate", f"{len(rows.first)} pairs"):
-        result = evaluate_embeddings(embed, rows)
-    about = {"model": name, "pairs_file": rows.name, "pairs_sha256": rows.sha256}
-    return about | {key: value for key, value in asdict(result).items() if value is not None}
+            return _bundle_embed(folder)
+        if folder and (folder / COMPRESSED).is_file():
+            return _stopped_embed(folder, teacher, report)
+        return _model_embed(model, report)
 
 
 def _model_embed(source: str | None, report: Any) -> tuple[Any, str]:

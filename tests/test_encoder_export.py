@@ -105,6 +105,9 @@ def test_a_stopped_export_has_the_quality_of_its_bundle(export: Callable[..., An
     assert refused.exit_code == 2
     assert "--teacher" in refused.output
     stopped = quality(out, "--teacher", str(out.parent / "model"))
+    compared = json.loads(found.read_text())
+    assert 0 < compared["cosine_distance"] < 0.1
+    assert compared["interval"][0] <= compared["spearman_difference"] <= compared["interval"][1]
     done, out = export("cpu-x86", "--bits", "6")
     assert done.exit_code == 0, done.output
     assert quality(out) == pytest.approx(stopped)

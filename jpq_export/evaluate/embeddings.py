@@ -16,6 +16,7 @@ from jpq_export.errors import UsageError
 Embed = Callable[[Sequence[str]], np.ndarray]  # texts -> float32 [texts, dimension]
 RELEVANT = 0.8  # of the highest score: in STS-B 4 of 5, "mostly equivalent"
 KEYS = ("sentence1", "sentence2", "score")
+RESAMPLES = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,22 @@ class EmbeddingQuality:
     corpus: int
     recall_at_1: float
     recall_at_10: float
+
+
+@dataclass(frozen=True, slots=True)
+class Closeness:
+    """How near embeddings are to a teacher's, and whether people's scores tell the two apart.
+
+    `cosine_distance`: mean of 1 - cosine of the two embeddings of a text. `rank_agreement`: Spearman's correlation of both
+    models' cosines of the pairs. `spearman_difference`: of the correlations with the scores, and `interval` the 95% of a
+    bootstrap over pairs (Efron, 1979; both models see the same ones): one that holds 0 says that these pairs cannot tell
+    them apart. None without scores.
+    """
+
+    cosine_distance: float
+    rank_agreement: float
+    spearman_difference: float | None
+    interval: tuple[float, float] | None
 
 
 def read_pairs(path: Path) -> Pairs:
@@ -118,11 +135,7 @@ def _is_number(text: str) -> bool:
 
 def evaluate_embeddings(embed: Embed, pairs: Pairs) -> EmbeddingQuality:
     """All measures; every different text is embedded once."""
-    texts = list(dict.fromkeys((*pairs.first, *pairs.second)))
-    place = {text: i for i, text in enumerate(texts)}
-    vectors = embed(texts).astype(np.float64)
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.finfo(np.float64).tiny)
-    first, second = (np.array([place[text] for text in side]) for side in (pairs.first, pairs.second))
+    vectors, first, second = _embedded(embed, pairs)
     cosines = np.einsum("ij,ij->i", vectors[first], vectors[second])
     spearman = None if pairs.scores is None else rank_correlation(cosines, pairs.scores)
     match = np.ones(len(first), bool) if pairs.scores is None else pairs.scores >= RELEVANT * pairs.scores.max()
@@ -130,6 +143,38 @@ def evaluate_embeddings(embed: Embed, pairs: Pairs) -> EmbeddingQuality:
     ranks = partner_ranks(vectors[first[match]], vectors[corpus], np.searchsorted(corpus, second[match]))
     at_1, at_10 = (float((ranks < k).mean()) for k in (1, 10))
     return EmbeddingQuality(len(first), spearman, int(match.sum()), len(corpus), at_1, at_10)
+
+
+def closeness(embed: Embed, teacher: Embed, pairs: Pairs, *, seed: int = 0) -> Closeness:
+    """`embed` against `teacher` on the texts of the pairs."""
+    vectors, first, second = _embedded(embed, pairs)
+    theirs, _, _ = _embedded(teacher, pairs)
+    mine, their = (np.einsum("ij,ij->i", v[first], v[second]) for v in (vectors, theirs))
+    distance = 1 - float(np.einsum("ij,ij->i", vectors, theirs).mean())
+    agreement = rank_correlation(mine, their)
+    if pairs.scores is None:
+        return Closeness(distance, agreement, None, None)
+    rng, found = np.random.default_rng(seed), []
+    while len(found) < RESAMPLES:
+        drawn = rng.integers(0, len(mine), len(mine))
+        if np.ptp(pairs.scores[drawn]):  # of few pairs a draw may hold one score only
+            found.append(_difference(mine[drawn], their[drawn], pairs.scores[drawn]))
+    low, high = (float(v) for v in np.quantile(found, (0.025, 0.975)))
+    return Closeness(distance, agreement, _difference(mine, their, pairs.scores), (low, high))
+
+
+def _difference(mine: np.ndarray, theirs: np.ndarray, scores: np.ndarray) -> float:
+    return rank_correlation(mine, scores) - rank_correlation(theirs, scores)
+
+
+def _embedded(embed: Embed, pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embeddings of length 1 of every different text, and which of them the first and second texts have."""
+    texts = list(dict.fromkeys((*pairs.first, *pairs.second)))
+    place = {text: i for i, text in enumerate(texts)}
+    vectors = embed(texts).astype(np.float64)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.finfo(np.float64).tiny)
+    first, second = (np.array([place[text] for text in side]) for side in (pairs.first, pairs.second))
+    return vectors, first, second
 
 
 def partner_ranks(queries: np.ndarray, corpus: np.ndarray, partners: np.ndarray) -> np.ndarray:

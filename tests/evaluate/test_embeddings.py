@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jpq_export.errors import UsageError
-from jpq_export.evaluate.embeddings import evaluate_embeddings, rank_correlation, read_pairs
+from jpq_export.evaluate.embeddings import Pairs, closeness, evaluate_embeddings, rank_correlation, read_pairs
 
 
 def by_length(texts: Sequence[str]) -> np.ndarray:
@@ -81,3 +81,41 @@ def test_retrieval_and_correlation(tmp_path: Path) -> None:
     assert (found.recall_at_1, found.recall_at_10) == (1, 1)
     wrong = evaluate_embeddings(lambda texts: by_length(texts)[::-1], pairs)
     assert wrong.spearman != pytest.approx(0.8)
+
+
+def scattered(scale: float, seed: int):
+    """An "encoder" of pairs whose angle is their score, plus `scale` of noise."""
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        angles = np.array([float(text[1:]) if text[0] == "b" else 0.0 for text in texts]) / 4
+        angles += scale * rng.normal(size=len(angles))
+        return np.stack([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
+
+    return embed
+
+
+def numbered(count: int) -> Pairs:
+    scores = np.linspace(0, 5, count)
+    return Pairs("p", "", tuple(f"a{i}" for i in range(count)), tuple(f"b{5 - s}" for s in scores), scores)
+
+
+def test_an_interval_tells_what_pairs_can_tell_apart() -> None:
+    pairs, exact = numbered(300), scattered(0.0, 0)
+    worse = closeness(scattered(0.3, 1), exact, pairs)
+    better = closeness(exact, scattered(0.3, 1), pairs)
+    like = closeness(scattered(0.3, 1), scattered(0.3, 2), pairs)
+    assert worse.spearman_difference is not None and worse.interval is not None
+    assert worse.interval[0] < worse.spearman_difference < worse.interval[1] < 0
+    assert better.interval is not None and better.interval[0] > 0
+    assert better.spearman_difference == pytest.approx(-worse.spearman_difference)
+    assert like.interval is not None and like.interval[0] < 0 < like.interval[1]
+    assert worse.cosine_distance == pytest.approx(1 - np.exp(-(0.3**2) / 2), rel=0.2)  # the mean cosine of the noise
+    assert 0.5 < worse.rank_agreement < 0.999
+
+
+def test_an_encoder_is_close_to_itself() -> None:
+    found = closeness(by_length, by_length, Pairs("p", "", ("a", "bb", "ccc"), ("d" * 9, "e" * 7, "f" * 4), None))
+    assert found.cosine_distance == pytest.approx(0, abs=1e-7)
+    assert found.rank_agreement == pytest.approx(1)
+    assert found.spearman_difference is None and found.interval is None
