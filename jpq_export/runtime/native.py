@@ -88,7 +88,7 @@ def fast_activations() -> str:
 def register(options: Any, activations: str) -> Library | None:
     """Put the kernels into onnxruntime's session `options`; None, with a warning, when there are none to be had.
 
-    `activations`: FP32, INT16 or INT8, to which they are rounded when there are few rows. JPQ_KERNELS=off leaves the
+    `activations`: FP32, INT16 or INT8, to which they are rounded where that is faster. JPQ_KERNELS=off leaves the
     kernels out: onnxruntime's own operators then compute everything.
     """
     if os.environ.get("JPQ_KERNELS") == "off":

@@ -43,7 +43,7 @@ class OrtModel:
     """`spec`: the model's facts; `path`: what computes the matrix products, for the reader of a report.
 
     The products run in our own kernels (see `native`), or in onnxruntime's where there is no C compiler.
-    `exact` keeps activations in fp32. Otherwise our kernels round them to 16 bits when there are few rows (8 with
+    `exact` keeps activations in fp32. Otherwise our kernels round them to 16 bits where that is faster (8 with
     JPQ_FAST_BITS=8), and onnxruntime's to 8, which is what makes those fast (error of a product 1e-2 instead of 1e-6).
     `threads`: cores to use, by default onnxruntime's choice. `profile`: where `session.end_profiling()` writes.
     `device`: "cpu", "cuda", or "auto": the GPU where onnxruntime has its CUDA provider and the driver shows one, unless
@@ -235,7 +235,7 @@ def _describe(unfused: list[str], exact: bool, kernels: Kernels) -> str:
         return f"onnxruntime CUDA, jpq kernels (sm_{kernels.sm}), activations in fp32"
     if kernels is not None:
         return f"onnxruntime CPU, jpq kernels ({kernels.implementations[0]}), activations in " + (
-            "fp32" if exact else f"{native.fast_activations().removeprefix('int')} bits for few rows"
+            "fp32" if exact else f"{native.fast_activations().removeprefix('int')} bits"
         )
     text = "onnxruntime CPU, MatMulNBits, activations "
     text += "in fp32" if exact else "rounded to 8 bits"

@@ -90,7 +90,7 @@ def test_the_bits_of_fast_reach_the_kernels(exported, library, monkeypatch):
         if mode != "fp32":
             monkeypatch.setenv("JPQ_FAST_BITS", mode)
         model = OrtModel(exported[0], threads=1, exact=mode == "fp32", device="cpu")
-        assert model.path.endswith("fp32" if mode == "fp32" else f"{mode} bits for few rows")
+        assert model.path.endswith("fp32" if mode == "fp32" else f"{mode} bits")
         found[mode] = model.forward(ids).logits
     far = {mode: distance(found[mode], found["fp32"]) for mode in ("16", "8")}
     assert 0 < far["16"] < far["8"] / 20

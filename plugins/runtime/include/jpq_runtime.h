@@ -63,7 +63,7 @@ typedef struct jpq_load_options {
   /* With JPQ_TENSORRT they are libnvinfer.so and libjpq_tensorrt.so; when JPQ_AUTO comes to TensorRT they are not used. */
   const char *engine;  /* TensorRT: the engine `jpq-export build` wrote, its device.json beside it; NULL: the bundle's */
   int threads;         /* 0: the backend's choice */
-  int fast;            /* round activations to 16 bits for few rows, 8 with JPQ_FAST_BITS=8; 0: fp32 throughout */
+  int fast;            /* round activations to 16 bits where that is faster, 8 with JPQ_FAST_BITS=8; 0: fp32 */
   int check;           /* first compare every file with the manifest's sha256 */
 } jpq_load_options;
 

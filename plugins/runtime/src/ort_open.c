@@ -72,7 +72,7 @@ static jpq_result set_options(ort_backend *self, const char *folder, const manif
   if (found) ORT_TRY(self, ORT(api, RegisterCustomOpsLibrary)(options, kernels, &self->kernels), kernels);
   snprintf(self->base.path, sizeof self->base.path, "onnxruntime CPU, %s, activations %s",
            found ? "jpq kernels" : "function bodies",
-           !asked->fast ? "in fp32" : !found ? "rounded to 8 bits" : strcmp(fast, "int8") ? "in 16 bits for few rows" : "in 8 bits for few rows");
+           !asked->fast ? "in fp32" : !found ? "rounded to 8 bits" : strcmp(fast, "int8") ? "in 16 bits" : "in 8 bits");
   return JPQ_SUCCESS;
 }
 
