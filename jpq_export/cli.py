@@ -264,8 +264,8 @@ def evaluate(
     """Perplexity of MODEL or BUNDLE on a text, its KL and top-1 agreement against a teacher, and zero-shot tasks.
 
     MODEL may also be the folder of an export that stopped early (--until compress): the compressed model in PyTorch.
-    Of a sentence encoder: Spearman's correlation with the scores of --pairs, and retrieval recall; with --teacher, a model
-    or another bundle, also how near the embeddings are, and whether the scores tell both apart.
+    Of a sentence encoder: Spearman's correlation with the scores of --pairs, and retrieval recall; with --teacher (a
+    model or another bundle) also how near the embeddings are, and whether the scores tell both apart.
     """
     from jpq_export.encoder_evaluation import evaluate_encoder
     from jpq_export.evaluate.task_data import task_choice

@@ -15,16 +15,17 @@ from tokenizers import Tokenizer
 
 from jpq_export.runtime.session import OrtModel
 
-STEP = 8  # few enough rows for the kernels that round
+STEP = 8  # few enough rows for all kernels that round
 
 
 def log_probabilities(graph: Path, ids: list[int], bits: str | None) -> np.ndarray:
     """[tokens, vocab] of the kernels in fp32 (None), or with activations in `bits`."""
     os.environ["JPQ_FAST_BITS"] = bits or "16"
     model, parts = OrtModel(graph, exact=bits is None, device="cpu"), []
-    cache = model.new_cache()
+    past = None
     for at in range(0, len(ids), STEP):
-        logits = model.step(np.asarray([ids[at : at + STEP]], np.int64), cache)[0].astype(np.float64)
+        out = model.forward(np.asarray([ids[at : at + STEP]], np.int64), past=past)
+        logits, past = out.logits[0].astype(np.float64), out.past
         logits -= logits.max(-1, keepdims=True)
         parts.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
     return np.concatenate(parts)

@@ -26,7 +26,8 @@ class Dialect:
 
     `half`: attention and its cache are fp16. `growing`: our own operators for what onnxruntime is slow
     at: attention over a cache that grows in place, products of one X at once, what stands between products.
-    `chained`: and all that lies between two attentions at once, where the file is for a CPU.
+    `chained`: and all that lies between two attentions at once, where the file is for a CPU. `asked`: the reader says
+    whose logits it wants.
     """
 
     opset: int = 23
@@ -36,6 +37,7 @@ class Dialect:
     half: bool = False
     growing: bool = False
     chained: bool = False
+    asked: bool = False
 
 
 class DecoderGraph:
@@ -103,7 +105,7 @@ class DecoderGraph:
         self.taps.append(x)
         x = self._turned(x) if spec.rotated else x
         self.nodes.scope = ""
-        x = self._wanted(x) if self.dialect.growing else x
+        x = self._wanted(x) if self.dialect.asked else x
         return self.weights.linear(x, "logits", weight="embed" if spec.tied else "head")
 
     def _wanted(self, x: ir.Value) -> ir.Value:

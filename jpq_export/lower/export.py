@@ -14,7 +14,7 @@ import onnx_ir as ir
 from jpq_export.errors import BundleError, StorageError, TargetError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec
-from jpq_export.format.spec import FLOAT_ACTIVATIONS, FLOAT_CACHE
+from jpq_export.format.spec import FLOAT_ACTIVATIONS, FLOAT_CACHE, LOGITS_FROM
 from jpq_export.lower import chain
 from jpq_export.lower.decoder import DecoderGraph, Dialect
 from jpq_export.lower.encoder import EncoderGraph
@@ -60,7 +60,7 @@ def export_onnx(
     if getattr(model.spec, "activations", FLOAT_ACTIVATIONS) != FLOAT_ACTIVATIONS:
         _check_integers(model, path, form=form, tensorrt=tensorrt)
     growing = tensorrt is None and form != "signed" and not plain
-    dialect = replace(dialect, growing=growing, chained=growing and chained)
+    dialect = replace(dialect, growing=growing, chained=growing and chained, asked=growing or plain)
     encoder = isinstance(model.spec, EncoderSpec)
     graph = (EncoderGraph if encoder else DecoderGraph)(model, form, dialect)
     result = graph.build()
@@ -143,10 +143,10 @@ def place_in_file(value: ir.Value) -> tuple[float, str]:
 def save(model: ir.Model, path: Path) -> None:
     """Write the graph and beside it all its weights; StorageError when that fails.
 
-    Defaults of inputs (LOGITS_FROM) stay in the graph: what several graphs have in common is in one data file.
+    The default of an input, LOGITS_FROM, stays in the graph: graphs with and without it share one data file.
     """
     try:
-        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=DEFAULT_BYTES + 1)
+        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=DEFAULT_BYTES)
     except OSError as error:
         reason = error.strerror or error
         raise StorageError(f"{path}: cannot write ({reason}); free some space or choose another --out") from error
@@ -181,6 +181,7 @@ def check_graph(path: Path) -> None:
 
 
 def weight_bytes(path: Path) -> int:
-    """Bytes of all weights stored in an ONNX file written here: every initializer is one."""
-    model: Any = ir.load(path)
-    return sum(-(-prod(v.shape) * v.dtype.bitwidth // 8) for v in model.graph.initializers.values())
+    """Bytes of all weights stored in an ONNX file written here: every initializer but the default of an input."""
+    graph: Any = ir.load(path).graph
+    weights = [value for name, value in graph.initializers.items() if name != LOGITS_FROM]
+    return sum(-(-prod(v.shape) * v.dtype.bitwidth // 8) for v in weights)

@@ -5,9 +5,9 @@
     y = step Σ_g s_g (Σ_k a c - z_g Σ_k a)     over the groups g of K, k inside a group; c are codes, z zeros, s scales
 
 The inner sums are MatMulInteger's int32, exact; z may be half an integer, for it meets them in fp32, where they are
-exact too up to groups of 518 codes of 8 bits (below 2^24), and rounded once beyond. Weights keep their low-bit file format: codes are
-unpacked to uint8 when the file is loaded (constant folding). One batched product, [K/g, tokens, g] by [K/g, g, N]: it
-costs more than one product with whole rows would, and keeps the groups that low widths need.
+exact too up to groups of 518 codes of 8 bits (below 2^24), and rounded once beyond. Weights keep their low-bit file
+format: codes are unpacked to uint8 when the file is loaded (constant folding). One batched product, [K/g, tokens, g] by
+[K/g, g, N]: it costs more than one product with whole rows would, and keeps the groups that low widths need.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 
 class Nodes:
-    """Collects the nodes of one graph or function body. Constants are Constant nodes: every initializer is a weight.
+    """Collects the nodes of one graph or function body. Constants are Constant nodes, initializers weights.
 
+    One initializer is no weight: the default of an input (`DecoderGraph`).
     Every value gets a name: the one asked for, or `<scope>/<op_type>_<count>`. Nodes are named after their first
     output, so node names are unique too (TensorRT needs that).
     """

@@ -87,7 +87,7 @@ jpq_status jpq_prepare_like(jpq_product *p, const jpq_product *other) {
   const jpq_implementation *mine = status ? NULL : choose(w, p->implementation, &status);
   const int alike = !status && other->prepared && w->k == o->k && w->group_size == o->group_size && p->x == other->x &&
                     p->m == other->m && p->activations == other->activations && mine == choose(o, other->implementation, &status) &&
-                    (!mine->form || mine->form(w) == mine->form(o));
+                    (!mine->form || mine->form(p) == mine->form(other));
   if (!alike) return jpq_prepare(p);
   p->chosen = other->chosen, p->parts = other->parts, p->prepared = other->prepared, p->borrowed = 1;
   return JPQ_OK;

@@ -42,8 +42,8 @@ typedef struct jpq_implementation {
   int (*takes)(const jpq_weight *weight); /* group sizes and row lengths it can do */
   /* Bring X into shape; may leave product->prepared NULL. */
   jpq_status (*prepare)(jpq_product *product);
-  /* Weights of one K and group size whose forms are equal want X alike; NULL says that all do. */
-  int (*form)(const jpq_weight *weight);
+  /* Products of one X, K and group size whose forms are equal want X alike; NULL says that all do. */
+  int (*form)(const jpq_product *product);
   jpq_status (*matmul_rows)(const jpq_product *product, int64_t first, int64_t last);
   /* Codes [begin, end) of a row as scale * (code - zero); multiples of 8 unless `takes` allows any. */
   void (*dequantize)(const jpq_weight *weight, int64_t row, int64_t begin, int64_t end, float *out);

@@ -19,7 +19,7 @@
 #include <stdlib.h>
 
 enum {
-  LARGEST_GROUP = 16384, /* a lane's sum of digits is exact in fp32 */
+  LARGEST_GROUP = 16384, /* a lane's sum of digits is exact in fp32, of a whole group (vnni_many.c) below 2^31 */
   TILE_BYTES = 16384,  /* of packed rows that stay in the first-level cache while all rows of X pass */
   STACK_BYTES = 16384, /* that a call finds room for without asking */
 };
@@ -101,28 +101,35 @@ static void find_lanes(int32_t *lane, int64_t columns, int64_t blocked, int64_t 
 /* No block of 256 codes is of two groups. */
 static int whole_blocks(const jpq_weight *w) { return w->group_size % 256 == 0 || w->group_size == w->k; }
 
-static int form(const jpq_weight *w) { return form_of(w->bits, w->group_size, whole_blocks(w)); }
+static int codes_form(const jpq_weight *w) { return form_of(w->bits, w->group_size, whole_blocks(w)); }
 
 /* Whose sums stay integers to the end of a group (four_long). */
-static int is_long(const jpq_weight *w) { return w->bits <= 4 && whole_blocks(w) && form(w) >= QUADS; }
+static int is_long(const jpq_weight *w) { return w->bits <= 4 && whole_blocks(w) && codes_form(w) >= QUADS; }
 
 /* Columns that come in blocks: one of which more than half is there is filled up. */
 static int64_t blocked_columns(int64_t k, int64_t block) {
   return block == 64 ? 0 : k / block * block + (k % block > block / 2 ? block : 0);
 }
 
-static jpq_status prepare(jpq_product *p) {
-  const jpq_weight *w = p->weight;
-  static const int parts_of[] = {[JPQ_FP32] = 3, [JPQ_INT8] = 1, [JPQ_INT16] = 2};
+/* Whether there are so many rows that vnni_many.c is faster. */
+static int has_many(const jpq_product *p) {
   static const int64_t most_rows[2][3] = {/* measured; of long groups the sums of several rows do not fit the registers */
                                           {[JPQ_FP32] = 12, [JPQ_INT8] = 18, [JPQ_INT16] = 16},
                                           {[JPQ_FP32] = 3, [JPQ_INT8] = 18, [JPQ_INT16] = 4}};
+  return p->m > most_rows[is_long(p->weight)][p->activations];
+}
+
+static int form(const jpq_product *p) { return has_many(p) ? -1 : codes_form(p->weight); }
+
+static jpq_status prepare(jpq_product *p) {
+  const jpq_weight *w = p->weight;
+  static const int parts_of[] = {[JPQ_FP32] = 3, [JPQ_INT8] = 1, [JPQ_INT16] = 2};
   p->parts = parts_of[p->activations];
-  if (p->m > most_rows[is_long(w)][p->activations]) {
+  if (has_many(p)) {
     p->chosen = &jpq_vnni_many;
     return p->chosen->prepare(p);
   }
-  const int64_t block = block_of(form(w)), blocked = blocked_columns(w->k, block);
+  const int64_t block = block_of(codes_form(w)), blocked = blocked_columns(w->k, block);
   int64_t columns = (w->k + 127) & ~(int64_t)127, groups = (jpq_groups(w) + 15) & ~(int64_t)15;
   if (columns < blocked) columns = blocked;
   size_t head = 64 + (size_t)columns, q = (size_t)(p->m * p->parts * columns), floats = 4 * (size_t)(p->m * groups);
@@ -133,7 +140,7 @@ static jpq_status prepare(jpq_product *p) {
   int32_t *lane = (int32_t *)at;
   int8_t *planes = (int8_t *)(at + columns);
   float *scale = (float *)(planes + q), *sum = scale + p->m * groups;
-  find_lanes(lane, columns, blocked, block, w->group_size, form(w));
+  find_lanes(lane, columns, blocked, block, w->group_size, codes_form(w));
   const int log = is_long(w) ? LONG_DIGIT_BITS : DIGIT_BITS;
   for (int64_t m = 0; m < p->m; m++)
     for (int64_t g = 0; g < jpq_groups(w); g++) {
@@ -141,7 +148,7 @@ static jpq_status prepare(jpq_product *p) {
       sum[m * groups + g] = jpq_vnni_digits(p->x + m * w->k + j, w->group_size, p->parts, log,
                                    planes + m * p->parts * columns + j, columns, scale + m * groups + g);
     }
-  for (int64_t i = 0; blocked && i < p->m * p->parts; i++) reorder(planes + i * columns, blocked, form(w));
+  for (int64_t i = 0; blocked && i < p->m * p->parts; i++) reorder(planes + i * columns, blocked, codes_form(w));
   *out = (prepared){jpq_groups(w), columns, groups, block, blocked, planes, scale, sum, lane};
   p->prepared = memory;
   return JPQ_OK;

@@ -62,6 +62,7 @@ def test_packed_weights_are_stored_as_they_are(write):
             np.testing.assert_array_equal(got.pop(f"{name}.zeros"), weight.zeros)
     for name, vector in model.vectors.items():
         np.testing.assert_array_equal(got.pop(f"{name}.weight" if name.endswith("norm") else name), vector)
+    assert got.pop("logits_from").tolist() == [0]
     assert not got
 
 
@@ -144,7 +145,7 @@ def test_graph_interface(write):
         for kind, length in (("past", "past"), ("present", "total"))
     }
     tokens = {"input_ids": ["batch", "seq"], "attention_mask": ["batch", "total"], "position_ids": ["batch", "seq"]}
-    assert shapes == tokens | cache | {"logits": ["batch", "seq", 96]}
+    assert shapes == tokens | cache | {"logits": ["batch", "seq", 96], "logits_from": [1]}
 
 
 def test_metadata(write):

@@ -172,6 +172,8 @@ def test_the_largest_sums_of_the_longest_group_do_not_overflow(core_of, random, 
             x[1, 0] = 1.3  # digits of the others are no round numbers
             expected = low_bit_matmul(x.astype(np.float64), full)
             y = core.matmul(x, full, name, activations=activations)[1]
+            many = core.matmul(np.tile(x, (20, 1)), full, name, activations=activations)[1]
+            assert np.abs(many / np.tile(expected, (20, 1)) - 1).max() < 0.01, (symmetric, value)
             # Equal numbers are all rounded the same way, to 1.3 / 127 of which half; a sum that overflows is far off.
             assert np.abs(y / expected - 1).max() < 0.01, (symmetric, value)
 
@@ -235,7 +237,7 @@ def test_a_layout_stated_twice(core_of, random, name, bits):
 
 
 @pytest.mark.parametrize("activations", [FP32, INT8])
-@pytest.mark.parametrize("m", [1, 9])
+@pytest.mark.parametrize("m", [1, 9, 40])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_bad_number_spoils_its_row_only(core_of, random, name, m, activations):
     core = core_of(name)
@@ -248,14 +250,15 @@ def test_a_bad_number_spoils_its_row_only(core_of, random, name, m, activations)
         assert np.isfinite(y[:m]).all()
 
 
+@pytest.mark.parametrize("m", [1, 40])
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e30])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_tiny_and_huge_activations(core_of, random, name, size):
+def test_tiny_and_huge_activations(core_of, random, name, size, m):
     core = core_of(name)
     rng = np.random.default_rng(3)
     stored, bias = random(7, 128, 4, 64, True, rng), rng.normal(size=7).astype(np.float32)
-    x = np.full((1, 128), size, np.float32)
-    x[0, ::3] *= -1
+    x = np.full((m, 128), size, np.float32)
+    x[:, ::3] *= -1
     y = core.matmul(x, stored, name, bias=bias)[1]
     assert distance(y, low_bit_matmul(x.astype(np.float64), stored, bias)) < TOLERANCE
 

@@ -6,6 +6,7 @@ import subprocess
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -35,6 +36,21 @@ def test_greedy_tokens_are_those_of_python(harness, bundle_folder, library, with
     assert (b"jpq kernels" in done.stderr) == with_kernels
     other = harness("ids", "none", bundle_folder, 18, *prompt[::-1])
     assert [int(line) for line in other.stdout.split()] != expected
+
+
+def test_the_head_reads_the_last_token_only(harness, own_bundle):
+    """In C and in Python: where a graph gives no logits unless it is asked for some, there are the same tokens."""
+    expected = list(generate(OrtModel(own_bundle / "model.onnx"), [3, 4, 5, 6], max_new_tokens=8, stop_ids=[]))
+    graph = onnx.load(own_bundle / "model.onnx", load_external_data=False)
+    default = next(tensor for tensor in graph.graph.initializer if tensor.name == "logits_from")
+    default.CopyFrom(onnx.numpy_helper.from_array(np.array([1 << 20]), "logits_from"))
+    onnx.save(graph, own_bundle / "model.onnx")
+    model = OrtModel(own_bundle / "model.onnx")
+    assert model.forward(np.array([[3, 4, 5, 6]])).logits.shape[1] == 0
+    assert list(generate(model, [3, 4, 5, 6], max_new_tokens=8, stop_ids=[])) == expected
+    done = harness("ids", "none", own_bundle, 8, 3, 4, 5, 6)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert [int(line) for line in done.stdout.split()] == expected
 
 
 @pytest.mark.parametrize("with_kernels", [False, True])
