@@ -50,10 +50,10 @@ class EmbeddingQuality:
 class Closeness:
     """How near embeddings are to a teacher's, and whether people's scores tell the two apart.
 
-    `cosine_distance`: mean of 1 - cosine of the two embeddings of a text. `rank_agreement`: Spearman's correlation of
-    both models' cosines of the pairs. `spearman_difference`: of the correlations with the scores, and `interval` the 95%
-    of a bootstrap over pairs (Efron, 1979; both models see the same ones): one that holds 0 says that these pairs cannot
-    tell them apart. None without scores.
+    `cosine_distance`: mean of 1 - cosine of the two embeddings of a text. `rank_agreement`: Spearman's correlation
+    of both models' cosines of the pairs. `spearman_difference`: of the correlations with the scores, and `interval`
+    its 95% of a bootstrap over pairs (Efron, 1979; both models see the same): one that holds 0 says that these pairs
+    cannot tell them apart. None without scores.
     """
 
     cosine_distance: float
