@@ -27,13 +27,13 @@ def evaluate_encoder(model: str | None, *, pairs: Path, teacher: str | None = No
     """
     stages, rows = Stages(), read_pairs(pairs)
     embed, name = _open(model, teacher, stages)
+    theirs, other = _open(teacher, None, stages) if teacher is not None else (None, None)
     with stages.stage("evaluate", f"{len(rows.first)} pairs"):
         result = asdict(evaluate_embeddings(embed, rows))
     about = {"model": name, "pairs_file": rows.name, "pairs_sha256": rows.sha256}
-    if teacher is not None:
-        theirs, about["teacher"] = _open(teacher, None, stages)
-        with stages.stage("compare", f"{len(rows.first)} pairs, against {about['teacher']}"):
-            result |= asdict(closeness(embed, theirs, rows))
+    if theirs is not None:
+        with stages.stage("compare", f"{len(rows.first)} pairs, against {other}"):
+            result |= {"teacher": other} | asdict(closeness(embed, theirs, rows))
     return about | {key: value for key, value in result.items() if value is not None}
 
 

@@ -107,7 +107,11 @@ def test_a_stopped_export_has_the_quality_of_its_bundle(export: Callable[..., An
     stopped = quality(out, "--teacher", str(out.parent / "model"))
     compared = json.loads(found.read_text())
     assert 0 < compared["cosine_distance"] < 0.1
-    assert compared["interval"][0] <= compared["spearman_difference"] <= compared["interval"][1]
+    assert (
+        compared["spearman_difference_95"][0]
+        <= compared["spearman_difference"]
+        <= compared["spearman_difference_95"][1]
+    )
     done, out = export("cpu-x86", "--bits", "6")
     assert done.exit_code == 0, done.output
     assert quality(out) == pytest.approx(stopped)

@@ -51,15 +51,15 @@ class Closeness:
     """How near embeddings are to a teacher's, and whether people's scores tell the two apart.
 
     `cosine_distance`: mean of 1 - cosine of the two embeddings of a text. `rank_agreement`: Spearman's correlation
-    of both models' cosines of the pairs. `spearman_difference`: of the correlations with the scores, and `interval`
-    its 95% of a bootstrap over pairs (Efron, 1979; both models see the same): one that holds 0 says that these pairs
-    cannot tell them apart. None without scores.
+    of both models' cosines of the pairs. `spearman_difference`: of the correlations with the scores, None without
+    those; `spearman_difference_95`: its interval by a bootstrap over pairs (Efron, 1979; both models see the same):
+    one that holds 0 says that these pairs cannot tell them apart.
     """
 
     cosine_distance: float
     rank_agreement: float
     spearman_difference: float | None
-    interval: tuple[float, float] | None
+    spearman_difference_95: tuple[float, float] | None
 
 
 def read_pairs(path: Path) -> Pairs:

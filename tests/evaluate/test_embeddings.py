@@ -106,13 +106,13 @@ def test_an_interval_tells_what_pairs_can_tell_apart() -> None:
     better = closeness(exact, scattered(0.3, 1), pairs)
     like = closeness(scattered(0.3, 1), scattered(0.3, 2), pairs)
     assert worse.spearman_difference is not None
-    assert worse.interval is not None
-    assert worse.interval[0] < worse.spearman_difference < worse.interval[1] < 0
-    assert better.interval is not None
-    assert better.interval[0] > 0
+    assert worse.spearman_difference_95 is not None
+    assert worse.spearman_difference_95[0] < worse.spearman_difference < worse.spearman_difference_95[1] < 0
+    assert better.spearman_difference_95 is not None
+    assert better.spearman_difference_95[0] > 0
     assert better.spearman_difference == pytest.approx(-worse.spearman_difference)
-    assert like.interval is not None
-    assert like.interval[0] < 0 < like.interval[1]
+    assert like.spearman_difference_95 is not None
+    assert like.spearman_difference_95[0] < 0 < like.spearman_difference_95[1]
     assert worse.cosine_distance == pytest.approx(1 - np.exp(-(0.3**2) / 2), rel=0.2)  # the mean cosine of the noise
     assert 0.5 < worse.rank_agreement < 0.999
 
@@ -122,4 +122,4 @@ def test_an_encoder_is_close_to_itself() -> None:
     assert found.cosine_distance == pytest.approx(0, abs=1e-7)
     assert found.rank_agreement == pytest.approx(1)
     assert found.spearman_difference is None
-    assert found.interval is None
+    assert found.spearman_difference_95 is None
