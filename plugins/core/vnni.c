@@ -6,7 +6,7 @@
  *     2 parts  15 or 16 bits    INT16   q = B h + l
  *     3 parts  22 or 24 bits    FP32    q = B (B h + m) + l: what rounding loses is below what an fp32 sum loses
  *
- * Up to `most_rows` rows of X; more are vnni_many.c's.
+ * Few rows of X; where there are more (has_many), they are vnni_many.c's.
  *
  * One vpdpbusd a part and 64 codes; in short groups a shift by 7 between parts: a 32-bit lane sums 4 products of 8 bits, at most
  * 4 * 255 * 127 * 128^2 + ... < 2^31, or up to 16 of 4 bits. One conversion and one fused multiply-add for all of them
@@ -34,8 +34,6 @@ JPQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni,avx2,f
 
 /* ---- X ---- */
 
-/* One group: its scale, and `parts` planes of digits of `log` bits `columns` apart; returns the sum of q times the
- * scale. */
 float jpq_vnni_digits(const float *x, int32_t count, int parts, int log, int8_t *q, int64_t columns, float *scale) {
   const float largest = 127 << log * (parts - 1);
   __m512i top = _mm512_setzero_si512();
@@ -123,8 +121,7 @@ static int form(const jpq_product *p) { return has_many(p) ? -1 : codes_form(p->
 
 static jpq_status prepare(jpq_product *p) {
   const jpq_weight *w = p->weight;
-  static const int parts_of[] = {[JPQ_FP32] = 3, [JPQ_INT8] = 1, [JPQ_INT16] = 2};
-  p->parts = parts_of[p->activations];
+  p->parts = jpq_vnni_parts(p->activations);
   if (has_many(p)) {
     p->chosen = &jpq_vnni_many;
     return p->chosen->prepare(p);
@@ -146,7 +143,7 @@ static jpq_status prepare(jpq_product *p) {
     for (int64_t g = 0; g < jpq_groups(w); g++) {
       const int64_t j = g * w->group_size;
       sum[m * groups + g] = jpq_vnni_digits(p->x + m * w->k + j, w->group_size, p->parts, log,
-                                   planes + m * p->parts * columns + j, columns, scale + m * groups + g);
+                                            planes + m * p->parts * columns + j, columns, scale + m * groups + g);
     }
   for (int64_t i = 0; blocked && i < p->m * p->parts; i++) reorder(planes + i * columns, blocked, codes_form(w));
   *out = (prepared){jpq_groups(w), columns, groups, block, blocked, planes, scale, sum, lane};

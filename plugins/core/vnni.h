@@ -36,6 +36,11 @@ JPQ_INLINE __m512i jpq_plus_products(__m512i sum, __m512i codes, __m512i digits)
 
 JPQ_TARGET_END
 
+/* Signed bytes that X becomes a number of: 1 of INT8, 2 of INT16, 3 of FP32. */
+JPQ_INLINE int jpq_vnni_parts(jpq_activations activations) {
+  return activations == JPQ_FP32 ? 3 : activations == JPQ_INT16 ? 2 : 1;
+}
+
 /* How groups lie to 128 codes: any way, two halves, or one group of several times 128; where codes come as four vectors,
  * of several times 256 or of all that is in a row. */
 enum { ANY, HALVES, WHOLE };
@@ -52,7 +57,7 @@ JPQ_INLINE size_t room_for(const jpq_weight *w, int64_t groups) {
  * apart, the highest first. Returns their sum times the scale. */
 float jpq_vnni_digits(const float *x, int32_t count, int parts, int log, int8_t *q, int64_t columns, float *scale);
 
-/* Many rows of X; its `prepare` is for those whose weights jpq_vnni takes. */
+/* Many rows of X, in parts that are set already, of weights that jpq_vnni takes. */
 extern const jpq_implementation jpq_vnni_many;
 
 /* By bits, layout, parts, and 1, 2 or 4 rows of X; NULL for what is compiled elsewhere. */

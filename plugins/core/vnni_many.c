@@ -22,10 +22,6 @@ typedef struct many {
   const float *sum;    /* likewise, scale * sum of q */
 } many;
 
-static int available(void) { return jpq_cpu_features.avx512_vnni; }
-
-static int takes(const jpq_weight *w) { return jpq_vnni.takes(w); }
-
 JPQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni,avx2,fma,f16c")
 
 #include "transpose16.h"
@@ -42,8 +38,7 @@ static void interleave(const int8_t *planes, int64_t columns, int64_t quads, int
 
 static jpq_status prepare(jpq_product *p) {
   const jpq_weight *w = p->weight;
-  static const int parts_of[] = {[JPQ_FP32] = 3, [JPQ_INT8] = 1, [JPQ_INT16] = 2};
-  const int parts = p->parts = parts_of[p->activations], rows = DIGITS / parts;
+  const int parts = p->parts, rows = DIGITS / parts;
   const int64_t groups = jpq_groups(w), tiles = (p->m + rows - 1) / rows, quads = w->k / 4, columns = (w->k + 63) & ~(int64_t)63;
   const size_t q = (size_t)(tiles * quads) * DIGITS * 4 + 16, floats = (size_t)(tiles * rows * groups);
   char *memory = malloc(sizeof(many) + q + 2 * sizeof(float) * floats + (size_t)(DIGITS * columns));
@@ -176,5 +171,6 @@ static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last)
 
 JPQ_TARGET_END
 
-const jpq_implementation jpq_vnni_many = {"avx512-vnni", available, takes, prepare, NULL, matmul_rows, NULL, NULL, 0, NULL, NULL, NULL};
+/* Not one to choose: jpq_vnni hands over to it. */
+const jpq_implementation jpq_vnni_many = {"avx512-vnni", NULL, NULL, prepare, NULL, matmul_rows, NULL, NULL, 0, NULL, NULL, NULL};
 #endif
