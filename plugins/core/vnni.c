@@ -11,9 +11,10 @@
  * One vpdpbusd a part and 64 codes; in short groups a shift by 7 between parts: a 32-bit lane sums 4 products of 8 bits, at most
  * 4 * 255 * 127 * 128^2 + ... < 2^31, or up to 16 of 4 bits. One conversion and one fused multiply-add for all of them
  * bring it to fp32, times scale of W and of X. Of long groups, those of whole blocks or rows, each part is summed to the
- * end of the group, at most LARGEST_GROUP / 16 * 15 * 128 < 2^24 a lane, and the parts meet in fp32.
+ * end of the group, at most LARGEST_GROUP / 16 * 28 * 128 < 2^24 a lane, and the parts meet in fp32.
  */
 #include "vnni.h"
+#include "vnni_triples.h"
 
 #ifdef JPQ_X86
 #include <stdlib.h>
@@ -34,11 +35,19 @@ JPQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni,avx2,f
 
 /* ---- X ---- */
 
-float jpq_vnni_digits(const float *x, int32_t count, int parts, int log, int8_t *q, int64_t columns, float *scale) {
+/* 16 numbers from column j on, of `count`, and by which power of two they are divided. */
+static __m512 load_divided(const float *x, int32_t j, int32_t count, int32_t triples, __m512i *power) {
+  *power = _mm512_maskz_load_epi32(j < triples ? 0xffff : 0, triple_powers);
+  const __m512 v = _mm512_maskz_loadu_ps((__mmask16)low_bits(count - j), x + j);
+  return _mm512_scalef_ps(v, _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_setzero_si512(), *power)));
+}
+
+float jpq_vnni_digits(const float *x, int32_t count, int32_t triples, int parts, int log, int8_t *q, int64_t columns,
+                      float *scale) {
   const float largest = 127 << log * (parts - 1);
-  __m512i top = _mm512_setzero_si512();
+  __m512i top = _mm512_setzero_si512(), power;
   for (int32_t j = 0; j < count; j += 16) {
-    __m512i bits = _mm512_maskz_loadu_epi32((__mmask16)low_bits(count - j), x + j);
+    __m512i bits = _mm512_castps_si512(load_divided(x, j, count, triples, &power));
     top = _mm512_max_epu32(top, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
   }
   uint32_t most = _mm512_reduce_max_epu32(top); /* floats without sign sort like integers, NaN above infinity */
@@ -52,9 +61,10 @@ float jpq_vnni_digits(const float *x, int32_t count, int parts, int log, int8_t 
   __m512i total = _mm512_setzero_si512(); /* of 64 bits */
   for (int32_t j = 0; j < count; j += 16) {
     __mmask16 here = (__mmask16)low_bits(count - j);
-    __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(here, x + j), inverse));
-    total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(v)));
-    total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1)));
+    __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(load_divided(x, j, count, triples, &power), inverse));
+    const __m512i times = _mm512_sllv_epi32(v, power); /* below 2^25 */
+    total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(times)));
+    total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(times, 1)));
     for (int part = parts - 1; part > 0; part--) {
       __m512i digit = _mm512_sub_epi32(_mm512_and_si512(_mm512_add_epi32(v, half), mask), half);
       _mm_mask_storeu_epi8(q + part * columns + j, here, _mm512_cvtepi32_epi8(digit));
@@ -65,10 +75,10 @@ float jpq_vnni_digits(const float *x, int32_t count, int parts, int log, int8_t 
   return (float)_mm512_reduce_add_epi64(total) * *scale;
 }
 
-/* Columns [0, blocked) of a plane from their own order into that of the codes. */
-static void reorder(int8_t *q, int64_t blocked, int form) {
+/* Columns [j, blocked) of a plane from their own order into that of the codes. */
+static void reorder(int8_t *q, int64_t j, int64_t blocked, int form) {
   const int count = (int)(block_of(form) / 64);
-  for (int64_t j = 0; j < blocked; j += 64 * count) {
+  for (; j < blocked; j += 64 * count) {
     __m512i v[4];
     for (int i = 0; i < 4; i++) v[i] = _mm512_loadu_si512(q + j + 64 * (i % count));
     for (int i = 0; i < count; i++) {
@@ -117,7 +127,31 @@ static int has_many(const jpq_product *p) {
   return p->m > most_rows[is_long(p->weight)][p->activations];
 }
 
-static int form(const jpq_product *p) { return has_many(p) ? -1 : codes_form(p->weight); }
+/* The first columns of each group whose codes come as triples. */
+static int32_t in_triples(const jpq_product *p) {
+  const jpq_weight *w = p->weight;
+  return w->bits == 3 && p->activations == JPQ_FP32 && is_long(w) ? w->group_size / TRIPLES * TRIPLES : 0;
+}
+
+static int form(const jpq_product *p) {
+  if (has_many(p)) return -1;
+  return in_triples(p) ? OF_TRIPLES : codes_form(p->weight);
+}
+
+/* All columns of a plane that are not one vector at a time. */
+static void reorder_plane(int8_t *q, const jpq_product *p, int64_t blocked) {
+  const jpq_weight *w = p->weight;
+  const int64_t triples = in_triples(p);
+  if (!triples) {
+    reorder(q, 0, blocked, codes_form(w));
+    return;
+  }
+  for (int64_t g = 0; g < w->k; g += w->group_size) {
+    const int64_t end = g + w->group_size;
+    for (int64_t j = g; j < g + triples; j += TRIPLES) triple_order(q + j);
+    reorder(q, g + triples, end < blocked ? end : blocked, codes_form(w));
+  }
+}
 
 static jpq_status prepare(jpq_product *p) {
   const jpq_weight *w = p->weight;
@@ -142,10 +176,10 @@ static jpq_status prepare(jpq_product *p) {
   for (int64_t m = 0; m < p->m; m++)
     for (int64_t g = 0; g < jpq_groups(w); g++) {
       const int64_t j = g * w->group_size;
-      sum[m * groups + g] = jpq_vnni_digits(p->x + m * w->k + j, w->group_size, p->parts, log,
+      sum[m * groups + g] = jpq_vnni_digits(p->x + m * w->k + j, w->group_size, in_triples(p), p->parts, log,
                                             planes + m * p->parts * columns + j, columns, scale + m * groups + g);
     }
-  for (int64_t i = 0; blocked && i < p->m * p->parts; i++) reorder(planes + i * columns, blocked, codes_form(w));
+  for (int64_t i = 0; blocked && i < p->m * p->parts; i++) reorder_plane(planes + i * columns, p, blocked);
   *out = (prepared){jpq_groups(w), columns, groups, block, blocked, planes, scale, sum, lane};
   p->prepared = memory;
   return JPQ_OK;

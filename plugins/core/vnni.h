@@ -54,8 +54,10 @@ JPQ_INLINE size_t room_for(const jpq_weight *w, int64_t groups) {
 }
 
 /* A group of X, `count` of them, as integers times `*scale`: `parts` planes of signed digits of `log` bits, `columns`
- * apart, the highest first. Returns their sum times the scale. */
-float jpq_vnni_digits(const float *x, int32_t count, int parts, int log, int8_t *q, int64_t columns, float *scale);
+ * apart, the highest first; the first `triples` of them for codes that come multiplied (vnni_triples.h). Returns the sum of
+ * what they stand for. */
+float jpq_vnni_digits(const float *x, int32_t count, int32_t triples, int parts, int log, int8_t *q, int64_t columns,
+                      float *scale);
 
 /* Many rows of X, in parts that are set already, of weights that jpq_vnni takes. */
 extern const jpq_implementation jpq_vnni_many;

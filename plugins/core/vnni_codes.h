@@ -54,7 +54,7 @@ static const uint8_t fourths[8] = {0, 4, 8, 12, 16, 20, 24, 28};
 #define FOUR_LANES(AT) ORDER4(AT), ORDER4(AT + 16), ORDER4(AT + 128), ORDER4(AT + 144)
 #define OF_EIGHT(I) {FOUR_LANES(I), FOUR_LANES(32 + I), FOUR_LANES(64 + I), FOUR_LANES(96 + I)}
 #define EVERY_OTHER(I) {ORDER16(2, I), ORDER16(2, 32 + I), ORDER16(2, 64 + I), ORDER16(2, 96 + I)}
-enum { PLAIN, PAIRS, WIDE_PAIRS, QUADS, SPLIT_QUADS, TWO_PAIRS };
+enum { PLAIN, PAIRS, WIDE_PAIRS, QUADS, SPLIT_QUADS, TWO_PAIRS, OF_TRIPLES /* vnni_triples.h */ };
 static const _Alignas(64) uint8_t orders[6][4][64] = {
     [PAIRS] = {EVERY_OTHER(0), EVERY_OTHER(1)},
     [WIDE_PAIRS] = {{ORDER16(1, 0), ORDER16(1, 16), ORDER16(1, 64), ORDER16(1, 80)},

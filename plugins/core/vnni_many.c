@@ -51,7 +51,7 @@ static jpq_status prepare(jpq_product *p) {
     for (int64_t g = 0; g < groups; g++) {
       const int64_t j = g * w->group_size, at = m * groups + g;
       if (m < p->m)
-        sum[at] = jpq_vnni_digits(p->x + m * w->k + j, w->group_size, parts, LONG_DIGIT_BITS, row + j, columns, scale + at);
+        sum[at] = jpq_vnni_digits(p->x + m * w->k + j, w->group_size, 0, parts, LONG_DIGIT_BITS, row + j, columns, scale + at);
       else
         scale[at] = sum[at] = 0; /* whatever its digits are */
     }

@@ -29,7 +29,7 @@ ROWS = (1, 2, 3, 4, 7, 16, 63, 128)
 # come together, so some have more than twice as many.
 SHAPES = {16: 544, 32: 96, 48: 816, 64: 1088, 128: 256, 192: 384, 24: 912, 8: 408, 40: 40, 5: 35}
 # Groups of whole blocks of 256, or of a row: with a block that is filled up, and one that is not.
-SHAPES |= {256: 768, 80: 80, 176: 176, 208: 208, 576: 576, 704: 704}
+SHAPES |= {256: 768, 512: 1536, 80: 80, 176: 176, 208: 208, 576: 576, 704: 704, 832: 832}
 VECTOR_GROUPS = {"avx512-vnni": 8, "avx512": 16, "avx2": 8, "neon": 8, "scalar": 1}
 TOLERANCE = 2e-6  # relative RMS of an fp32 sum of a hundred terms, see `tolerance`
 
@@ -89,7 +89,7 @@ def test_a_product_is_the_references(core_of, random, name, bits, group_size):
             assert distance(core.matmul(x, wrong, name, bias=bias)[1], expected) > 4 * tolerance(group_size)
 
 
-@pytest.mark.parametrize(("few", "group_size"), [(7, 64), (3, 256), (3, 576)])
+@pytest.mark.parametrize(("few", "group_size"), [(7, 64), (3, 256), (3, 512), (3, 576), (3, 832)])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_a_row_is_the_same_whatever_rows_are_beside_it(core_of, random, bits, few, group_size):
     """Among few rows, and among many; between those two sums of fp32 are made in another order."""
