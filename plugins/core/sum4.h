@@ -17,7 +17,7 @@ JPQ_INLINE __m128 jpq_sum4(const __m512 a[4]) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-JPQ_INLINE __m512 jpq_sum16(const float a[16][16]) {
+JPQ_INLINE __m512 jpq_sum16(float a[16][16]) {
   __m512 v[4], sum[4];
   for (int i = 0; i < 4; i++) {
     for (int j = 0; j < 4; j++) v[j] = _mm512_load_ps(a[4 * i + j]);
