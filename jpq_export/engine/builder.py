@@ -9,7 +9,7 @@ from typing import Any
 from jpq_export.engine.plugin import Plugin, PluginError
 from jpq_export.engine.settings import Settings
 from jpq_export.errors import JpqError
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.spec import LOGITS_AT, ModelSpec
 
 Say = Callable[[str], None]
 TIMING_CACHE = "timing.cache"
@@ -23,8 +23,11 @@ class EngineError(JpqError):
 def profile_shapes(name: str, spec: ModelSpec, settings: Settings, *, profile: int) -> tuple[tuple[int, ...], ...]:
     """Smallest, best-tuned and largest shape of the graph input `name`; batch is 1.
 
-    In each of the three, total = past + seq: TensorRT evaluates the graph at all of them.
+    In each of the three, total = past + seq: TensorRT evaluates the graph at all of them. Of a prompt the logits of one
+    token are wanted, of all only to check them.
     """
+    if name == LOGITS_AT:
+        return ((1,), (1,), (1 if profile == DECODE else settings.max_prompt,))
     if profile == DECODE:
         lengths = [(1, past) for past in (1, settings.max_tokens // 2, settings.max_tokens - 1)]
     else:
@@ -32,8 +35,10 @@ def profile_shapes(name: str, spec: ModelSpec, settings: Settings, *, profile: i
     return tuple(input_shape(name, spec, seq=seq, past=past) for seq, past in lengths)
 
 
-def input_shape(name: str, spec: ModelSpec, *, seq: int, past: int) -> tuple[int, ...]:
-    """Shape of a graph input for `seq` new tokens after `past` others."""
+def input_shape(name: str, spec: ModelSpec, *, seq: int, past: int, wanted: int = 1) -> tuple[int, ...]:
+    """Shape of a graph input for `seq` new tokens after `past` others, `wanted`: how many logits are."""
+    if name == LOGITS_AT:
+        return (wanted,)
     if name in ("input_ids", "position_ids"):
         return (1, seq)
     if name == "attention_mask":

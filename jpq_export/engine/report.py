@@ -78,10 +78,10 @@ def measure_speed(session: Session, prompt: np.ndarray) -> Speed:
     for turn in range(ROUNDS + 1):
         session.reset()
         start = time.perf_counter()
-        logits = session.forward(prompt)[-1]
+        logits = session.step(prompt)
         middle = time.perf_counter()
         for _ in range(DECODE_TOKENS):
-            logits = session.forward(np.array([int(logits.argmax())], np.int64))[0]
+            logits = session.step(np.array([int(logits.argmax())], np.int64))
         if turn:
             prefill.append(middle - start)
             decode.append(time.perf_counter() - middle)

@@ -10,7 +10,7 @@ import numpy as np
 from jpq_export.engine.builder import DECODE, PREFILL, EngineError, input_shape
 from jpq_export.engine.cuda import Cuda
 from jpq_export.engine.settings import Settings
-from jpq_export.format.spec import ModelSpec
+from jpq_export.format.spec import LOGITS_AT, ModelSpec
 
 INT64, FLOAT32 = 8, 4
 
@@ -57,24 +57,33 @@ class EngineSession:
 
         `mask`: int64 [past + seq], 0 = padding on the left. EngineError beyond the profiles.
         """
+        return self._append(ids, mask, np.arange(len(ids)))
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        """Append `ids` int64 [seq]; logits float32 [vocab] of the last. EngineError beyond the profiles."""
+        return self._append(ids, None, np.array([len(ids) - 1]))[-1]
+
+    def _append(self, ids: np.ndarray, mask: np.ndarray | None, wanted: np.ndarray) -> np.ndarray:
+        """Logits of the `wanted` new tokens; of all where the engine, of an older bundle, does not ask for whose."""
         seq, past = len(ids), self.length
         if past + seq > self._settings.max_tokens or seq > self._settings.max_prompt:
             raise EngineError(f"{seq} tokens after {past}: beyond this engine's profiles; build with more --max-tokens")
         mask = np.ones(past + seq, np.int64) if mask is None else mask
         positions = np.maximum(mask.cumsum() - 1, 0)[past:]
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, LOGITS_AT: wanted}
         for name in self._inputs:
             if name in feeds:
                 self._cuda.upload(self._buffers[name], feeds[name].astype(np.int64))
-        self._execute(self._contexts[DECODE if seq == 1 and past else PREFILL], seq, past)
-        logits = self._cuda.download(self._buffers["logits"], (seq, self.spec.vocab))
+        self._execute(self._contexts[DECODE if seq == 1 and past else PREFILL], seq, past, len(wanted))
+        rows = len(wanted) if LOGITS_AT in self._inputs else seq
+        logits = self._cuda.download(self._buffers["logits"], (rows, self.spec.vocab))
         self._take_turns()
         self.length += seq
         return logits
 
-    def _execute(self, context: Any, seq: int, past: int) -> None:
+    def _execute(self, context: Any, seq: int, past: int, wanted: int) -> None:
         for name in self._inputs:
-            if not context.set_input_shape(name, input_shape(name, self.spec, seq=seq, past=past)):
+            if not context.set_input_shape(name, input_shape(name, self.spec, seq=seq, past=past, wanted=wanted)):
                 raise EngineError(f"{name}: TensorRT refuses the shape for {seq} tokens after {past}; build again")
         for name, address in self._buffers.items():
             context.set_tensor_address(name, address)

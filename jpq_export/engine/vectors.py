@@ -33,6 +33,10 @@ class Session(Protocol):
         """Logits [seq, vocab] of the new tokens."""
         ...
 
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        """Logits [vocab] of the last new token."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ErrorRow:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 FLOAT_CACHE, INT8_CACHE = "float", "int8"
 LOGITS_FROM = "logits_from"  # an input with a default: the first new token whose logits are wanted, int64 [1]
+LOGITS_AT = "logits_at"  # an input: which new tokens' logits are wanted, counted from the first new one, int64 [wanted]
 KV_CACHES = (FLOAT_CACHE, INT8_CACHE)
 FLOAT_ACTIVATIONS, INT8_ACTIVATIONS = "float", "int8"
 ACTIVATIONS = (FLOAT_ACTIVATIONS, INT8_ACTIVATIONS)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.format.compressed import CompressedModel
-from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, LOGITS_FROM, ModelSpec
+from jpq_export.format.spec import INT8_ACTIVATIONS, INT8_CACHE, LOGITS_AT, LOGITS_FROM, ModelSpec
 from jpq_export.lower import basic, growing, growing_int8, half, int8_cache, rotation, rowwise, standard
 from jpq_export.lower.chain import MOST_LINKS, Chain
 from jpq_export.lower.functions import DOMAIN, Part
@@ -26,8 +26,8 @@ class Dialect:
 
     `half`: attention and its cache are fp16. `growing`: our own operators for what onnxruntime is slow
     at: attention over a cache that grows in place, products of one X at once, what stands between products.
-    `chained`: and all that lies between two attentions at once, where the file is for a CPU. `asked`: the reader says
-    whose logits it wants.
+    `chained`: and all that lies between two attentions at once, where the file is for a CPU. `asked`: the input by
+    which the reader says whose logits it wants, LOGITS_FROM or LOGITS_AT; None: it gets all.
     """
 
     opset: int = 23
@@ -37,7 +37,7 @@ class Dialect:
     half: bool = False
     growing: bool = False
     chained: bool = False
-    asked: bool = False
+    asked: str | None = None
 
 
 class DecoderGraph:
@@ -87,7 +87,7 @@ class DecoderGraph:
         return not self.spec.rotated or self.spec.turned_reads
 
     def build(self) -> ir.Value:
-        """All nodes; returns the logits [batch, seq, vocab]."""
+        """All nodes; returns the logits [batch, wanted, vocab], wanted = seq where nobody is asked."""
         ids, mask, positions = (
             self._input(name, INT64, ["batch", length])
             for name, length in (("input_ids", "seq"), ("attention_mask", "total"), ("position_ids", "seq"))
@@ -109,12 +109,15 @@ class DecoderGraph:
         return self.weights.linear(x, "logits", weight="embed" if spec.tied else "head")
 
     def _wanted(self, x: ir.Value) -> ir.Value:
-        """What the head reads: new tokens from LOGITS_FROM on, an input with a default of 0, which means all.
+        """What the head reads: new tokens from LOGITS_FROM on, an input with a default of 0 (all), or those LOGITS_AT.
 
         A prompt needs the logits of its last token only, and the head is a fifth of SmolLM2-135M's parameters, 63% of
-        Gemma-3-270M's.
+        Gemma-3-270M's. TensorRT knows no defaults, and would want to know on the host where a slice begins.
         """
-        nodes, start = self.nodes, self.nodes.initializer(LOGITS_FROM, ir.tensor(np.zeros(1, np.int64)))
+        nodes = self.nodes
+        if self.dialect.asked == LOGITS_AT:
+            return nodes("Gather", x, self._input(LOGITS_AT, INT64, ["wanted"]), axis=1)
+        start = nodes.initializer(LOGITS_FROM, ir.tensor(np.zeros(1, np.int64)))
         self.inputs.append(start)
         return nodes("Slice", x, start, nodes.ints(np.iinfo(np.int64).max), nodes.ints(1))
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from jpq_export.errors import BundleError, StorageError, TargetError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import EncoderSpec
-from jpq_export.format.spec import FLOAT_ACTIVATIONS, FLOAT_CACHE, LOGITS_FROM
+from jpq_export.format.spec import FLOAT_ACTIVATIONS, FLOAT_CACHE, LOGITS_AT, LOGITS_FROM
 from jpq_export.lower import chain
 from jpq_export.lower.decoder import DecoderGraph, Dialect
 from jpq_export.lower.encoder import EncoderGraph
@@ -60,11 +60,13 @@ def export_onnx(
     if getattr(model.spec, "activations", FLOAT_ACTIVATIONS) != FLOAT_ACTIVATIONS:
         _check_integers(model, path, form=form, tensorrt=tensorrt)
     growing = tensorrt is None and form != "signed" and not plain
-    dialect = replace(dialect, growing=growing, chained=growing and chained, asked=growing or plain)
+    asked = LOGITS_FROM if growing or plain else LOGITS_AT
+    dialect = replace(dialect, growing=growing, chained=growing and chained, asked=asked)
     encoder = isinstance(model.spec, EncoderSpec)
     graph = (EncoderGraph if encoder else DecoderGraph)(model, form, dialect)
     result = graph.build()
-    shape = ["batch", model.spec.hidden] if encoder else ["batch", "seq", model.spec.vocab]
+    tokens = "wanted" if asked == LOGITS_AT else "seq"
+    shape = ["batch", model.spec.hidden] if encoder else ["batch", tokens, model.spec.vocab]
     result.shape, result.type = ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
     outputs = [result, *graph.presents]
     if taps:

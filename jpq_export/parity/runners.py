@@ -13,7 +13,7 @@ import numpy as np
 from jpq_export.errors import BundleError
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.encoder_spec import Spec, spec_from_json
-from jpq_export.format.spec import INT8_CACHE, ModelSpec
+from jpq_export.format.spec import INT8_CACHE, LOGITS_AT, ModelSpec
 from jpq_export.parity.points import points, present_in, show_sums
 from jpq_export.runtime import native
 from jpq_export.runtime.cache import CacheLayout
@@ -211,7 +211,7 @@ class OrtRunner:
         if mask is None:
             mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask, past)}
-        feeds |= {f"past.{name}": value for name, value in cache.items()}
+        feeds |= {LOGITS_AT: np.arange(ids.shape[1])} | {f"past.{name}": value for name, value in cache.items()}
         order = (0, 2, 1, 3) if self._layout.time_first else (0, 1, 2, 3)  # of what is stored: where heads come
         feeds |= {f"written.{name}": value.transpose(order) for name, value in (given or {}).items()}
         names = ["logits", *(f"present.{name}" for name in cache), *(self.points if values else ())]

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from jpq_export.errors import BundleError, CapacityError, UsageError
-from jpq_export.format.spec import LOGITS_FROM, ModelSpec
+from jpq_export.format.spec import LOGITS_AT, LOGITS_FROM, ModelSpec
 from jpq_export.runtime import native, native_cuda
 from jpq_export.runtime.cache import Cache, CacheLayout, GrowingCache, PassedCache
 
@@ -99,7 +99,7 @@ class OrtModel:
             before = attention_mask.shape[1] - ids.shape[1]
         feeds = self._token_feeds(np.asarray(ids, np.int64), attention_mask, position_ids, before)
         past = past or self.cache.none(len(ids))
-        feeds |= {f"past.{name}": value for name, value in past.items()}
+        feeds |= {LOGITS_AT: np.arange(ids.shape[1])} | {f"past.{name}": value for name, value in past.items()}
         names = ["logits", *(f"present.{name}" for name in past), *outputs]
         got = self.session.run(names, {name: value for name, value in feeds.items() if name in self._inputs})
         found = dict(zip(names, got, strict=True))
@@ -140,7 +140,7 @@ class OrtModel:
         """As `forward`, with a cache that is never copied and grows: logits of the last token [batch, vocab]."""
         feeds = self._token_feeds(ids, mask, None, cache.length)
         total = feeds["attention_mask"].shape[1]
-        feeds[LOGITS_FROM] = np.array([ids.shape[1] - 1])
+        feeds[LOGITS_FROM] = feeds[LOGITS_AT] = np.array([ids.shape[1] - 1])  # the graph takes one of them, or neither
         return cache.run({name: value for name, value in feeds.items() if name in self._inputs}, total)[:, -1]
 
 

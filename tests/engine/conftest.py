@@ -82,6 +82,9 @@ class StandIn:
         out[..., 3] += self.error * np.abs(out).max()
         return out
 
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        return self.forward(ids)[-1]
+
 
 def record() -> dict[str, np.ndarray]:
     """The tensors of vectors.safetensors, batched as parity/vectors.py computes them."""

@@ -71,17 +71,21 @@ class FakeContext:
         rows = [
             engine.logits_of(tokens[:end][mask[:end] == 1]) for end in range(len(mask) - len(ids) + 1, len(mask) + 1)
         ]
+        if "logits_at" in self._at:
+            rows = [rows[i] for i in cuda.read(self._at["logits_at"], self._shapes["logits_at"], np.int64)]
+        engine.rows.append(len(rows))
         cuda.write(self._at["logits"], np.stack(rows) * np.float32(engine.factor))
         return True
 
 
 class FakeEngine:
-    """ICudaEngine; `used`: (profile, new tokens, past tokens) of each execution."""
+    """ICudaEngine; `used`: (profile, new tokens, past tokens) of each execution, `rows`: of its logits."""
 
     def __init__(self, cuda: FakeCuda, logits_of: Any, names: tuple[str, ...], factor: float = 1.0) -> None:
         self.cuda, self.logits_of, self.names, self.factor = cuda, logits_of, names, factor
         self.num_io_tensors = len(names)
         self.used: list[tuple[int, int, int]] = []
+        self.rows: list[int] = []
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]

@@ -16,7 +16,7 @@ from jpq_export.engine.builder import EngineError
 from jpq_export.engine.session import EngineSession
 
 CACHES = tuple(f"{i}.{part}" for i in (0, 2) for part in ("key", "value"))
-INPUTS = ("input_ids", "attention_mask", "position_ids", *(f"past.{name}" for name in CACHES))
+INPUTS = ("input_ids", "attention_mask", "position_ids", *(f"past.{name}" for name in CACHES), "logits_at")
 OUTPUTS = ("logits", *(f"present.{name}" for name in CACHES))
 # What a board has besides the standard library: everything else this package can use is taken away.
 ABSENT = (
@@ -48,14 +48,18 @@ def module(name: str):
 
 @pytest.fixture
 def stand_ins(monkeypatch, kit, prebuilt, board):
-    """`stand_ins(factor=1.0)`: the fake TensorRT whose engine multiplies right logits by `factor`; for build.py too."""
+    """`stand_ins(factor=1.0)`: the fake TensorRT whose engine multiplies right logits by `factor`; for build.py too.
+
+    `asks`: the engine asks whose logits are wanted, as graphs do since `logits_at`.
+    """
     prebuilt()
 
-    def do(factor: float = 1.0):
+    def do(factor: float = 1.0, *, asks: bool = True):
         cuda = module("fake_cuda")
         gpu = cuda.FakeCuda()
-        trt = module("fake_tensorrt").FakeTensorRT(INPUTS)
-        engine = cuda.FakeEngine(gpu, kit.logits_of, (*INPUTS, *OUTPUTS), factor)
+        inputs = INPUTS if asks else INPUTS[:-1]
+        trt = module("fake_tensorrt").FakeTensorRT(inputs)
+        engine = cuda.FakeEngine(gpu, kit.logits_of, (*inputs, *OUTPUTS), factor)
         trt.Runtime, trt.engine, trt.gpu = cuda.runtime_for(engine), engine, gpu
         trt.Logger = type("Logger", (), {"WARNING": 1, "__init__": lambda *_: None})
         monkeypatch.setattr(steps, "Cuda", lambda: gpu)
@@ -94,6 +98,17 @@ def test_prompts_use_the_prefill_profile_and_steps_the_decode_profile(stand_ins,
     run(prepare(settings), lambda _text: None)
     assert {profile for profile, new, past in trt.engine.used if new == 1 and past} == {0}
     assert {profile for profile, new, past in trt.engine.used if new > 1 or not past} == {1}
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_logits_of_a_prompt_are_computed_of_its_last_token_unless_they_are_checked(stand_ins, settings, kit, asks):
+    trt = stand_ins(asks=asks)
+    report = run(prepare(settings), lambda _text: None)
+    assert report.passed
+    prompt, vectors = len(kit.record()["ids.prefill"][0]), trt.engine.used
+    timed = [rows for rows, (_, new, past) in zip(trt.engine.rows, vectors, strict=True) if (new, past) == (prompt, 0)]
+    assert timed[0] == prompt  # the recorded one
+    assert set(timed[1:]) == ({1} if asks else {prompt})
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])

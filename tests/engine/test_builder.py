@@ -9,7 +9,16 @@ from jpq_export.engine.builder import DECODE, PREFILL, EngineError, build_engine
 from jpq_export.engine.plugin import Plugin, PluginError
 from jpq_export.format.bundle import hash_file
 
-INPUTS = ("input_ids", "attention_mask", "position_ids", "past.0.key", "past.0.value", "past.2.key", "past.2.value")
+INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past.0.key",
+    "past.0.value",
+    "past.2.key",
+    "past.2.value",
+    "logits_at",
+)
 
 
 @pytest.fixture
@@ -62,6 +71,8 @@ def test_profiles_decode_first_then_prefill(fake, build):
     assert decode["past.2.value"] == ((1, 1, 1, 8), (1, 1, 1024, 8), (1, 1, 2047, 8))
     assert prefill["position_ids"] == ((1, 1), (1, 512), (1, 512))
     assert prefill["past.0.key"] == ((1, 2, 0, 8), (1, 2, 0, 8), (1, 2, 1536, 8))
+    assert decode["logits_at"] == ((1,), (1,), (1,))
+    assert prefill["logits_at"] == ((1,), (1,), (512,))
 
 
 @pytest.mark.parametrize("profile", [DECODE, PREFILL])

@@ -169,7 +169,7 @@ def test_the_same_model_gives_the_same_bytes(write, form):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "pruned"])
 def test_old_tensorrt_gets_basic_operators_and_no_function(write, family):
     model, proto, path = write(family, tensorrt="10.3")
-    known = BASIC | ({"LayerNormalization", "Identity"} if model.spec.layer_norm else set())
+    known = BASIC | {"Gather"} | ({"LayerNormalization", "Identity"} if model.spec.layer_norm else set())
     assert {node.op_type for node in proto.graph.node if not node.domain} <= known
     assert {node.op_type for node in proto.graph.node if node.domain} == {"LowBitMatMul", "LowBitGather"}
     assert not proto.functions
@@ -177,6 +177,18 @@ def test_old_tensorrt_gets_basic_operators_and_no_function(write, family):
     names = [node.name for node in proto.graph.node]
     assert len(set(names)) == len(names)
     assert weight_bytes(path) == model.weight_bytes
+
+
+@pytest.mark.parametrize("how", [{"tensorrt": "10.3"}, {"tensorrt": "10.16"}])
+def test_tensorrt_is_told_whose_logits_are_wanted(write, how):
+    """By an input without a default, which TensorRT would take for a constant."""
+    _, proto, _ = write("gemma3", **how)
+    dims = {value.name: value.type.tensor_type.shape.dim for value in proto.graph.input}
+    assert [d.dim_param for d in dims["logits_at"]] == ["wanted"]
+    assert "logits_from" not in dims
+    assert [d.dim_param for d in proto.graph.output[0].type.tensor_type.shape.dim[:2]] == ["batch", "wanted"]
+    last = [node for node in proto.graph.node if "logits_at" in node.input]
+    assert [node.op_type for node in last] == ["Gather"]
 
 
 @pytest.mark.parametrize(

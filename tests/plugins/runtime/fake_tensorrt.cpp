@@ -163,11 +163,19 @@ static void compute(Engine *engine, std::map<std::string, Dims> shapes, std::map
   }
   auto *logits = reinterpret_cast<float *>(at["logits"]);
   int64_t state = 7;
+  std::vector<int64_t> states;  // of the new tokens
   for (int64_t t = 0; t < total; t++) {
     state = (state * 31 + tokens[t] * 17 + 5) % 1009;
-    for (int64_t v = 0; v < vocab && t >= total - count; v++)
-      logits[(t - total + count) * vocab + v] = static_cast<float>(state * (v + 1) * 13 % 101) / 8;
+    if (t >= total - count) states.push_back(state);
   }
+  if (at.count("logits_at")) {
+    auto const *wanted = reinterpret_cast<int64_t *>(at["logits_at"]);
+    std::vector<int64_t> chosen;
+    for (int64_t i = 0; i < shapes["logits_at"].d[0]; i++) chosen.push_back(states.at(wanted[i]));
+    states = chosen;
+  }
+  for (size_t t = 0; t < states.size(); t++)
+    for (int64_t v = 0; v < vocab; v++) logits[t * vocab + v] = static_cast<float>(states[t] * (v + 1) * 13 % 101) / 8;
 }
 
 bool Context::enqueueV3(cudaStream_t stream) noexcept {

@@ -24,7 +24,7 @@ TENSORRT = {"BACKEND": "1"}
 MAX_PROMPT, MAX_TOKENS, VOCAB = 5, 24, 40
 FLOAT, INT64 = 0, 8  # nvinfer1::DataType
 CACHES = tuple(f"{i}.{part}" for i in (0, 2) for part in ("key", "value"))
-INPUTS = ("input_ids", "attention_mask", "position_ids", *(f"past.{name}" for name in CACHES))
+INPUTS = ("input_ids", "attention_mask", "position_ids", *(f"past.{name}" for name in CACHES), "logits_at")
 PROMPT = (3, 17, 4)
 CLASSES = {  # class of ours -> interface
     "StubRuntime": "VRuntime",
@@ -78,8 +78,8 @@ def engine_text(spec, **changes):
     lines = []
     for name in INPUTS:
         shape = list(input_shape(name, spec, seq=-1, past=0))
-        shape = [1, -1] if len(shape) == 2 else [1, shape[1], -1, shape[3]]
-        kind = INT64 if len(shape) == 2 else FLOAT
+        shape = {1: [-1], 2: [1, -1]}.get(len(shape)) or [1, shape[1], -1, shape[3]]
+        kind = INT64 if len(shape) < 4 else FLOAT
         lines.append(f"in {name} {kind} {len(shape)} {' '.join(map(str, shape))}")
         for profile in (DECODE, PREFILL):
             low, _, high = profile_shapes(name, spec, settings, profile=profile)

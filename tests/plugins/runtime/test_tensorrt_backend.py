@@ -56,7 +56,7 @@ def test_the_cache_has_two_sides_of_the_capacity_and_grows_in_place(stand_in, ba
     sizes = sorted(int(line.split()[1]) for line in calls if line.startswith("cuMemAlloc_v2 "))
     heads = {"0": 2, "2": 1}
     caches = [heads[name[0]] * MAX_TOKENS * 8 * 4 for name in stand_in.CACHES] * 2
-    tokens = [MAX_PROMPT * 8, MAX_PROMPT * 8, MAX_TOKENS * 8, MAX_PROMPT * stand_in.VOCAB * 4]
+    tokens = [MAX_PROMPT * 8, MAX_PROMPT * 8, MAX_TOKENS * 8, 8, stand_in.VOCAB * 4]
     assert sizes == sorted(caches + tokens)
     assert calls.count("cuMemFree_v2") == len(sizes)
     assert max(i for i, line in enumerate(calls) if "cuMemAlloc" in line) < calls.index("enqueue profile 1")
@@ -75,6 +75,16 @@ def test_a_prompt_longer_than_the_profile_goes_in_parts(stand_in, backend, devic
     used = [int(line.split()[-1]) for line in calls if line.startswith("enqueue")]
     single = [width == 1 and at > 0 for at, width in enumerate(widths)]
     assert used == [DECODE if one else PREFILL for one in single]
+
+
+def test_an_engine_of_an_older_bundle_gives_all_logits_of_a_prompt(stand_in, backend, device_bundle, conftest_of):
+    """Its graph does not ask whose are wanted; the last token's are the last."""
+    older = {r"(?m)^in logits_at.*\n": "", r"(?m)^range \d logits_at.*\n": ""}
+    stand_in.write_device(device_bundle, stand_in.engine_text(conftest_of("engine").SPEC, **older))
+    done, calls = backend("ids", device_bundle, 10, *PROMPT, **TENSORRT)
+    assert stand_in.tokens_of(done) == stand_in.expected(PROMPT, 10)
+    assert f"cuMemAlloc_v2 {MAX_PROMPT * stand_in.VOCAB * 4}" in calls
+    assert not [line for line in calls if "logits_at" in line]
 
 
 def test_twin_another_prompt_gives_other_tokens(stand_in, backend, device_bundle):

@@ -19,7 +19,7 @@ typedef struct trt_backend {
   backend base; /* first: the functions get a pointer to it */
   cuda_driver cuda;
   trt_engine *engine;
-  int takes_mask, takes_positions;
+  int takes_mask, takes_positions, takes_wanted;
   size_t cached_count;
   trt_cached *cached;
 } trt_backend;

@@ -32,7 +32,7 @@ static jpq_result cached_heads(const model_spec *spec, const trt_tensor *t, cons
 }
 
 static jpq_result read_tensor(trt_backend *self, const trt_tensor *t, size_t *pasts, int *seen, jpq_error *error) {
-  static const int64_t row[2] = {1, -1};
+  static const int64_t row[2] = {1, -1}, wanted[1] = {-1};
   const model_spec *spec = &self->base.spec;
   const int64_t logits[3] = {1, -1, spec->vocab};
   int64_t heads;
@@ -47,6 +47,7 @@ static jpq_result read_tensor(trt_backend *self, const trt_tensor *t, size_t *pa
   if (t->input && !strcmp(t->name, "input_ids")) return *seen |= 2, check_tensor(t, TRT_INT64, 2, row, error);
   if (t->input && !strcmp(t->name, "attention_mask")) return self->takes_mask = 1, check_tensor(t, TRT_INT64, 2, row, error);
   if (t->input && !strcmp(t->name, "position_ids")) return self->takes_positions = 1, check_tensor(t, TRT_INT64, 2, row, error);
+  if (t->input && !strcmp(t->name, "logits_at")) return self->takes_wanted = 1, check_tensor(t, TRT_INT64, 1, wanted, error);
   return jpq_fail(error, JPQ_UNSUPPORTED, "engine: %.60s: not an input or output of a decoder; load the bundle with JPQ_ONNXRUNTIME",
                   t->name);
 }

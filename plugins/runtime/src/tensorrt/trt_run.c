@@ -1,5 +1,6 @@
 /* Running the engine. The cache lies on the GPU in two sets of buffers of the sequence's own: the engine reads one and
- * writes the other, so that nothing of it is copied from token to token; of the logits the last row comes to the host. */
+ * writes the other, so that nothing of it is copied from token to token; of the logits the last row comes to the host, and
+ * only it is computed where the engine asks whose are wanted. */
 #include <stdlib.h>
 
 #include "trt_backend.h"
@@ -13,7 +14,7 @@ struct backend_cache {
   int64_t capacity;
   int32_t profile; /* of the context; -1: none yet */
   int current;     /* the side that holds what is valid */
-  cuda_address ids, positions, mask, logits;
+  cuda_address ids, positions, mask, wanted, logits;
   cuda_address *sides[2]; /* [cached_count] each */
   int64_t *counting;      /* 0, 1, 2 ..., on the host */
 };
@@ -27,7 +28,8 @@ static void free_all(backend_cache *c) {
   const trt_backend *self = c->owner;
   if (c->stream) self->cuda.cuStreamSynchronize(c->stream);
   if (c->context) trt_context_free(self->engine, c->context);
-  release(self, c->ids), release(self, c->positions), release(self, c->mask), release(self, c->logits);
+  release(self, c->ids), release(self, c->positions), release(self, c->mask);
+  release(self, c->wanted), release(self, c->logits);
   for (int side = 0; side < 2; side++)
     for (size_t i = 0; c->sides[side] && i < self->cached_count; i++) release(self, c->sides[side][i]);
   if (c->stream) self->cuda.cuStreamDestroy_v2(c->stream);
@@ -61,12 +63,14 @@ static int64_t longest_step(const backend_cache *c) {
 static jpq_result allocate(backend_cache *c, jpq_error *error) {
   const trt_backend *self = c->owner;
   const size_t step = (size_t)longest_step(c), all = (size_t)c->capacity, one = sizeof(int64_t);
+  const size_t rows = self->takes_wanted ? 1 : step;
   CUDA_TRY(&self->cuda, cuStreamCreate, (&c->stream, NON_BLOCKING));
   JPQ_TRY(trt_context_new(self->engine, &c->context, error));
   CUDA_TRY(&self->cuda, cuMemAlloc_v2, (&c->ids, step * one));
   if (self->takes_positions) CUDA_TRY(&self->cuda, cuMemAlloc_v2, (&c->positions, step * one));
   if (self->takes_mask) CUDA_TRY(&self->cuda, cuMemAlloc_v2, (&c->mask, all * one));
-  CUDA_TRY(&self->cuda, cuMemAlloc_v2, (&c->logits, step * (size_t)self->base.spec.vocab * sizeof(float)));
+  if (self->takes_wanted) CUDA_TRY(&self->cuda, cuMemAlloc_v2, (&c->wanted, one));
+  CUDA_TRY(&self->cuda, cuMemAlloc_v2, (&c->logits, rows * (size_t)self->base.spec.vocab * sizeof(float)));
   for (int side = 0; side < 2; side++)
     for (size_t i = 0; i < self->cached_count; i++) {
       const size_t row = (size_t)(self->cached[i].kv_heads * self->base.spec.head_dim) * sizeof(float);
@@ -108,13 +112,17 @@ static jpq_result bind(backend_cache *c, const char *name, trt_dims shape, cuda_
 
 static jpq_result bind_tokens(backend_cache *c, int64_t past, const int64_t *ids, int64_t count, jpq_error *error) {
   const trt_backend *self = c->owner;
-  const trt_dims row = {2, {1, count}}, whole = {2, {1, past + count}}, output = {0, {0}};
+  const trt_dims row = {2, {1, count}}, whole = {2, {1, past + count}}, last = {1, {1}}, output = {0, {0}};
   JPQ_TRY(upload(c, c->ids, ids, count, error));
   JPQ_TRY(bind(c, "input_ids", row, c->ids, error));
   if (self->takes_mask) JPQ_TRY(bind(c, "attention_mask", whole, c->mask, error));
   if (self->takes_positions) {
     JPQ_TRY(upload(c, c->positions, c->counting + past, count, error));
     JPQ_TRY(bind(c, "position_ids", row, c->positions, error));
+  }
+  if (self->takes_wanted) {
+    JPQ_TRY(upload(c, c->wanted, c->counting + count - 1, 1, error));
+    JPQ_TRY(bind(c, "logits_at", last, c->wanted, error));
   }
   return bind(c, "logits", output, c->logits, error);
 }
@@ -145,7 +153,8 @@ static jpq_result run_step(backend_cache *c, int64_t past, const int64_t *ids, i
   JPQ_TRY(bind_tokens(c, past, ids, count, error));
   JPQ_TRY(bind_cache(c, past, error));
   JPQ_TRY(trt_context_run(self->engine, c->context, c->stream, error));
-  CUDA_TRY(&self->cuda, cuMemcpyDtoHAsync_v2, (logits, c->logits + (size_t)(count - 1) * row, row, c->stream));
+  const size_t before = self->takes_wanted ? 0 : (size_t)(count - 1) * row;
+  CUDA_TRY(&self->cuda, cuMemcpyDtoHAsync_v2, (logits, c->logits + before, row, c->stream));
   return JPQ_SUCCESS;
 }
 
