@@ -27,7 +27,7 @@ class Dialect:
     `half`: attention and its cache are fp16. `growing`: our own operators for what onnxruntime is slow
     at: attention over a cache that grows in place, products of one X at once, what stands between products.
     `chained`: and all that lies between two attentions at once, where the file is for a CPU. `asked`: the input by
-    which the reader says whose logits it wants, LOGITS_FROM or LOGITS_AT; None: it gets all.
+    which the reader says whose logits it wants, LOGITS_FROM or LOGITS_AT.
     """
 
     opset: int = 23
@@ -37,7 +37,7 @@ class Dialect:
     half: bool = False
     growing: bool = False
     chained: bool = False
-    asked: str | None = None
+    asked: str = LOGITS_FROM
 
 
 class DecoderGraph:
@@ -87,7 +87,7 @@ class DecoderGraph:
         return not self.spec.rotated or self.spec.turned_reads
 
     def build(self) -> ir.Value:
-        """All nodes; returns the logits [batch, wanted, vocab], wanted = seq where nobody is asked."""
+        """All nodes; returns the logits [batch, wanted, vocab], wanted: new tokens that were asked for."""
         ids, mask, positions = (
             self._input(name, INT64, ["batch", length])
             for name, length in (("input_ids", "seq"), ("attention_mask", "total"), ("position_ids", "seq"))
@@ -105,8 +105,7 @@ class DecoderGraph:
         self.taps.append(x)
         x = self._turned(x) if spec.rotated else x
         self.nodes.scope = ""
-        x = self._wanted(x) if self.dialect.asked else x
-        return self.weights.linear(x, "logits", weight="embed" if spec.tied else "head")
+        return self.weights.linear(self._wanted(x), "logits", weight="embed" if spec.tied else "head")
 
     def _wanted(self, x: ir.Value) -> ir.Value:
         """What the head reads: new tokens from LOGITS_FROM on, an input with a default of 0 (all), or those LOGITS_AT.

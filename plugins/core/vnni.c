@@ -6,7 +6,7 @@
  *     2 parts  15 or 16 bits    INT16   q = B h + l
  *     3 parts  22 or 24 bits    FP32    q = B (B h + m) + l: what rounding loses is below what an fp32 sum loses
  *
- * Few rows of X; where there are more (has_many), they are vnni_many.c's.
+ * Of codes that come multiplied (vnni_triples.h) X is divided first. Few rows of X; where there are more (has_many), they are vnni_many.c's.
  *
  * One vpdpbusd a part and 64 codes; in short groups a shift by 7 between parts: a 32-bit lane sums 4 products of 8 bits, at most
  * 4 * 255 * 127 * 128^2 + ... < 2^31, or up to 16 of 4 bits. One conversion and one fused multiply-add for all of them
@@ -53,7 +53,7 @@ float jpq_vnni_digits(const float *x, int32_t count, int32_t triples, int parts,
   uint32_t most = _mm512_reduce_max_epu32(top); /* floats without sign sort like integers, NaN above infinity */
   float size;
   memcpy(&size, &most, sizeof size);
-  /* An infinity or NaN makes the row NaN; a group of nothing but numbers below 1e-30 is nothing. */
+  /* An infinity or NaN makes the row NaN; a group of nothing but numbers below 1e-30 (divided) is nothing. */
   *scale = most >= 0x7f800000u ? size - size : size < 1e-30f ? 0 : size / largest;
   const __m512 inverse = _mm512_set1_ps(*scale > 0 ? largest / size : 0);
   const __m512i half = _mm512_set1_epi32(1 << log >> 1), mask = _mm512_set1_epi32((1 << log) - 1);

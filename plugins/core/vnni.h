@@ -22,7 +22,7 @@ typedef struct prepared {
   int64_t block, blocked;  /* columns that come in blocks, by how many; at most 128 are left */
   const int8_t *q;         /* [m, parts, columns] */
   const float *scale;      /* [m, groups] */
-  const float *sum;        /* [m, groups] scale * sum of q */
+  const float *sum;        /* [m, groups] of what q stands for: scale * q, or times a power of two (vnni_triples.h) */
   const int32_t *lane;     /* [columns / 64, 16] group of the codes in a lane, from a multiple of 16 groups on */
 } prepared;
 

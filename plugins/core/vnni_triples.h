@@ -8,8 +8,10 @@
 #ifndef JPQ_VNNI_TRIPLES_H
 #define JPQ_VNNI_TRIPLES_H
 
-#include "shuffles.h"
 #include "vnni.h"
+
+#ifdef JPQ_X86
+#include "shuffles.h"
 
 enum { TRIPLES = 512, TRIPLE_VECTORS = 8 };
 
@@ -68,4 +70,5 @@ JPQ_INLINE __m512i triple_in_two(__m512i v, __m512i other, int last) {
 
 JPQ_TARGET_END
 
+#endif
 #endif

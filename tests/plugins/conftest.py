@@ -119,6 +119,25 @@ class Core:
         assert np.isnan(y[m * n :]).all(), "written past the end"
         return status, y[: m * n].reshape(m, n)
 
+    def matmul_together(self, x, several, *, activations=FP32):
+        """y [m, n] of each weight, of one X that is prepared for the first and for others only where it has to be."""
+        weights = [self.weight(stored) for stored in several]
+        outputs = [np.full((len(x), stored.shape[0]), np.nan, np.float32) for stored in several]
+        products = [
+            Product(ctypes.pointer(weight), address(x), None, address(y), len(x), activations, None)
+            for weight, y in zip(weights, outputs, strict=True)
+        ]
+        for product in products:
+            if product is products[0]:
+                assert self.c.jpq_prepare(ctypes.byref(product)) == OK
+            else:
+                assert self.c.jpq_prepare_like(ctypes.byref(product), ctypes.byref(products[0])) == OK
+        for product, weight in zip(products, weights, strict=True):
+            assert self.c.jpq_matmul_rows(ctypes.byref(product), 0, weight.n) == OK
+        for product in reversed(products):
+            self.c.jpq_release(ctypes.byref(product))
+        return outputs
+
     def gather(self, indices, stored, name=None):
         weight = self.weight(stored)
         out = np.full(len(indices) * stored.shape[1] + GUARD, np.nan, np.float32)

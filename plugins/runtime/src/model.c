@@ -108,7 +108,7 @@ jpq_result jpq_prefill(jpq_sequence *s, const int64_t *ids, size_t count, const 
   if (!s) return jpq_fail(error, JPQ_BAD_ARGUMENT, "jpq_prefill: sequence must not be NULL");
   JPQ_TRY(check_tokens(s, ids, count, error));
   const backend *b = s->model->backend;
-  for (size_t at = 0; at < count;) { /* in parts: the graph gives logits for every position, and those are large */
+  for (size_t at = 0; at < count;) { /* in parts: older graphs give logits for every position, and those are large */
     const int64_t left = (int64_t)(count - at), most = s->length > b->most_past ? 1 : b->most_new;
     const int64_t part = left < most ? left : most;
     JPQ_TRY(b->step(b, s->cache, s->length, ids + at, part, s->logits, error));

@@ -161,7 +161,7 @@ jpq_result trt_context_bind(trt_engine *self, trt_context *context, char const *
   if (shape && !inside(context)->setInputShape(name, to_dims(*shape))) {
     const bool four = shape->rank == 4;
     std::snprintf(what, sizeof what, "%.100s: %lld positions are beyond the engine's profile; build it with more --max-tokens",
-                  name, static_cast<long long>(shape->sizes[four ? 2 : 1]));
+                  name, static_cast<long long>(shape->sizes[four ? 2 : shape->rank > 1]));
     return self->logger.fail(JPQ_BACKEND, what, error);
   }
   if (inside(context)->setTensorAddress(name, reinterpret_cast<void *>(address))) return JPQ_SUCCESS;
