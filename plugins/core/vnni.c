@@ -35,19 +35,19 @@ JPQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni,avx2,f
 
 /* ---- X ---- */
 
-/* 16 numbers from column j on, of `count`, and by which power of two they are divided. */
-static __m512 load_divided(const float *x, int32_t j, int32_t count, int32_t triples, __m512i *power) {
-  *power = _mm512_maskz_load_epi32(j < triples ? 0xffff : 0, triple_powers);
+/* 16 numbers from column j on, of `count`; divided where codes come multiplied. */
+JPQ_INLINE __m512 load_x(const float *x, int32_t j, int32_t count, int divided) {
   const __m512 v = _mm512_maskz_loadu_ps((__mmask16)low_bits(count - j), x + j);
-  return _mm512_scalef_ps(v, _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_setzero_si512(), *power)));
+  return divided ? _mm512_mul_ps(v, _mm512_load_ps(triple_inverses)) : v;
 }
 
-float jpq_vnni_digits(const float *x, int32_t count, int32_t triples, int parts, int log, int8_t *q, int64_t columns,
-                      float *scale) {
+/* As jpq_vnni_digits; compiled for no triples too. */
+JPQ_INLINE float digits(const float *x, int32_t count, int32_t triples, int parts, int log, int8_t *q, int64_t columns,
+                        float *scale) {
   const float largest = 127 << log * (parts - 1);
-  __m512i top = _mm512_setzero_si512(), power;
+  __m512i top = _mm512_setzero_si512();
   for (int32_t j = 0; j < count; j += 16) {
-    __m512i bits = _mm512_castps_si512(load_divided(x, j, count, triples, &power));
+    __m512i bits = _mm512_castps_si512(load_x(x, j, count, j < triples));
     top = _mm512_max_epu32(top, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
   }
   uint32_t most = _mm512_reduce_max_epu32(top); /* floats without sign sort like integers, NaN above infinity */
@@ -61,8 +61,8 @@ float jpq_vnni_digits(const float *x, int32_t count, int32_t triples, int parts,
   __m512i total = _mm512_setzero_si512(); /* of 64 bits */
   for (int32_t j = 0; j < count; j += 16) {
     __mmask16 here = (__mmask16)low_bits(count - j);
-    __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(load_divided(x, j, count, triples, &power), inverse));
-    const __m512i times = _mm512_sllv_epi32(v, power); /* below 2^25 */
+    __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(load_x(x, j, count, j < triples), inverse));
+    const __m512i times = j < triples ? _mm512_sllv_epi32(v, _mm512_load_si512(triple_powers)) : v; /* below 2^25 */
     total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(times)));
     total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(times, 1)));
     for (int part = parts - 1; part > 0; part--) {
@@ -73,6 +73,12 @@ float jpq_vnni_digits(const float *x, int32_t count, int32_t triples, int parts,
     _mm_mask_storeu_epi8(q + j, here, _mm512_cvtepi32_epi8(v));
   }
   return (float)_mm512_reduce_add_epi64(total) * *scale;
+}
+
+float jpq_vnni_digits(const float *x, int32_t count, int32_t triples, int parts, int log, int8_t *q, int64_t columns,
+                      float *scale) {
+  if (triples) return digits(x, count, triples, parts, log, q, columns, scale);
+  return digits(x, count, 0, parts, log, q, columns, scale);
 }
 
 /* Columns [j, blocked) of a plane from their own order into that of the codes. */

@@ -36,6 +36,7 @@ static const _Alignas(64) uint8_t triple_shared[2][64] = {{JPQ_FOR_16(SHARED, 0)
 
 /* By what codes 8 n + j come multiplied: a power of two. */
 static const _Alignas(64) int32_t triple_powers[16] = {0, 0, 0, 1, 1, 1, 2, 2, 0, 0, 0, 1, 1, 1, 2, 2};
+static const _Alignas(64) float triple_inverses[16] = {1, 1, 1, .5f, .5f, .5f, .25f, .25f, 1, 1, 1, .5f, .5f, .5f, .25f, .25f};
 
 JPQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni,avx2,fma,f16c")
 
