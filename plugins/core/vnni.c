@@ -11,7 +11,7 @@
  * One vpdpbusd a part and 64 codes; in short groups a shift by 7 between parts: a 32-bit lane sums 4 products of 8 bits, at most
  * 4 * 255 * 127 * 128^2 + ... < 2^31, or up to 16 of 4 bits. One conversion and one fused multiply-add for all of them
  * bring it to fp32, times scale of W and of X. Of long groups, those of whole blocks or rows, each part is summed to the
- * end of the group, at most LARGEST_GROUP / 16 * 28 * 128 < 2^24 a lane, and the parts meet in fp32.
+ * end of the group; the first two parts meet as integers (is_long), the third in fp32.
  */
 #include "vnni.h"
 #include "vnni_triples.h"
@@ -20,7 +20,7 @@
 #include <stdlib.h>
 
 enum {
-  LARGEST_GROUP = 16384, /* a lane's sum of digits is exact in fp32, of a whole group (vnni_many.c) below 2^31 */
+  LARGEST_GROUP = 16384, /* the sum of a whole group (vnni_many.c) is below 2^31 */
   TILE_BYTES = 16384,  /* of packed rows that stay in the first-level cache while all rows of X pass */
   STACK_BYTES = 16384, /* that a call finds room for without asking */
 };
@@ -117,8 +117,13 @@ static int whole_blocks(const jpq_weight *w) { return w->group_size % 256 == 0 |
 
 static int codes_form(const jpq_weight *w) { return form_of(w->bits, w->group_size, whole_blocks(w)); }
 
-/* Whose sums stay integers to the end of a group (four_long). */
-static int is_long(const jpq_weight *w) { return w->bits <= 4 && whole_blocks(w) && codes_form(w) >= QUADS; }
+/* Whose sums stay integers to the end of a group (four_long): a lane's, of up to four times 3-bit codes too, 2^8 times as
+ * large where two parts meet, below 2^31. */
+static int is_long(const jpq_weight *w) {
+  if (!whole_blocks(w) || w->bits == JPQ_TERNARY) return 0;
+  if (w->bits <= 4) return codes_form(w) >= QUADS;
+  return (w->group_size + 63) / 64 * 4 * ((1 << w->bits) - 1) < 1 << 16; /* products of a lane * largest code */
+}
 
 /* Columns that come in blocks: one of which more than half is there is filled up. */
 static int64_t blocked_columns(int64_t k, int64_t block) {
@@ -141,7 +146,7 @@ static int32_t in_triples(const jpq_product *p) {
 
 static int form(const jpq_product *p) {
   if (has_many(p)) return -1;
-  return in_triples(p) ? OF_TRIPLES : codes_form(p->weight);
+  return 2 * (in_triples(p) ? OF_TRIPLES : codes_form(p->weight)) + is_long(p->weight); /* long ones have other digits */
 }
 
 /* All columns of a plane that are not one vector at a time. */
@@ -197,8 +202,8 @@ JPQ_TARGET_END
 
 /* How the groups of a weight lie; where codes come one vector at a time, two of the three say the same. */
 static int layout_of(const jpq_weight *w) {
+  if (is_long(w)) return LONG;
   if (w->bits == 8 || w->bits == JPQ_TERNARY) return w->group_size % 64 ? ANY : WHOLE;
-  if (is_long(w)) return WHOLE;
   if (w->group_size == 64) return HALVES;
   if (w->bits <= 4) return ANY;
   return w->group_size % 128 ? ANY : WHOLE;

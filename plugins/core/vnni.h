@@ -41,9 +41,9 @@ JPQ_INLINE int jpq_vnni_parts(jpq_activations activations) {
   return activations == JPQ_FP32 ? 3 : activations == JPQ_INT16 ? 2 : 1;
 }
 
-/* How groups lie to 128 codes: any way, two halves, or one group of several times 128; where codes come as four vectors,
- * of several times 256 or of all that is in a row. */
-enum { ANY, HALVES, WHOLE };
+/* How groups lie to 128 codes: any way, two halves, one group of several times 128; or a group of several times 256 codes
+ * or all of a row, whose sums stay integers to its end (vnni_long.inc). */
+enum { ANY, HALVES, WHOLE, LONG, LAYOUTS };
 
 /* Rows [first, last) of W with some rows of X from m0 on; `copy`: room for four rows. */
 typedef void (*rows_function)(const jpq_product *p, int64_t m0, int64_t first, int64_t last, uint8_t *copy);
@@ -63,7 +63,7 @@ float jpq_vnni_digits(const float *x, int32_t count, int32_t triples, int parts,
 extern const jpq_implementation jpq_vnni_many;
 
 /* By bits, layout, parts, and 1, 2 or 4 rows of X; NULL for what is compiled elsewhere. */
-typedef rows_function vnni_table[JPQ_WIDTHS][3][3][3];
+typedef rows_function vnni_table[JPQ_WIDTHS][LAYOUTS][3][3];
 extern const vnni_table jpq_vnni_narrow, jpq_vnni_wide;
 #endif
 #endif

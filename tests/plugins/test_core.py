@@ -90,7 +90,7 @@ def test_a_product_is_the_references(core_of, random, name, bits, group_size):
 
 
 @pytest.mark.parametrize(("few", "group_size"), [(7, 64), (3, 256), (3, 512), (3, 576), (3, 832)])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_a_row_is_the_same_whatever_rows_are_beside_it(core_of, random, bits, few, group_size):
     """Among few rows, and among many; between those two sums of fp32 are made in another order."""
     core, rng = core_of("avx512-vnni"), np.random.default_rng([bits, group_size])
@@ -144,7 +144,7 @@ def test_rounded_activations_are_exactly_the_promised_fixed_point(core_of, rando
             stored = random(n, k, bits, group_size, bool(m % 2), rng)
             x = rng.normal(size=(m, k)).astype(np.float32) * np.exp(rng.normal(size=k)).astype(np.float32)
             # A byte a part in long groups, and of many rows.
-            bytewise = name == "avx512-vnni" and (m > 16 or (group_size == 256 and bits in (1, 2, 3, 4)))
+            bytewise = name == "avx512-vnni" and (m > 16 or (group_size == 256 and bits in (1, 2, 3, 4, 5, 6, 8)))
             most = 127 * 256 if bytewise and activations == INT16 else largest[activations]
             rounded, step = fixed_point(x, group_size, most)
             status, y = core.matmul(x, stored, name, activations=activations)
