@@ -10,7 +10,7 @@ static int available(void) { return jpq_cpu_features.avx512; }
 
 JPQ_TARGET("avx512f,avx512bw,avx512vl,avx2,fma")
 
-#include "sum4.h"
+#include "lane_sums.h"
 #include "transpose16.h"
 
 #define W 16

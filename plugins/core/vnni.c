@@ -6,7 +6,8 @@
  *     2 parts  15 or 16 bits    INT16   q = B h + l
  *     3 parts  22 or 24 bits    FP32    q = B (B h + m) + l: what rounding loses is below what an fp32 sum loses
  *
- * Of codes that come multiplied (vnni_triples.h) X is divided first. Few rows of X; where there are more (has_many), they are vnni_many.c's.
+ * Of codes that come multiplied (vnni_triples.h) X is divided first. Few rows of X; where there are more (has_many), they
+ * are vnni_many.c's.
  *
  * One vpdpbusd a part and 64 codes; in short groups a shift by 7 between parts: a 32-bit lane sums 4 products of 8 bits, at most
  * 4 * 255 * 127 * 128^2 + ... < 2^31, or up to 16 of 4 bits. One conversion and one fused multiply-add for all of them

@@ -1,7 +1,7 @@
 /* Sums over the lanes of 4 or 16 vectors of 16. Included between JPQ_TARGET and its end: compiled for what the includer
  * names. */
-#ifndef JPQ_SUM4_H
-#define JPQ_SUM4_H
+#ifndef JPQ_LANE_SUMS_H
+#define JPQ_LANE_SUMS_H
 
 /* Lane 4 l + i: a quarter of the sum of vector i. */
 JPQ_INLINE __m512 jpq_quarters(const __m512 a[4]) {
