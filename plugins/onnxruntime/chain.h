@@ -7,6 +7,7 @@
 #define JPQ_SPEAKER "jpq LowBitChain"
 #endif
 #include "crew.h"
+#include "large_pages.h"
 #include "ort_inputs.h"
 
 enum { MOST_LINKS = MOST_STEPS, MOST_ALL = 16 /* weights */ };
@@ -28,6 +29,7 @@ typedef struct chain {
   float epsilon;
   chain_link link[MOST_LINKS];
   part parts[MOST_ALL];
+  block *codes; /* of the parts, where they were moved */
   const float *bias[MOST_ALL];
   atomic_int threads; /* that worked last time */
 } chain;

@@ -109,11 +109,15 @@ static OrtStatus *ORT_CALL create(const OrtCustomOp *op, const OrtApi *api, cons
   chain *k = malloc(sizeof *k);
   if (!k) return fail(api, "out of memory", "kernel");
   memcpy(k, &made, sizeof made);
+  k->codes = jpq_to_large_pages(k->parts, k->all);
   atomic_init(&k->threads, 1);
   return *out = k, NULL;
 }
 
-static void ORT_CALL destroy(void *k) { free(k); }
+static void ORT_CALL destroy(void *k) {
+  jpq_release_block(((chain *)k)->codes);
+  free(k);
+}
 
 static OrtStatus *ORT_CALL compute(void *k, OrtKernelContext *context) { return jpq_chain_run(k, context); }
 
