@@ -331,7 +331,7 @@ def compare_command(
 
     Other people's quantizers (hqq, auto-round) come with the extra `peers`; gptqmodel is a package of its own, and
     llama.cpp's llama-quantize is taken from the PATH. The table is printed as Markdown; --out gets comparison.json,
-    comparison.html and a file a cell. --tasks adds columns, now or later.
+    comparison.html, comparison.svg and a file a cell. --tasks adds columns, now or later.
     """
     from jpq_export.comparison import Comparison, compare
     from jpq_export.comparison_report import made_by, markdown

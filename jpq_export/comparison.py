@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jpq_export.comparison_cells import PermutedExport, Remembered, maker, table_moments
+from jpq_export.comparison_picture import picture_file
 from jpq_export.comparison_report import page
 from jpq_export.evaluate.predictors import TorchPredictor
 from jpq_export.evaluate.task_data import TaskChoice
@@ -91,6 +92,8 @@ def compare(comparison: Comparison, stages: Stages) -> list[dict[str, Any]]:
             rows.append(row)
     write_atomic(out / "comparison.json", json.dumps(rows, indent=1) + "\n")
     write_atomic(out / "comparison.html", page(rows, loaded.name))
+    if any("texts" in row for row in rows):
+        write_atomic(out / "comparison.svg", picture_file(rows, loaded.name))
     return rows
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from markupsafe import Markup
 
-from jpq_export.parity.svg import Axis, element, svg, text
+from jpq_export.comparison_picture import Row, picture, texts_of
+from jpq_export.parity.svg import element
 
-Row = dict[str, Any]
 WIDTH_95 = 1.96  # standard errors
-WIDTH, HEIGHT, LEFT, RIGHT = 760, 380, 64, 190
-COLOURS = ("#2f6fbd", "#c9701c", "#1d7f4e", "#8e44ad", "#c0332b", "#5d6878", "#b8860b", "#17808a", "#a0527a")
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
@@ -29,11 +25,6 @@ all; KL to the original model in nats a token. Lower is better; shares of right 
 {body}
 </html>
 """  # noqa: E501 a page's lines
-
-
-def texts_of(rows: list[Row]) -> list[str]:
-    """Names of the evaluation texts, from any row that ran."""
-    return next((list(row["texts"]) for row in rows if "texts" in row), [])
 
 
 def tasks_of(rows: list[Row]) -> dict[str, tuple[str, Row]]:
@@ -110,41 +101,11 @@ def markdown(rows: list[Row]) -> str:
 
 def page(rows: list[Row], model: str) -> str:
     """An HTML page without anything from outside: one picture a text, then the table."""
-    parts = [element("h2", name) + _picture(rows, name) for name in texts_of(rows)]
+    parts = [element("h2", name) + picture(rows, name) for name in texts_of(rows)]
     parts.append(element("h2", "All numbers") + _table(rows))
     parts += [element("p", line, class_="why") for line in made_by(rows)]
     title = f"{model}: quality at equal bytes"
     return PAGE.format(title=Markup.escape(title), body=Markup("").join(parts))
-
-
-def _picture(rows: list[Row], name: str) -> Markup:
-    """KL on a log axis against stored bits, a line a method."""
-    good = [row for row in rows if "texts" in row]
-    kls = [row["texts"][name]["kl_mean"] for row in good]
-    bits = [row["bits_per_weight"] for row in good]
-    x = Axis(min(bits) - 0.1, max(bits) + 0.1, LEFT, WIDTH - RIGHT)
-    y = Axis(min(kls) * 0.8, max(kls) * 1.25, HEIGHT - 40, 14, log=True)
-    parts = [text(x.at(v), HEIGHT - 20, f"{v:g} bits", text_anchor="middle") for v in x.ticks(5)]
-    for v in y.ticks():
-        parts.append(text(LEFT - 8, y.at(v) + 4, f"{v:g}", text_anchor="end"))
-        parts.append(element("path", d=f"M{LEFT} {y.at(v):.1f}H{WIDTH - RIGHT}", stroke="#8884"))
-    ends: list[float] = []
-    methods = sorted({row["method"] for row in good}, key=[row["method"] for row in good].index)
-    for method, colour in zip(methods, COLOURS * 9, strict=False):
-        points = sorted(
-            (x.at(row["bits_per_weight"]), y.at(row["texts"][name]["kl_mean"]))
-            for row in good
-            if row["method"] == method
-        )
-        path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
-        parts.append(element("path", d=path, stroke=colour, fill="none", stroke_width=2))
-        parts += [element("circle", cx=a, cy=b, r=3.5, fill=colour) for a, b in points]
-        height = points[-1][1] + 4
-        while any(abs(height - other) < 16 for other in ends):
-            height -= 16  # labels of lines that end close together stand above each other
-        ends.append(height)
-        parts.append(text(WIDTH - RIGHT + 12, height, method, fill=colour))
-    return svg(WIDTH, HEIGHT, *parts, label=f"KL against bits per weight on {name}")
 
 
 def _table(rows: list[Row]) -> Markup:

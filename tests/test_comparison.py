@@ -6,18 +6,21 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner, Result
 
 from jpq_export.cli import COMPARED as METHODS
 from jpq_export.comparison import pruned_width
+from jpq_export.comparison_picture import picture_file
 from jpq_export.comparison_report import made_by
 from jpq_export.compress import effort
 from jpq_export.errors import BudgetError
 from jpq_export.evaluate import text_quality
 from jpq_export.peers.run import PeerError
 
+SVG = "{http://www.w3.org/2000/svg}"
 WORDS = "the weight of the thing there and the rest of what they then thought "
 
 
@@ -88,6 +91,7 @@ def test_cells_of_other_code_are_made_again_unless_they_are_to_be_kept(
     monkeypatch.setattr("jpq_export.comparison.provenance", lambda: first_of(first) | {"commit": "abc1234"})
     _, (kept,) = compare(*options, "--keep")
     assert kept == first
+    assert ElementTree.parse(tmp_path / "out" / "comparison.svg").getroot().tag == f"{SVG}svg"
     _, (again,) = compare(*options)
     assert (again["commit"], again["revision"]) == ("abc1234", "other code")
     _, (changed,) = compare(*options, "--keep", "--seed", "1")
@@ -150,6 +154,23 @@ def test_tasks_are_columns_that_can_come_later(
     assert compare(*asked, "--limit", "2")[1][0]["tasks"]["piqa"]["samples"] == 2
     assert "tasks" in (out / "comparison.json").read_text()
     assert "original" in (out / "comparison.html").read_text()
+
+
+def test_the_picture_is_a_file_of_its_own() -> None:
+    def row(method: str, bits: float, kl: float) -> dict[str, Any]:
+        return {"method": method, "bits_per_weight": bits, "texts": {"a<b.txt": {"kl_mean": kl}, "c": {"kl_mean": kl}}}
+
+    rows = [row("joint", 2, 0.4), row("joint", 3, 0.1), row("a & b", 2, 4.0), {"method": "gone", "error": "no memory"}]
+    root = ElementTree.fromstring(picture_file(rows, "tiny"))
+    words = [node.text for node in root.iter(f"{SVG}text")]
+    assert words.count("joint") == words.count("a & b") == 2
+    assert "tiny: KL to the original, nats a token, a<b.txt" in words
+    assert "gone" not in words
+    circles = [(float(node.get("cx", 0)), float(node.get("cy", 0))) for node in root.iter(f"{SVG}circle")]
+    (x2, y2), (x3, y3), (x, y), *second = circles
+    assert len(second) == 3
+    assert x2 == x < x3
+    assert y < y2 < y3  # a lower KL stands lower
 
 
 def answers_of(folder: Path, teacher: Path, questions: Path) -> dict[str, Any]:
