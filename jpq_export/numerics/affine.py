@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from jpq_export.numerics.levels import normal_bytes
 from jpq_export.numerics.packing import pack_codes, unpack_codes
 from jpq_export.numerics.scheme import TERNARY, Scheme, row_bytes
 
@@ -48,17 +49,21 @@ class QuantizedWeight:
         """Codes: uint8 [N, K]."""
         return unpack_codes(self.packed, self.scheme.bits, self.shape[1])
 
+    def points(self) -> np.ndarray:
+        """Where codes stand, uint8 [N, K]: less the zero points, what scales multiply. The codes, if evenly spaced."""
+        return normal_bytes(self.scheme.bits)[self.codes()] if self.scheme.normal else self.codes()
+
     def zero_points(self) -> np.ndarray:
-        """Zero points in codes: float32 [N, K/g]."""
+        """Zero points among `points`: float32 [N, K/g]."""
         groups = self.scheme.groups(self.shape[1])
         if self.zeros is None:
             return np.full((self.shape[0], groups), self.scheme.centre, np.float32)
         return unpack_codes(self.zeros, self.scheme.bits, groups).astype(np.float32)
 
     def dequantize(self) -> np.ndarray:
-        """The weight: float32 [N, K] = scale * (code - zero), in fp32."""
+        """The weight: float32 [N, K] = scale * (point - zero), in fp32."""
         n, k = self.shape
-        codes = self.codes().astype(np.float32).reshape(n, -1, self.scheme.group_size)  # [N, K/g, g]
+        codes = self.points().astype(np.float32).reshape(n, -1, self.scheme.group_size)  # [N, K/g, g]
         zeros = self.zero_points()[:, :, None]
         scales = self.scales.astype(np.float32)[:, :, None]
         return ((codes - zeros) * scales).reshape(n, k)
@@ -77,7 +82,15 @@ def with_stored_zeros(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 def store(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, scheme: Scheme) -> QuantizedWeight:
-    """Pack codes uint8 [N, K], scales [N, K/g] and (asymmetric) integer zeros uint8 [N, K/g]."""
+    """Pack points uint8 [N, K], scales [N, K/g] and (asymmetric) integer zeros uint8 [N, K/g].
+
+    ValueError for points that are no levels of the scheme.
+    """
+    if scheme.normal:
+        known = normal_bytes(scheme.bits)
+        points, codes = codes, np.minimum(np.searchsorted(known, codes), len(known) - 1).astype(np.uint8)
+        if not np.array_equal(known[codes], points):
+            raise ValueError(f"points that are no level of {scheme.bits:g} bits")
     packed_zeros = None if scheme.symmetric or zeros is None else pack_codes(zeros, scheme.bits)
     shape = (codes.shape[0], codes.shape[1])
     return QuantizedWeight(scheme, shape, pack_codes(codes, scheme.bits), scales.astype(np.float16), packed_zeros)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jpq_export.numerics.levels import MIDDLE, NORMAL_WIDTHS
+
 TERNARY = 1.6  # bits of a code 0, 1 or 2: five share a byte
 KERNEL_TERNARY = 16  # how the integer attribute `bits` of operators and kernels says so: tenths of a bit
 ALL_WIDTHS = (1, TERNARY, 2, 3, 4, 5, 6, 8)
@@ -13,7 +15,7 @@ SCALE_BYTES = 2  # fp16
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Uniform affine quantization of a weight [N, K] in groups along K: w = scale * (code - zero).
+    """Quantization of a weight [N, K] in groups along K: w = scale * (code - zero), or scale * level[code] (`normal`).
 
     `symmetric`: the zero is the centre of the code range, (2**bits - 1) / 2, and is not stored. Half-integer on
     purpose: at 2 bits the levels are then -1.5, -0.5, 0.5, 1.5 scales, the best 4-level grid for centred weights; at
@@ -21,12 +23,14 @@ class Scheme:
     Otherwise one integer zero point of `bits` bits a group, packed like the codes.
     `integer_zero`: a symmetric scheme whose zero is 2**(bits - 1) instead, for formats that know signed codes only
     (INT4 is -8 .. 7): half-integer zeros would need one bit more there.
+    `normal`: a symmetric scheme whose codes stand for the levels of `numerics/levels.py`.
     """
 
     bits: float
     group_size: int
     symmetric: bool = True
     integer_zero: bool = False
+    normal: bool = False
 
     def __post_init__(self) -> None:
         """Check: unknown widths are a ValueError."""
@@ -36,6 +40,8 @@ class Scheme:
             raise ValueError(f"group_size {self.group_size} must be at least 1")
         if self.integer_zero and not self.symmetric:
             raise ValueError("integer_zero is a kind of symmetric; stored zero points are integers anyway")
+        if self.normal and (not self.symmetric or self.integer_zero or self.bits not in NORMAL_WIDTHS):
+            raise ValueError(f"normal levels are symmetric, of {NORMAL_WIDTHS} bits")
 
     @property
     def max_code(self) -> int:
@@ -44,7 +50,9 @@ class Scheme:
 
     @property
     def centre(self) -> float:
-        """Zero point of a symmetric scheme, in codes."""
+        """Zero point of a symmetric scheme, in codes; of `normal` levels as bytes, whose codes have none."""
+        if self.normal:
+            return MIDDLE
         return (self.max_code + 1) // 2 if self.integer_zero else self.max_code / 2
 
     @property
