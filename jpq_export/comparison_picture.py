@@ -33,7 +33,8 @@ def picture_file(rows: list[Row], model: str) -> str:
         title = text(LEFT, 20, f"{model}: KL to the original, nats a token, {name}", "title")
         plot = element("g", *_plot(rows, name), transform=f"translate(0 {TITLE})")
         parts.append(element("g", title, plot, transform=f"translate(0 {i * (HEIGHT + TITLE)})"))
-    size = {"width": WIDTH, "height": len(names) * (HEIGHT + TITLE)}
+    height = len(names) * (HEIGHT + TITLE)
+    size = {"width": WIDTH, "height": height, "viewBox": f"0 0 {WIDTH} {height}"}
     label = "; ".join(map(_label, names))
     return element("svg", *parts, xmlns="http://www.w3.org/2000/svg", role="img", aria_label=label, **size) + "\n"
 

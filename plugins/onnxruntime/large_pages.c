@@ -1,4 +1,5 @@
 #define _GNU_SOURCE /* for mmap's and madvise's flags */
+#include <inttypes.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -10,7 +11,10 @@
 #include "large_pages.h"
 
 #ifdef __linux__
+#include <fcntl.h>
+#include <sched.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 enum {
@@ -19,7 +23,13 @@ enum {
   WORTH = 64 << 10,         /* bytes of a kernel's codes: below, its pages are few anyway */
   STEP = 1 << 20,           /* bytes copied before the file's are given back */
   LINE = 64,
+  LOOKED_AT = 512, /* pages at a time */
 };
+#define SETTINGS "/sys/kernel/mm/transparent_hugepage/"
+#define ABOUT_PAGE "/proc/self/pagemap" /* 8 bytes for each */
+#define IN_MEMORY (1ull << 63)
+#define SWAPPED (1ull << 62)
+#define OF_FILE (1ull << 61)
 
 struct block {
   uint8_t *memory; /* mapped, its first large page at `pages` */
@@ -33,8 +43,7 @@ static block *latest; /* with room perhaps */
 static atomic_flag busy = ATOMIC_FLAG_INIT; /* around all that reads or writes blocks: sessions may be made side by side */
 
 static void enter(void) {
-  while (atomic_flag_test_and_set_explicit(&busy, memory_order_acquire)) {
-  }
+  while (atomic_flag_test_and_set_explicit(&busy, memory_order_acquire)) sched_yield();
 }
 static void leave(void) { atomic_flag_clear_explicit(&busy, memory_order_release); }
 
@@ -52,7 +61,7 @@ static block *new_block(size_t bytes) {
   if (b->memory == MAP_FAILED) return free(b), NULL;
   b->pages = (uint8_t *)(((uintptr_t)b->memory + LARGE - 1) & ~(uintptr_t)(LARGE - 1));
   if (!madvise(b->pages, b->size, MADV_HUGEPAGE)) return b;
-  release(b); /* a system without them */
+  release(b);
   return NULL;
 }
 
@@ -72,41 +81,76 @@ static block *take(size_t bytes, uint8_t **at) {
 static size_t whole_lines(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 static size_t code_bytes(const jpq_weight *w) { return (size_t)(w->n * jpq_bytes(w->k, w->bits)); }
 
-/* Whether all codes lie in private mappings of files, found in the system's list of what is mapped. */
+static int file_says(const char *path, const char *what) {
+  char text[64] = "";
+  FILE *file = fopen(path, "r");
+  if (!file) return 0;
+  if (!fgets(text, sizeof text, file)) text[0] = 0;
+  fclose(file);
+  return strstr(text, what) != NULL;
+}
+
+/* Whether the system gives pages of LARGE bytes to who asks: the advice alone is taken, and does nothing, where it does not. */
+static int has_large_pages(void) {
+  char size[24];
+  snprintf(size, sizeof size, "%d\n", LARGE);
+  return file_says(SETTINGS "hpage_pmd_size", size) && !file_says(SETTINGS "enabled", "[never]") && prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 0;
+}
+
+/* Whether all of `bytes` from `data` on are as the file has them: of pages that were written to, nobody else has the content. */
+static int is_clean(int about, const uint8_t *data, size_t bytes) {
+  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), last = ((uintptr_t)data + bytes + page - 1) / page;
+  for (uintptr_t at = (uintptr_t)data / page; at < last; at += LOOKED_AT) {
+    uint64_t pages[LOOKED_AT];
+    const size_t count = last - at < LOOKED_AT ? last - at : LOOKED_AT;
+    if (pread(about, pages, count * sizeof *pages, (off_t)(at * sizeof *pages)) != (ssize_t)(count * sizeof *pages)) return 0;
+    for (size_t i = 0; i < count; i++)
+      if ((pages[i] & SWAPPED) || ((pages[i] & IN_MEMORY) && !(pages[i] & OF_FILE))) return 0;
+  }
+  return 1;
+}
+
+/* Whether all codes lie in private mappings of files, found in the system's list of what is mapped, and unchanged. */
 static int from_files(const part *parts, int64_t count) {
   FILE *list = fopen("/proc/self/maps", "r");
   char line[512];
-  int64_t found = 0;
+  uint64_t found = 0;
   if (!list) return 0;
-  while (found < count && fgets(line, sizeof line, list)) {
+  while (fgets(line, sizeof line, list)) {
     uintptr_t first, last;
     unsigned long long inode;
-    char kind[5];
-    if (sscanf(line, "%zx-%zx %4s %*s %*s %llu", &first, &last, kind, &inode) != 4) continue; /* the rest of a long line */
-    if (!inode || kind[3] != 'p') continue;
+    char kind[5], name[16] = "";
+    if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %4s %*s %*s %llu %15s", &first, &last, kind, &inode, name) < 4) continue; /* the rest of a long line */
+    if (!inode || kind[3] != 'p' || !strcmp(name, "/dev/zero") || !strcmp(name, "/anon_hugepage")) continue;
     for (int64_t i = 0; i < count; i++) {
       const uintptr_t at = (uintptr_t)parts[i].shape.packed;
-      found += at >= first && at + code_bytes(&parts[i].shape) <= last;
+      if (at >= first && at + code_bytes(&parts[i].shape) <= last) found |= 1ull << i;
     }
   }
   fclose(list);
-  return found == count;
+  if (found != (1ull << count) - 1) return 0;
+  const int about = open(ABOUT_PAGE, O_RDONLY | O_CLOEXEC);
+  int clean = about >= 0;
+  for (int64_t i = 0; i < count && clean; i++) clean = is_clean(about, parts[i].shape.packed, code_bytes(&parts[i].shape));
+  if (about >= 0) close(about);
+  return clean;
 }
 
-/* The memory of whole pages of a file: whoever reads them again gets them from the file. */
-static void give_back(const uint8_t *data, size_t bytes) {
+/* The memory of whole pages of a file: whoever reads them again gets them from the file. 0 where it must stay (mlock). */
+static int give_back(const uint8_t *data, size_t bytes) {
   const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
   const uintptr_t first = ((uintptr_t)data + page - 1) & ~(page - 1), last = ((uintptr_t)data + bytes) & ~(page - 1);
-  if (last > first) madvise((void *)first, last - first, MADV_DONTNEED);
+  return last <= first || !madvise((void *)first, last - first, MADV_DONTNEED);
 }
 
-/* Step by step, so that little is there twice. */
-static void move(uint8_t *to, const uint8_t *from, size_t bytes) {
+/* Step by step, so that little is there twice; 0 where it would be. */
+static int move(uint8_t *to, const uint8_t *from, size_t bytes) {
   for (size_t at = 0; at < bytes; at += STEP) {
     const size_t size = bytes - at < STEP ? bytes - at : STEP;
     memcpy(to + at, from + at, size);
-    give_back(from + at, size);
+    if (!give_back(from + at, size)) return 0;
   }
+  return 1;
 }
 
 block *jpq_to_large_pages(part *parts, int64_t count) {
@@ -114,13 +158,13 @@ block *jpq_to_large_pages(part *parts, int64_t count) {
   size_t bytes = 0;
   uint8_t *at;
   for (int64_t i = 0; i < count; i++) bytes += whole_lines(code_bytes(&parts[i].shape));
-  if (bytes < WORTH || (asked && !strcmp(asked, "off")) || !from_files(parts, count)) return NULL;
+  if (bytes < WORTH || (asked && !strcmp(asked, "off")) || !has_large_pages() || !from_files(parts, count)) return NULL;
   enter();
   block *b = take(bytes, &at);
   leave();
   for (int64_t i = 0; b && i < count; i++) {
     const size_t size = code_bytes(&parts[i].shape);
-    move(at, parts[i].shape.packed, size);
+    if (!move(at, parts[i].shape.packed, size)) break; /* the rest stays where it is */
     parts[i].shape.packed = at;
     at += whole_lines(size);
   }
