@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from jpq_export.compress import parallel
 from jpq_export.compress.decoder import Layer, canonical_name, named_weights
+from jpq_export.compress.grid import Grid, grid_of
 from jpq_export.compress.model import AnyContext, AnyLayer, Model, build_model
 from jpq_export.compress.quant_linear import QuantEmbedding, QuantLinear
-from jpq_export.compress.rounding import Rounded, max_codes, quantize_rows
+from jpq_export.compress.rounding import Rounded, quantize_rows
 from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.compress.two_sided import kept_blocks, two_sided
 from jpq_export.format.encoder_spec import EncoderSpec, Spec, is_table
@@ -161,16 +162,16 @@ class Compressor:
         for name in filter(is_table, self.student.spec.matrices()):
             W, scheme = getattr(self.student, name).weight, self.recipe.schemes[name]
             mine = parallel.share(len(W))
-            rounded = self._round(W[mine], self.stats.hessians[name], scheme, max_codes(scheme, len(W), W.device)[mine])
+            rounded = self._round(W[mine], self.stats.hessians[name], scheme, grid_of(scheme, len(W), W.device)[mine])
             setattr(self.student, name, (QuantLinear if name == "head" else QuantEmbedding)(rounded, None))
 
-    def _round(self, W: Tensor, H: Tensor, scheme: Scheme | RowLayout, top: Tensor) -> Rounded:
-        """All rows rounded, of which this rank has W [n, K] and their largest codes [n]."""
+    def _round(self, W: Tensor, H: Tensor, scheme: Scheme | RowLayout, grid: Grid) -> Rounded:
+        """All rows rounded, of which this rank has W [n, K] and their grid."""
         one = _kind(scheme)
         kind = {"method": self.recipe.method, "passes": self.recipe.passes}
         kind |= {"symmetric": one.symmetric, "integer_zero": one.integer_zero}
-        chunks = zip(W.split(ROWS_TOGETHER), top.split(ROWS_TOGETHER), strict=True)
-        parts = [quantize_rows(rows, H, codes, one.group_size, **kind) for rows, codes in chunks]
+        chunks = zip(W.split(ROWS_TOGETHER), grid.split(ROWS_TOGETHER), strict=True)
+        parts = [quantize_rows(rows, H, points, one.group_size, **kind) for rows, points in chunks]
         fields = ("codes", "scales", "zeros")
         return Rounded(*(parallel.joined(torch.cat([getattr(part, field) for part in parts])) for field in fields))
 
@@ -227,13 +228,13 @@ class Compressor:
             stack = torch.cat([weights[part] for part in alike])
             schemes = [self.recipe.schemes[f"layers.{i}.{part}"] for part in alike]
             sizes = [len(weights[part]) for part in alike]
-            top = torch.cat([max_codes(s, n, stack.device) for s, n in zip(schemes, sizes, strict=True)])
+            grid = Grid.joined([grid_of(s, n, stack.device) for s, n in zip(schemes, sizes, strict=True)])
             mine = parallel.share(len(stack))
-            rounded = self._round(stack[mine], H, schemes[0], top[mine])
+            rounded = self._round(stack[mine], H, schemes[0], grid[mine])
             start = 0
             for part, size in zip(alike, sizes, strict=True):
                 rows = slice(start, start + size)
-                done = self._two_sided(i, part, weights[part], H, rounded.rows(rows), top[rows])
+                done = self._two_sided(i, part, weights[part], H, rounded.rows(rows), grid[rows])
                 sublayer, short = part.split(".")
                 owner = getattr(self.student.layers[i], sublayer)
                 setattr(owner, short, QuantLinear(done, modules[part].bias))
@@ -247,13 +248,14 @@ class Compressor:
             found.setdefault((one.group_size, one.symmetric, one.integer_zero), []).append(part)
         return list(found.values())
 
-    def _two_sided(self, i: int, part: str, W: Tensor, H: Tensor, rounded: Rounded, top: Tensor) -> Rounded:
+    def _two_sided(self, i: int, part: str, W: Tensor, H: Tensor, rounded: Rounded, grid: Grid) -> Rounded:
         """With the moments of the outputs' gradients, where there are any."""
-        if (outputs := self.stats.outputs.get(f"layers.{i}.{part}")) is None:
+        outputs = self.stats.outputs.get(f"layers.{i}.{part}")
+        if outputs is None or grid.table is not None:  # it knows evenly spaced codes only
             return rounded
         rows = kept_rows(self.teacher, i, self.recipe.layers[i]).get(ROWS_OF.get(part, ""))
         full = _linear(self.teacher, i, part).weight
-        done = two_sided(W, H, kept_blocks(outputs, rows, len(full)), rounded, top)
+        done = two_sided(W, H, kept_blocks(outputs, rows, len(full)), rounded, grid.top)
         return Rounded(parallel.from_rank(0, done.codes), done.scales, done.zeros)
 
     def _moment(self, left: Iterable[Tensor], right: Stream) -> Tensor:

@@ -42,10 +42,43 @@ class Grid:
         """Of some rows."""
         return Grid(self.top[rows], None if self.table is None else self.table[rows])
 
+    @staticmethod
+    def over(top: Grid | Tensor) -> Grid:
+        """Of the largest codes of rows [N] alone: evenly spaced; a Grid as it is."""
+        return top if isinstance(top, Grid) else Grid(top)
+
+    @staticmethod
+    def joined(grids: Sequence[Grid]) -> Grid:
+        """Of the rows of all, one after the other."""
+        tables = None
+        if any(grid.table is not None for grid in grids):
+            tables = torch.cat([torch.full_like(g.top, -1).long() if g.table is None else g.table for g in grids])
+        return Grid(torch.cat([grid.top for grid in grids]), tables)
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.top)
+
+    def split(self, rows: int) -> list[Grid]:
+        """In parts of so many rows."""
+        return [self[start : start + rows] for start in range(0, max(1, len(self)), rows)]
+
     @property
     def normal(self) -> Tensor:
         """Which rows have normal levels [N]."""
         return torch.zeros_like(self.top, dtype=torch.bool) if self.table is None else self.table >= 0
+
+    def reach(self) -> Tensor:
+        """How far the outermost point of a symmetric row is from the middle [N]."""
+        if self.table is None:
+            return self.top / 2
+        outermost = torch.tensor([float(normal_bytes(bits)[-1]) - MIDDLE for bits in NORMAL_WIDTHS])
+        return torch.where(self.normal, outermost.to(self.top.device)[self.table.clamp(min=0)], self.top / 2)
+
+    def middle(self, *, integer_zero: bool) -> Tensor:
+        """The zero of symmetric rows, in points [N]."""
+        even = (self.top / 2).ceil() if integer_zero else self.top / 2
+        return even if self.table is None else torch.where(self.normal, float(MIDDLE), even)
 
     def nearest(self, places: Tensor) -> Tensor:
         """The nearest point of each place; places [N] or [N, ...], in points."""
@@ -77,9 +110,3 @@ def grid_of(scheme: Scheme | RowLayout, rows: int, device: torch.device) -> Grid
     if scheme.order is None:
         return grid
     return grid[torch.argsort(torch.tensor(scheme.order)).to(device)]
-
-
-def peak_of(grid: Grid) -> Tensor:
-    """How far the outermost point of a symmetric row is from the middle: [N]."""
-    outermost = torch.tensor([float(normal_bytes(bits)[-1]) - MIDDLE for bits in NORMAL_WIDTHS], device=grid.top.device)
-    return grid.top / 2 if grid.table is None else torch.where(grid.normal, outermost[grid.table.clamp(min=0)], grid.top / 2)

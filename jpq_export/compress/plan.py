@@ -171,7 +171,7 @@ def _choices(problem: Problem, solution: Solution, layers: tuple[LayerPlan, ...]
         reason = _reason(problem, solution, name, scheme, rows, columns, share)
         size = scheme.weight_bytes(rows, columns)
         kind = scheme.symmetric, rows, columns, size, price, reason, scheme.integer_zero
-        out.append(Choice(name, scheme.bits, scheme.group_size, *kind))
+        out.append(Choice(name, scheme.bits, scheme.group_size, *kind, normal=scheme.normal))
     return tuple(out)
 
 

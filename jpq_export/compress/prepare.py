@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,11 @@ def group_size_for(target: Target, spec: Spec, asked: int | None = None) -> int:
     return ROTATED_GROUP_SIZE if isinstance(spec, ModelSpec) and spec.rotated else GROUP_SIZE
 
 
+def normal_levels_for(target: Target) -> bool:
+    """Whether codes get normal levels: where our own operators compute, not formats that others defined."""
+    return os.environ.get("JPQ_LEVELS") == "normal" and target.graph == "custom_op" and not target.stored_bits
+
+
 def prepare(
     teacher: Model,
     calibration: np.ndarray,
@@ -43,6 +49,7 @@ def prepare(
     seed: int,
     stages: Stages,
     group_size: int,
+    normal: bool = False,
     narrow: tuple[float, ...] = (),
 ) -> Prepared:
     """The prepared state for these inputs; `folder` names them (see prepared_folder).
@@ -59,13 +66,14 @@ def prepare(
         stats = collect(teacher, calibration, seed=seed, progress=report)
     told = ", ".join(f"{bits:g}" for bits in (*narrow, *ROUNDED_BITS))
     with stages.stage("round", f"rounding every matrix at {told} bits") as report:
-        weights, kind = named_weights(teacher), {"group_size": group_size, "narrow": narrow}
+        weights, kind = named_weights(teacher), {"group_size": group_size, "normal": normal, "narrow": narrow}
         cache, raw = round_all(weights, teacher.spec, stats, **kind, progress=report)
         drop_layer_hessians(stats)
     with stages.stage("prices", "measuring what each sub-layer costs") as report:
         teaching = teaching_of(teacher)
         forward = PartialForward(teacher, teaching.heldout(teacher, teaching.priced(heldout)))
-        prices = measure_prices(teacher, stats, raw, cache, forward, group_size=group_size, progress=report)
+        kind = {"group_size": group_size, "normal": normal}
+        prices = measure_prices(teacher, stats, raw, cache, forward, **kind, progress=report)
     prepared = Prepared(prices, cache, stats)
     parallel.once(save_prepared, folder, prepared)
     return prepared

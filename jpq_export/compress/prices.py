@@ -20,15 +20,18 @@ from torch import Tensor
 
 from jpq_export.compress import parallel
 from jpq_export.compress.apply import LayerChoice, all_kept, prune_layer
+from jpq_export.compress.grid import Grid
 from jpq_export.compress.heldout import PartialForward
 from jpq_export.compress.model import AnyContext, AnyLayer, Model
 from jpq_export.compress.rounding import Rounded, quantize_rows, row_loss
 from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.errors import PlanError
 from jpq_export.format.encoder_spec import Spec, is_table, spec_from_json
-from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, levels, read_width, wide_group_size
+from jpq_export.numerics.levels import NORMAL_WIDTHS
+from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, read_width, wide_group_size
 
 FORMAT = "jpq-prices/1"
+AGAINST_FOUR = {5: 0.265, 6: 0.070, 8: 0.006}  # squared errors for normal weights: normal levels, at 8 bits even ones
 ROUNDED_BITS = (2, 3, 4)
 ROWS_TOGETHER = 8192  # of a table, rounded at once
 NARROW = 2  # bits below which a width is priced on request only
@@ -46,16 +49,20 @@ class StructurePrice:
 
 @dataclass(frozen=True, slots=True)
 class PriceList:
-    """`matrices[name][bits]` and `structures["layers.i.attn" | "layers.i.mlp"]`, nats of KL per token."""
+    """`matrices[name][bits]` and `structures["layers.i.attn" | "layers.i.mlp"]`, nats of KL per token.
+
+    `normal`: codes have normal levels, of the widths that know them.
+    """
 
     spec: Spec
     group_size: int
     matrices: dict[str, dict[float, float]]
     structures: dict[str, StructurePrice]
+    normal: bool = False
 
     def scheme(self, columns: int, bits: float) -> Scheme:
         """The scheme of a matrix with `columns` inputs."""
-        return Scheme(bits, wide_group_size(columns, self.group_size))
+        return scheme_of(columns, bits, self.group_size, normal=self.normal)
 
     def save(self, path: Path) -> None:
         """Write prices.json."""
@@ -63,6 +70,7 @@ class PriceList:
             "format": FORMAT,
             "spec": json.loads(self.spec.to_json()),
             "group_size": self.group_size,
+            "normal": self.normal,
             "matrices": self.matrices,
             "structures": {name: asdict(s) for name, s in self.structures.items()},
         }
@@ -80,9 +88,15 @@ class PriceList:
                 for name, s in raw["structures"].items()
             }
             matrices = {name: {read_width(b): p for b, p in prices.items()} for name, prices in raw["matrices"].items()}
-            return PriceList(spec_from_json(json.dumps(raw["spec"])), raw["group_size"], matrices, structures)
+            spec = spec_from_json(json.dumps(raw["spec"]))
+            return PriceList(spec, raw["group_size"], matrices, structures, raw.get("normal", False))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PlanError(f"{path}: damaged price list ({error!r}); delete it and run again") from error
+
+
+def scheme_of(columns: int, bits: float, group_size: int, *, normal: bool) -> Scheme:
+    """The scheme of a matrix with `columns` inputs."""
+    return Scheme(bits, wide_group_size(columns, group_size), normal=normal and bits in NORMAL_WIDTHS)
 
 
 # Rounded rows at all widths: codes uint8 [widths, N, K]; scales, zeros [widths, N, K/g]; loss of each row [widths, N].
@@ -111,6 +125,7 @@ def round_all(
     stats: Statistics,
     *,
     group_size: int,
+    normal: bool = False,
     narrow: tuple[float, ...] = (),
     progress: Progress | None = None,
 ) -> tuple[RoundedCache, dict[str, dict[float, float]]]:
@@ -123,7 +138,7 @@ def round_all(
     found: dict[tuple[str, int], Stacked] = {}
     for done, (name, start) in enumerate(mine):
         rows, size = weights[name][start : start + ROWS_TOGETHER], wide_group_size(weights[name].shape[1], group_size)
-        found[name, start] = _round_widths(rows, stats.hessians[name], size, widths)
+        found[name, start] = _round_widths(rows, stats.hessians[name], size, widths, normal=normal)
         if progress:
             progress(done + 1, len(mine))
     for name in names:
@@ -141,15 +156,18 @@ def round_all(
             prices[name][bits] = float((losses[i] * row_weight).sum()) / 2
         for bits in BIT_WIDTHS:
             if bits not in prices[name]:
-                prices[name][bits] = prices[name][4] * 4.0 ** (4 - bits)  # uniform quantizers: 6 dB a bit
+                beside = AGAINST_FOUR[bits] if normal else 4.0 ** (4 - bits)  # evenly spaced: 6 dB a bit
+                prices[name][bits] = prices[name][4] * beside
     return cache, prices
 
 
-def _round_widths(W: Tensor, H: Tensor, group_size: int, widths: tuple[float, ...]) -> Stacked:
+def _round_widths(W: Tensor, H: Tensor, group_size: int, widths: tuple[float, ...], *, normal: bool) -> Stacked:
     """Rows W [N, K] rounded at every width: one GPTQ over stacked copies of them."""
     stack = W.repeat(len(widths), 1)
-    top = torch.tensor([float(levels(b) - 1) for b in widths], device=W.device).repeat_interleave(len(W))
-    rounded = quantize_rows(stack, H, top, group_size, symmetric=True, method="gptq", candidates=11)
+    schemes = [(scheme_of(W.shape[1], bits, group_size, normal=normal), len(W)) for bits in widths]
+    rounded = quantize_rows(
+        stack, H, Grid.of(schemes, W.device), group_size, symmetric=True, method="gptq", candidates=11
+    )
     kinds = (rounded.codes, rounded.scales, rounded.zeros, row_loss(stack, H, rounded))
     return tuple(kind.view(len(widths), len(W), *kind.shape[1:]) for kind in kinds)
 
@@ -173,6 +191,7 @@ def measure_prices(
     forward: PartialForward,
     *,
     group_size: int,
+    normal: bool = False,
     progress: Progress | None = None,
 ) -> PriceList:
     """Scale the Fisher prices by measured KLs, sub-layer by sub-layer."""
@@ -201,7 +220,7 @@ def measure_prices(
                 for bits in priced:
                     matrices[name][bits] = raw[name][bits] * factor
     _measure_tables(teacher, raw, cache, forward, matrices)
-    return PriceList(spec, group_size, matrices, structures)
+    return PriceList(spec, group_size, matrices, structures, normal)
 
 
 def _names(spec: Spec, i: int, sub: str) -> list[str]:

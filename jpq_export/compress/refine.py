@@ -17,6 +17,7 @@ from torch import Tensor
 
 from jpq_export.compress.apply import COLUMNS_OF, ROWS_OF, LayerChoice, kept_rows, prune
 from jpq_export.compress.decoder import named_weights
+from jpq_export.compress.grid import grid_of
 from jpq_export.compress.model import Model, build_model
 from jpq_export.compress.prices import PriceList, RoundedCache
 from jpq_export.compress.rounding import nearest, search_scales
@@ -127,10 +128,10 @@ def _rounded(name: str, bits: float, full: Tensor, cache: RoundedCache, prices: 
     if (name, bits) in cache.entries:
         return cache.weight(name, bits)
     scheme = prices.scheme(full.shape[1], bits)  # 5 bits and up: nearest is within a few percent of GPTQ
-    top = torch.full((full.shape[0],), float(scheme.max_code), device=full.device)
+    grid = grid_of(scheme, len(full), full.device)
     importance = torch.ones(full.shape[1], device=full.device)
-    scales, zeros = search_scales(full, importance, top, scheme.group_size, symmetric=True)
-    return nearest(full, scales, zeros, top).dequantize()
+    scales, zeros = search_scales(full, importance, grid, scheme.group_size, symmetric=True)
+    return nearest(full, scales, zeros, grid).dequantize()
 
 
 def refine(

@@ -2,7 +2,7 @@
 
 All of them lower tr(E H Eᵀ) for the error E = Ŵ - W, with H a second moment of the layer's inputs (Frantar et al.,
 GPTQ, 2023), which prices weigh by the Fisher information (Kim et al., GuidedQuant, 2025). Rows are independent, so a
-stack of rows may mix bit widths: `max_code` is then a vector.
+stack of rows may mix bit widths, and says of each which points there are: a `Grid`, or the largest codes [N] alone.
 
 Columns live in the first dimension here (W as [K, N]): the inner loops walk over K and touch contiguous rows.
 """
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from jpq_export.compress.grid import Grid, grid_of
 from jpq_export.numerics.affine import store
 from jpq_export.numerics.row_blocks import RowLayout, StoredWeight
 from jpq_export.numerics.scheme import Scheme
@@ -27,7 +28,7 @@ DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rounded:
-    """Codes uint8 [N, K], scales float32 [N, K/g] (fp16 values), zeros float32 [N, K/g] in codes."""
+    """Codes, or levels as bytes (`QuantizedWeight.points`), uint8 [N, K], scales float32 [N, K/g] (fp16 values), zeros float32 [N, K/g] in codes."""
 
     codes: Tensor
     scales: Tensor
@@ -54,7 +55,7 @@ def damped(H: Tensor, *, damping: float = DAMPING) -> Tensor:
 def search_scales(
     W: Tensor,
     weight: Tensor,
-    max_code: Tensor,
+    grid: Grid | Tensor,
     group_size: int,
     *,
     symmetric: bool,
@@ -63,10 +64,11 @@ def search_scales(
 ) -> tuple[Tensor, Tensor]:
     """Per group, the clipping that minimises Σ weight_k (w - ŵ)²; exact at 1 bit and ternary (symmetric).
 
-    W [N, K], weight [K], max_code [N] -> scales, zeros [N, K/g].
+    W [N, K], weight [K], grid of N rows -> scales, zeros [N, K/g].
     """
+    grid = Grid.over(grid)
     kind = {"symmetric": symmetric, "integer_zero": integer_zero, "candidates": candidates}
-    parts = [_search_rows(W[rows], weight, max_code[rows], group_size, **kind) for rows in chunks(W, TRIED_AT_ONCE)]
+    parts = [_search_rows(W[rows], weight, grid[rows], group_size, **kind) for rows in chunks(W, TRIED_AT_ONCE)]
     scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
     return scales, zeros
 
@@ -80,7 +82,7 @@ def chunks(W: Tensor, elements: int) -> list[slice]:
 def _search_rows(
     W: Tensor,
     weight: Tensor,
-    max_code: Tensor,
+    grid: Grid,
     group_size: int,
     *,
     symmetric: bool,
@@ -90,11 +92,11 @@ def _search_rows(
     n, k = W.shape
     groups = W.view(n, k // group_size, group_size)
     importance = weight.view(1, -1, group_size)
-    top = max_code.view(n, 1)
+    top = grid.top.view(n, 1)
     if symmetric:
         peak = groups.abs().amax(-1).clamp(min=1e-8)  # [N, K/g]
-        centre = (top / 2).ceil() if integer_zero else top / 2
-        base, zero = peak / (top / 2), centre.expand_as(peak)
+        base = peak / grid.reach().view(n, 1)
+        zero = grid.middle(integer_zero=integer_zero).view(n, 1).expand_as(peak)
     else:
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         base = (high - low).clamp(min=1e-8) / top
@@ -104,7 +106,7 @@ def _search_rows(
     for shrink in torch.linspace(0.40, 1.10, candidates).tolist():
         scale = to_fp16(base * shrink)
         z = zero if symmetric else (-groups.amin(-1).clamp(max=0) / base).round().clamp(torch.zeros_like(top), top)
-        codes = (groups / scale[..., None] + z[..., None]).round_().clamp_(min=0).minimum(top[..., None])
+        codes = grid.nearest(groups / scale[..., None] + z[..., None])
         error = ((codes - z[..., None]) * scale[..., None] - groups).square_().mul_(importance).sum(-1)
         better = error < best
         best = torch.where(better, error, best)
@@ -143,11 +145,11 @@ def to_fp16(scales: Tensor) -> Tensor:
     return scales.clamp(6e-8, 6e4).half().float()
 
 
-def nearest(W: Tensor, scales: Tensor, zeros: Tensor, max_code: Tensor) -> Rounded:
+def nearest(W: Tensor, scales: Tensor, zeros: Tensor, grid: Grid | Tensor) -> Rounded:
     """Round to nearest: W [N, K]."""
     n, k = W.shape
     groups = W.view(n, scales.shape[1], -1)
-    codes = (groups / scales[..., None] + zeros[..., None]).round_().clamp_(min=0).minimum(max_code.view(n, 1, 1))
+    codes = Grid.over(grid).nearest(groups / scales[..., None] + zeros[..., None])
     return Rounded(codes.view(n, k).to(torch.uint8), scales, zeros)
 
 
@@ -166,11 +168,12 @@ class Sweep(NamedTuple):
         return Sweep(order, torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True))
 
 
-def gptq(W: Tensor, H: Tensor | Sweep, scales: Tensor, zeros: Tensor, max_code: Tensor) -> Rounded:
+def gptq(W: Tensor, H: Tensor | Sweep, scales: Tensor, zeros: Tensor, grid: Grid | Tensor) -> Rounded:
     """GPTQ with fixed group scales and columns in order of falling diag(H) (Frantar et al., 2023, algorithm 1).
 
-    W [N, K]; H [K, K] symmetric, or what `Sweep.of` it is; scales, zeros [N, K/g]; max_code [N].
+    W [N, K]; H [K, K] symmetric, or what `Sweep.of` it is; scales, zeros [N, K/g]; grid of N rows.
     """
+    grid = Grid.over(grid)
     k = W.shape[1]
     group_size = k // scales.shape[1]
     order, U = H if isinstance(H, Sweep) else Sweep.of(H)
@@ -183,8 +186,7 @@ def gptq(W: Tensor, H: Tensor | Sweep, scales: Tensor, zeros: Tensor, max_code: 
         errors = torch.empty_like(work[start:end])
         for j in range(start, end):
             w = work[j]
-            q = torch.addcmul(zero[j], w, inverse[j]).round_().clamp_(min=0)
-            torch.minimum(q, max_code, out=codes[j])
+            codes[j] = grid.nearest(torch.addcmul(zero[j], w, inverse[j]))
             error = w.sub(codes[j].sub(zero[j]).mul_(scale[j])).div_(U[j, j].item())
             errors[j - start] = error
             if j + 1 < end:
@@ -195,11 +197,12 @@ def gptq(W: Tensor, H: Tensor | Sweep, scales: Tensor, zeros: Tensor, max_code: 
     return Rounded(codes[back].T.contiguous().to(torch.uint8), scales, zeros)
 
 
-def coordinate_descent(W: Tensor, H: Tensor, start: Rounded, max_code: Tensor, *, passes: int = 1) -> Rounded:
+def coordinate_descent(W: Tensor, H: Tensor, start: Rounded, grid: Grid | Tensor, *, passes: int = 1) -> Rounded:
     """Cyclic coordinate descent on the codes; every accepted move lowers tr(E H Eᵀ) (Behdin et al., QuantEase, 2023).
 
     Shapes as in `gptq`; scales and zeros stay.
     """
+    grid = Grid.over(grid)
     k = W.shape[1]
     group_size = k // start.scales.shape[1]
     H = damped(H)
@@ -216,8 +219,7 @@ def coordinate_descent(W: Tensor, H: Tensor, start: Rounded, max_code: Tensor, *
             moved = torch.zeros_like(current[begin:end])
             for j in range(begin, end):
                 wanted = torch.add(current[j], slope[j], alpha=-1 / diagonal[j])
-                q = torch.addcmul(zero[j], wanted, inverse[j]).round_().clamp_(min=0)
-                torch.minimum(q, max_code, out=codes[j])
+                codes[j] = grid.nearest(torch.addcmul(zero[j], wanted, inverse[j]))
                 fresh = codes[j].sub(zero[j]).mul_(scale[j])
                 torch.sub(fresh, current[j], out=moved[j - begin])
                 current[j] = fresh
@@ -264,23 +266,16 @@ def row_loss(W: Tensor, H: Tensor, rounded: Rounded) -> Tensor:
 
 def quantize(W: Tensor, H: Tensor, scheme: Scheme | RowLayout, *, method: str = "jpq", passes: int = 2) -> Rounded:
     """Quantize W [N, K] under H [K, K]: "rtn" (nearest), "gptq" (plain), "jpq" (GPTQ, then descent and refits)."""
-    top = max_codes(scheme, len(W), W.device)
+    grid = grid_of(scheme, len(W), W.device)
     one = scheme.kind if isinstance(scheme, RowLayout) else scheme
     kind = {"symmetric": one.symmetric, "integer_zero": one.integer_zero}
-    return quantize_rows(W, H, top, one.group_size, **kind, method=method, passes=passes)
-
-
-def max_codes(scheme: Scheme | RowLayout, rows: int, device: torch.device) -> Tensor:
-    """The largest code of every row: float32 [rows]."""
-    if isinstance(scheme, RowLayout):
-        return torch.from_numpy(scheme.max_codes()).to(device)
-    return torch.full((rows,), float(scheme.max_code), device=device)
+    return quantize_rows(W, H, grid, one.group_size, **kind, method=method, passes=passes)
 
 
 def quantize_rows(
     W: Tensor,
     H: Tensor,
-    max_code: Tensor,
+    grid: Grid | Tensor,
     group_size: int,
     *,
     symmetric: bool,
@@ -289,17 +284,18 @@ def quantize_rows(
     passes: int = 2,
     candidates: int = 29,
 ) -> Rounded:
-    """`quantize` with a code range per row: `max_code` float [N]; `candidates` clippings are tried for every scale."""
+    """`quantize` with points of every row; `candidates` clippings are tried for every scale."""
+    grid = Grid.over(grid)
     weight = H.diagonal().clamp(min=0) + 1e-3 * H.diagonal().mean() + 1e-30
     kind = {"symmetric": symmetric, "integer_zero": integer_zero}
-    scales, zeros = search_scales(W, weight, max_code, group_size, **kind, candidates=candidates)
+    scales, zeros = search_scales(W, weight, grid, group_size, **kind, candidates=candidates)
     if method == "rtn":
-        return nearest(W, scales, zeros, max_code)
+        return nearest(W, scales, zeros, grid)
     sweep, parts = Sweep.of(H), []
     for rows in chunks(W, ROUNDED_AT_ONCE):
-        rounded = gptq(W[rows], sweep, scales[rows], zeros[rows], max_code[rows])
+        rounded = gptq(W[rows], sweep, scales[rows], zeros[rows], grid[rows])
         for _ in range(passes if method == "jpq" else 0):
-            rounded = coordinate_descent(W[rows], H, refit_scales(W[rows], H, rounded), max_code[rows])
+            rounded = coordinate_descent(W[rows], H, refit_scales(W[rows], H, rounded), grid[rows])
         parts.append((rounded.codes, rounded.scales, rounded.zeros))
     return Rounded(*(torch.cat(part) for part in zip(*parts, strict=True)))
 

@@ -36,7 +36,7 @@ def to_compressed(model: Model, schemes: dict[str, Scheme | RowLayout]) -> Compr
 def to_rounded(weight: StoredWeight, device: str) -> Rounded:
     """A stored weight as tensors."""
     return Rounded(
-        torch.from_numpy(weight.codes()).to(device),
+        torch.from_numpy(weight.points()).to(device),
         torch.from_numpy(weight.scales.astype(np.float32)).to(device),
         torch.from_numpy(weight.zero_points()).to(device),
     )

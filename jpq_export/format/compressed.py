@@ -103,7 +103,13 @@ class CompressedModel:
             spec = spec_from_json(meta["spec"])
             blocks = {}
             for name, raw in meta["schemes"].items():
-                scheme = Scheme(raw["bits"], raw["group_size"], raw["symmetric"], raw.get("integer_zero", False))
+                scheme = Scheme(
+                    raw["bits"],
+                    raw["group_size"],
+                    raw["symmetric"],
+                    raw.get("integer_zero", False),
+                    raw.get("normal", False),
+                )
                 packed, scales = tensors.pop(f"{name}.packed"), tensors.pop(f"{name}.scales")
                 zeros = tensors.pop(f"{name}.zeros", None)
                 blocks[name] = QuantizedWeight(scheme, tuple(raw["shape"]), packed, scales, zeros)

@@ -10,6 +10,7 @@ from typing import Any
 
 from jpq_export.errors import BudgetError, PlanError
 from jpq_export.format.encoder_spec import Spec
+from jpq_export.numerics.levels import NORMAL_WIDTHS
 from jpq_export.numerics.row_blocks import RowLayout
 from jpq_export.numerics.scheme import TERNARY, Scheme
 
@@ -85,6 +86,7 @@ class Choice:
     integer_zero: bool = False
     blocks: tuple[RowBlock, ...] = ()
     order: tuple[int, ...] | None = None
+    normal: bool = False
 
     @property
     def layout(self) -> RowLayout | None:
@@ -96,12 +98,16 @@ class Choice:
     def schemes(self) -> tuple[Scheme, ...]:
         """Of every block of rows."""
         widths = [block.bits for block in self.blocks] or [self.bits]
-        return tuple(Scheme(bits, self.group_size, self.symmetric, self.integer_zero) for bits in widths)
+        return tuple(self._of(bits) for bits in widths)
 
     @property
     def scheme(self) -> Scheme:
         """As a Scheme."""
-        return Scheme(self.bits, self.group_size, self.symmetric, self.integer_zero)
+        return self._of(self.bits)
+
+    def _of(self, bits: float) -> Scheme:
+        normal = self.normal and bits in NORMAL_WIDTHS  # other widths have none
+        return Scheme(bits, self.group_size, self.symmetric, self.integer_zero, normal)
 
 
 @dataclass(frozen=True, slots=True)

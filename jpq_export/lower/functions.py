@@ -19,7 +19,7 @@ At 4 and 8 bits it has none. There the zero is 2^(b-1) and the missing half is a
 
     X · [s (c - 2^(b-1) + 1/2)]ᵀ = X · [s (c - 2^(b-1))]ᵀ + X · [s / 2]ᵀ
 
-the last a product with the sums of X over groups. Ternary codes have an integer zero and need neither. Wide groups are
+the last a product with the sums of X over groups. Normal levels (`numerics/levels.py`) are looked up and then codes of 8 bits. Ternary codes have an integer zero and need neither. Wide groups are
 handed over as several of the kernel's blocks with one scale: a row of 576 as 9 of 64. Shapes and shifts depend on the
 variant, so every variant is an overload of the function of its own.
 """
@@ -35,6 +35,7 @@ import onnx_ir as ir
 from jpq_export.lower import integer
 from jpq_export.lower.nodes import Nodes
 from jpq_export.lower.unpacking import pattern, shifted, unpack
+from jpq_export.numerics.levels import MIDDLE, normal_bytes
 from jpq_export.numerics.scheme import TERNARY, Scheme, kernel_bits
 
 DOMAIN = "jpq"
@@ -51,7 +52,7 @@ FIELDS: dict[float, tuple[tuple[int, int], ...]] = {
     8: ((0, 4), (4, 4)),
 }
 FUSED_BLOCKS = (256, 128, 64, 32, 16)  # block sizes MatMulNBits takes
-INT_ATTRIBUTES = ("bits", "K", "N", "group_size", "symmetric")
+INT_ATTRIBUTES = ("bits", "K", "N", "group_size", "symmetric", "normal")
 TEXT_ATTRIBUTES = ("plugin_namespace", "plugin_version")
 FLOAT, INT32 = ir.DataType.FLOAT, ir.DataType.INT32
 UINT8, UINT4 = ir.DataType.UINT8, ir.DataType.UINT4
@@ -85,7 +86,7 @@ class Variant:
         """Name of the overload: "b3_g64_sym", "ternary_g64_k64_sym", "b3_g64_k60_z1_bias", ..."""
         width = "ternary" if self.scheme.bits == TERNARY else f"b{self.scheme.bits}"
         parts = [width, f"g{self.scheme.group_size}"]
-        parts += ["sym"] if self.scheme.symmetric else []
+        parts += ["normal"] if self.scheme.normal else ["sym"] if self.scheme.symmetric else []
         parts += [f"k{self.columns}"] if self.columns else []
         parts += [f"z{self.groups}"] if self.groups else []
         return "_".join(parts + (["bias"] if self.bias else []))
@@ -103,20 +104,27 @@ class Variant:
     @property
     def doubled(self) -> bool:
         """Whether the zero is half an integer and doubled codes fit 4 bits, field by field: all widths but 4 and 8."""
-        return self.scheme.symmetric and self.scheme.bits not in (TERNARY, 4, 8)
+        return self.scheme.symmetric and not self.scheme.normal and self.scheme.bits not in (TERNARY, 4, 8)
 
     @property
     def lacks_half(self) -> bool:
         """Whether the zero is half an integer and doubled codes do not fit."""
-        return self.scheme.symmetric and self.scheme.bits in (4, 8)
+        return self.scheme.symmetric and not self.scheme.normal and self.scheme.bits in (4, 8)
+
+    @property
+    def fields(self) -> tuple[tuple[int, int], ...]:
+        """First bit and width of the fields that codes are cut into; normal levels are bytes."""
+        return FIELDS[8 if self.scheme.normal else self.scheme.bits]
 
     @property
     def centre(self) -> list[int]:
         """Zero points of a symmetric scheme's fields."""
         if self.doubled:
-            return [(1 << width) - 1 for _, width in FIELDS[self.scheme.bits]]
-        middle = 1 if self.scheme.bits == TERNARY else 1 << (int(self.scheme.bits) - 1)
-        return [(middle >> start) & ((1 << width) - 1) for start, width in FIELDS[self.scheme.bits]]
+            return [(1 << width) - 1 for _, width in self.fields]
+        middle = (
+            MIDDLE if self.scheme.normal else 1 if self.scheme.bits == TERNARY else 1 << (int(self.scheme.bits) - 1)
+        )
+        return [(middle >> start) & ((1 << width) - 1) for start, width in self.fields]
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -190,6 +198,7 @@ def facts_of(variant: Variant, out_features: int) -> dict[str, int]:
         "N": out_features,
         "group_size": scheme.group_size,
         "symmetric": int(scheme.symmetric),
+        "normal": int(scheme.normal),
         "bias": int(variant.bias),
     }
 
@@ -202,6 +211,7 @@ def stamp(scheme: Scheme, out_features: int, in_features: int) -> dict[str, int 
         "N": out_features,
         "group_size": scheme.group_size,
         "symmetric": int(scheme.symmetric),
+        "normal": int(scheme.normal),
         "plugin_namespace": DOMAIN,
         "plugin_version": VERSION,
     }
@@ -232,7 +242,7 @@ def _fused(nodes: Nodes, variant: Variant, inputs: dict[str, ir.Value]) -> ir.Va
     else:
         zeros = [_repeated(nodes, z, blocks) for z in _fields(nodes, inputs["zeros"], variant, count=variant.groups)]
     products = []
-    for (start, _), code, zero in zip(FIELDS[scheme.bits], codes, zeros, strict=True):
+    for (start, _), code, zero in zip(variant.fields, codes, zeros, strict=True):
         step = _times(nodes, scales, 2.0 ** (start - variant.doubled))
         code, zero = nodes("Cast", code, to=UINT4), nodes("Cast", zero, to=UINT4)
         weight = nodes("DequantizeLinear", code, step, zero, axis=0, block_size=variant.block)
@@ -254,14 +264,22 @@ def _repeated(nodes: Nodes, rows: ir.Value, times: int) -> ir.Value:
 def _fields(nodes: Nodes, packed: ir.Value, variant: Variant, *, count: int, doubled: bool = False) -> list[ir.Value]:
     """Codes or zeros cut into their fields, times 2 when `doubled`: uint8 [K, N] or [K/g, N] each."""
     bits = variant.scheme.bits
-    if len(FIELDS[bits]) == 1:
+    if len(variant.fields) == 1:
         return [unpack(nodes, packed, bits, count=count, transposed=True, doubled=doubled)]
-    whole = unpack(nodes, packed, bits, count=count, transposed=True)
+    whole = _points(nodes, variant, unpack(nodes, packed, bits, count=count, transposed=True))
     out = []
-    for start, width in FIELDS[bits]:
+    for start, width in variant.fields:
         mask = nodes.const(((1 << width) - 1) << doubled, np.uint8)
         out.append(nodes("BitwiseAnd", shifted(nodes, whole, start - doubled), mask))
     return out
+
+
+def _points(nodes: Nodes, variant: Variant, codes: ir.Value) -> ir.Value:
+    """What codes stand for: themselves, or levels as bytes."""
+    if not variant.scheme.normal:
+        return codes
+    levels = nodes.const(normal_bytes(variant.scheme.bits), np.uint8)
+    return nodes("Gather", levels, nodes("Cast", codes, to=INT32), axis=0)
 
 
 def _times(nodes: Nodes, scales: ir.Value, factor: float) -> ir.Value:
@@ -273,6 +291,7 @@ def _dequantize(
 ) -> ir.Value:
     """Compute scale * (code - zero) in fp32: [rows, K/g, g]."""
     scheme = variant.scheme
+    codes = _points(nodes, variant, codes)
     wide = nodes("Cast", nodes("Reshape", codes, nodes.ints(0, -1, scheme.group_size)), to=FLOAT)
     if packed_zeros is None:
         zeros = nodes.const(scheme.centre, np.float32)

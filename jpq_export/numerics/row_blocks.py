@@ -24,7 +24,7 @@ class RowBlocks:
         """Check: blocks that do not fit together or a wrong order are a ValueError."""
         if not self.blocks:
             raise ValueError("a weight in row blocks has at least one")
-        kinds = {(b.shape[1], replace(b.scheme, bits=8)) for b in self.blocks}
+        kinds = {(b.shape[1], replace(b.scheme, bits=8, normal=False)) for b in self.blocks}
         if len(kinds) > 1:
             raise ValueError("blocks of one weight differ in columns, group size or kind of zero")
         if self.positions is not None:
@@ -49,6 +49,10 @@ class RowBlocks:
     def codes(self) -> np.ndarray:
         """Codes: uint8 [N, K]."""
         return self._rows([b.codes() for b in self.blocks])
+
+    def points(self) -> np.ndarray:
+        """Where codes stand: uint8 [N, K]."""
+        return self._rows([b.points() for b in self.blocks])
 
     @property
     def scales(self) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The function bodies against `numerics/reference.py`, in onnxruntime, on awkward sizes."""
 
+from itertools import product
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -10,22 +12,25 @@ from jpq_export.lower import functions
 from jpq_export.lower.functions import Variant
 from jpq_export.lower.nodes import Nodes
 from jpq_export.numerics.affine import store
+from jpq_export.numerics.levels import NORMAL_WIDTHS, normal_bytes
 from jpq_export.numerics.reference import low_bit_gather, low_bit_matmul
 from jpq_export.numerics.scheme import ALL_WIDTHS, Scheme, kernel_bits
 
 # fp32 sums of up to 96 products, in another order than numpy's; a wrong scale, zero or code is above 1e-2.
 BOUND = 2e-6
+KINDS = [*product(ALL_WIDTHS, (True, False)), *((bits, "normal") for bits in NORMAL_WIDTHS)]
 SHAPES = [(64, 16), (96, 32), (60, 20), (33, 11), (36, 12), (5, 5), (48, 16), (96, 48), (80, 80)]  # K and group size
 
 
 def random_weight(bits, k, group_size, symmetric, *, n=7, seed=0):
     rng = np.random.default_rng(seed)
-    scheme = Scheme(bits, group_size, symmetric)
+    normal = symmetric == "normal"
+    scheme = Scheme(bits, group_size, bool(symmetric), normal=normal)
     codes = rng.integers(0, scheme.max_code + 1, (n, k)).astype(np.uint8)
     codes[0] = np.resize(np.arange(scheme.max_code + 1), k)  # every code value
     scales = rng.uniform(0.01, 0.1, (n, k // group_size)).astype(np.float16)
     zeros = rng.integers(0, scheme.max_code + 1, scales.shape).astype(np.uint8)
-    return store(codes, scales, zeros, scheme)
+    return store(normal_bytes(bits)[codes] if normal else codes, scales, zeros, scheme)
 
 
 def model_of(op_type, weight, bias=None):
@@ -40,7 +45,7 @@ def model_of(op_type, weight, bias=None):
     scheme, (n, k) = weight.scheme, weight.shape
     y = nodes.many(
         op_type, x, *stored, names=["y"], domain="jpq", overload=variant.overload, bits=kernel_bits(scheme.bits),
-        K=k, N=n, group_size=scheme.group_size, symmetric=int(scheme.symmetric),
+        K=k, N=n, group_size=scheme.group_size, symmetric=int(scheme.symmetric), normal=int(scheme.normal),
         plugin_namespace="jpq", plugin_version="1",
     )[0]  # fmt: skip
     y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["b", "s", n if matmul else k])
@@ -64,8 +69,7 @@ def error(got, expected):
     return float(np.abs(got - expected).max() / np.sqrt(np.mean(expected**2)))
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize(("bits", "symmetric"), KINDS)
 @pytest.mark.parametrize(("k", "group_size"), SHAPES)
 @pytest.mark.parametrize("biased", [False, True])
 def test_matmul_body_means_the_reference(bits, k, group_size, symmetric, biased):
@@ -77,8 +81,7 @@ def test_matmul_body_means_the_reference(bits, k, group_size, symmetric, biased)
     assert error(run(proto, x), low_bit_matmul(x, weight, bias)) < BOUND
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize(("bits", "symmetric"), KINDS)
 @pytest.mark.parametrize(("k", "group_size"), SHAPES)
 def test_gather_body_means_the_reference(bits, k, group_size, symmetric):
     weight = random_weight(bits, k, group_size, symmetric)
@@ -98,8 +101,7 @@ def test_every_code_of_a_one_hot_row_comes_back(bits):
     )
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize(("bits", "symmetric"), KINDS)
 @pytest.mark.parametrize("fault", ["scales shifted by a group", "a code off by one", "rows swapped"])
 def test_a_wrong_weight_is_seen(bits, symmetric, fault):
     """Twin: the bound is far below what a damaged weight does."""
@@ -112,19 +114,19 @@ def test_a_wrong_weight_is_seen(bits, symmetric, fault):
     else:
         codes = codes[[1, 0, *range(2, 7)]]
     x = np.random.default_rng(1).normal(size=(1, 3, 64)).astype(np.float32)
+    codes = normal_bytes(bits)[codes] if weight.scheme.normal else codes
     damaged = model_of("LowBitMatMul", store(codes, scales, zeros, weight.scheme))
     assert error(run(damaged, x), low_bit_matmul(x, weight)) > 100 * BOUND
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize(("bits", "symmetric"), KINDS)
 @pytest.mark.parametrize(("k", "group_size", "block"), [(64, 16, 16), (96, 48, 16), (576, 576, 64), (1024, 512, 256)])
 def test_onnxruntime_fuses_the_body(bits, symmetric, k, group_size, block, tmp_path):
     path = tmp_path / "optimized.onnx"
     run(model_of("LowBitMatMul", random_weight(bits, k, group_size, symmetric)), np.ones((1, 1, k), np.float32), path)
     nodes = onnx.load(path).graph.node
     fused = [node for node in nodes if node.op_type == "MatMulNBits"]
-    assert len(fused) == len(functions.FIELDS[bits])
+    assert len(fused) == len(functions.FIELDS[8 if symmetric == "normal" else bits])
     assert {a.i for node in fused for a in node.attribute if a.name == "block_size"} == {block}
     assert "DequantizeLinear" not in [node.op_type for node in nodes]
 
