@@ -52,7 +52,7 @@ FIELDS: dict[float, tuple[tuple[int, int], ...]] = {
     8: ((0, 4), (4, 4)),
 }
 FUSED_BLOCKS = (256, 128, 64, 32, 16)  # block sizes MatMulNBits takes
-INT_ATTRIBUTES = ("bits", "K", "N", "group_size", "symmetric", "normal")
+INT_ATTRIBUTES = ("bits", "K", "N", "group_size", "symmetric")
 TEXT_ATTRIBUTES = ("plugin_namespace", "plugin_version")
 FLOAT, INT32 = ir.DataType.FLOAT, ir.DataType.INT32
 UINT8, UINT4 = ir.DataType.UINT8, ir.DataType.UINT4
@@ -194,11 +194,10 @@ def facts_of(variant: Variant, out_features: int) -> dict[str, int]:
     """What a kernel of several weights is told of each, beside its K."""
     scheme = variant.scheme
     return {
-        "bits": kernel_bits(scheme.bits),
+        "bits": kernel_bits(scheme.bits, normal=scheme.normal),
         "N": out_features,
         "group_size": scheme.group_size,
         "symmetric": int(scheme.symmetric),
-        "normal": int(scheme.normal),
         "bias": int(variant.bias),
     }
 
@@ -206,12 +205,11 @@ def facts_of(variant: Variant, out_features: int) -> dict[str, int]:
 def stamp(scheme: Scheme, out_features: int, in_features: int) -> dict[str, int | str]:
     """Attributes of a LowBitMatMul, LowBitMatMulInteger or LowBitGather node."""
     return {
-        "bits": kernel_bits(scheme.bits),
+        "bits": kernel_bits(scheme.bits, normal=scheme.normal),
         "K": in_features,
         "N": out_features,
         "group_size": scheme.group_size,
         "symmetric": int(scheme.symmetric),
-        "normal": int(scheme.normal),
         "plugin_namespace": DOMAIN,
         "plugin_version": VERSION,
     }

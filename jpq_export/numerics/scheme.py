@@ -8,6 +8,7 @@ from jpq_export.numerics.levels import MIDDLE, NORMAL_WIDTHS
 
 TERNARY = 1.6  # bits of a code 0, 1 or 2: five share a byte
 KERNEL_TERNARY = 16  # how the integer attribute `bits` of operators and kernels says so: tenths of a bit
+KERNEL_NORMAL = 32  # added to it where codes stand for normal levels
 ALL_WIDTHS = (1, TERNARY, 2, 3, 4, 5, 6, 8)
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8)  # what a search chooses from unless it is told otherwise
 SCALE_BYTES = 2  # fp16
@@ -83,14 +84,14 @@ def levels(bits: float) -> int:
     return 3 if bits == TERNARY else 1 << int(bits)
 
 
-def kernel_bits(bits: float) -> int:
-    """The width as operators' attribute `bits` and the kernels state it: an integer, 16 for ternary."""
-    return KERNEL_TERNARY if bits == TERNARY else int(bits)
+def kernel_bits(bits: float, *, normal: bool = False) -> int:
+    """The width as operators' attribute `bits` and the kernels state it: an integer, 16 for ternary, 36 for normal 4."""
+    return KERNEL_TERNARY if bits == TERNARY else int(bits) + KERNEL_NORMAL * normal
 
 
 def from_kernel_bits(stated: int) -> float:
-    """Undo `kernel_bits`."""
-    return TERNARY if stated == KERNEL_TERNARY else stated
+    """The width that `kernel_bits` stated."""
+    return TERNARY if stated == KERNEL_TERNARY else stated % KERNEL_NORMAL
 
 
 def read_width(text: str) -> float:

@@ -99,7 +99,7 @@ class DeviceWeight:
         packed, scales, zeros = (None if a is None else torch.from_numpy(a.copy()).to(device) for a in tensors)
         assert packed is not None
         assert scales is not None
-        bits = kernel_bits(weight.scheme.bits)
+        bits = kernel_bits(weight.scheme.bits, normal=weight.scheme.normal)
         return cls(bits, weight.scheme.group_size, weight.shape, packed, scales, zeros)
 
     @property

@@ -72,6 +72,18 @@ JPQ_INLINE __m256i ternary_bytes(const uint8_t *row, int64_t j) {
   return _mm256_set1_epi32(bytes);
 }
 
+/* Levels of codes that are alone in 16 or 32 bits. */
+JPQ_INLINE __m256i levels_of(__m256i codes, int bits) {
+  const __m128i *levels = (const __m128i *)jpq_levels_of(bits);
+#define SIXTEEN(I) _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(levels + (I))), codes)
+  __m256i out = SIXTEEN(0);
+  if (jpq_width(bits) > 4) out = _mm256_blendv_epi8(out, SIXTEEN(1), _mm256_slli_epi16(codes, 3)); /* bit 4 decides */
+  if (jpq_width(bits) > 5)
+    out = _mm256_blendv_epi8(out, _mm256_blendv_epi8(SIXTEEN(2), SIXTEEN(3), _mm256_slli_epi16(codes, 3)), _mm256_slli_epi16(codes, 2));
+#undef SIXTEEN
+  return out;
+}
+
 /* 8 codes as floats; reads 8 bytes, of which `bits` matter. */
 JPQ_INLINE VF v_codes(const uint8_t *row, int64_t j, int bits) {
   if (bits == JPQ_TERNARY) {
@@ -81,9 +93,12 @@ JPQ_INLINE VF v_codes(const uint8_t *row, int64_t j, int bits) {
   }
   int64_t bytes;
   memcpy(&bytes, jpq_at(row, bits, j), 8);
-  __m256i lanes = _mm256_shuffle_epi8(_mm256_set1_epi64x(bytes), *(const __m256i *)jpq_lane_bytes[bits - 1]);
-  lanes = _mm256_srlv_epi32(lanes, *(const __m256i *)jpq_lane_shifts[bits - 1]);
-  return _mm256_cvtepi32_ps(_mm256_and_si256(lanes, _mm256_set1_epi32((1 << bits) - 1)));
+  const int width = jpq_width(bits);
+  __m256i lanes = _mm256_shuffle_epi8(_mm256_set1_epi64x(bytes), *(const __m256i *)jpq_lane_bytes[width - 1]);
+  lanes = _mm256_srlv_epi32(lanes, *(const __m256i *)jpq_lane_shifts[width - 1]);
+  lanes = _mm256_and_si256(lanes, _mm256_set1_epi32((1 << width) - 1));
+  if (jpq_is_normal(bits)) lanes = _mm256_and_si256(levels_of(lanes, bits), _mm256_set1_epi32(255));
+  return _mm256_cvtepi32_ps(lanes);
 }
 
 /* 16 codes in 16 bits each; reads 16 bytes, of which 2 * bits matter. */
@@ -94,10 +109,12 @@ JPQ_INLINE VC c_codes(const uint8_t *row, int64_t j, int bits) {
     return _mm256_mulhi_epu16(q, _mm256_set1_epi16(3));
   }
   __m128i bytes = _mm_loadu_si128((const __m128i *)jpq_at(row, bits, j));
+  const int width = jpq_width(bits);
   __m256i words =
-      _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), *(const __m256i *)jpq_word_bytes[bits - 1]);
-  words = _mm256_mullo_epi16(words, *(const __m256i *)jpq_word_factors[bits - 1]);
-  return _mm256_srli_epi16(words, 16 - bits);
+      _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), *(const __m256i *)jpq_word_bytes[width - 1]);
+  words = _mm256_mullo_epi16(words, *(const __m256i *)jpq_word_factors[width - 1]);
+  words = _mm256_srli_epi16(words, 16 - width);
+  return jpq_is_normal(bits) ? _mm256_and_si256(levels_of(words, bits), _mm256_set1_epi16(255)) : words;
 }
 
 #include "wide.inc"

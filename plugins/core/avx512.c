@@ -44,14 +44,30 @@ JPQ_INLINE __m512i ternary_lanes(const uint8_t *row, int64_t j) {
   return _mm512_mulhi_epu16(lanes, _mm512_set1_epi32(3));
 }
 
+/* Levels of codes that are alone in 32 bits. */
+JPQ_INLINE __m512i levels_of(__m512i codes, int bits) {
+  const __m128i *levels = (const __m128i *)jpq_levels_of(bits);
+#define SIXTEEN(I) _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(levels + (I))), codes)
+  __m512i out = SIXTEEN(0);
+  for (int i = 1; i < 1 << (jpq_width(bits) > 4 ? jpq_width(bits) - 4 : 0); i++) {
+    const __mmask16 here = _mm512_cmpeq_epi32_mask(_mm512_srli_epi32(codes, 4), _mm512_set1_epi32(i));
+    out = _mm512_mask_mov_epi32(out, here, SIXTEEN(i));
+  }
+#undef SIXTEEN
+  return out;
+}
+
 /* 16 codes as floats; reads 16 bytes, of which 2 * bits matter. */
 JPQ_INLINE VF v_codes(const uint8_t *row, int64_t j, int bits) {
   if (bits == JPQ_TERNARY) return _mm512_cvtepi32_ps(ternary_lanes(row, j));
   const uint8_t *p = jpq_at(row, bits, j);
   __m512i lanes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p));
-  lanes = _mm512_shuffle_epi8(lanes, *(const __m512i *)jpq_lane_bytes[bits - 1]);
-  lanes = _mm512_srlv_epi32(lanes, *(const __m512i *)jpq_lane_shifts[bits - 1]);
-  return _mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32((1 << bits) - 1)));
+  const int width = jpq_width(bits);
+  lanes = _mm512_shuffle_epi8(lanes, *(const __m512i *)jpq_lane_bytes[width - 1]);
+  lanes = _mm512_srlv_epi32(lanes, *(const __m512i *)jpq_lane_shifts[width - 1]);
+  lanes = _mm512_and_si512(lanes, _mm512_set1_epi32((1 << width) - 1));
+  if (jpq_is_normal(bits)) lanes = _mm512_and_si512(levels_of(lanes, bits), _mm512_set1_epi32(255));
+  return _mm512_cvtepi32_ps(lanes);
 }
 
 #include "wide.inc"

@@ -43,7 +43,7 @@ const char *jpq_implementation_name(int i) {
 
 jpq_status jpq_check(const jpq_weight *w) {
   if (!w || !w->packed || !w->scales || w->n < 0 || w->k < 1) return JPQ_BAD_WEIGHT;
-  if ((w->bits < 1 || w->bits > 8) && w->bits != JPQ_TERNARY) return JPQ_BAD_WEIGHT;
+  if (!jpq_is_width(w->bits) || (jpq_is_normal(w->bits) && w->zeros)) return JPQ_BAD_WEIGHT;
   if (w->group_size < 1 || w->k % w->group_size) return JPQ_BAD_WEIGHT;
   return JPQ_OK;
 }

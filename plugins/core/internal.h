@@ -4,6 +4,7 @@
 
 #include <string.h>
 
+#include "levels.h"
 #include "low_bit.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -30,8 +31,10 @@
 /* One line per width. Every width goes through the same text. Tables have an
  * entry each, in this order: that of a width is at jpq_index. */
 #define JPQ_FOR_BINARY(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8)
-#define JPQ_FOR_BITS(DO) JPQ_FOR_BINARY(DO) DO(16)
-enum { JPQ_WIDTHS = 9 };
+#define JPQ_FOR_NORMAL(DO) DO(35) DO(36) DO(37) DO(38)
+#define JPQ_FOR_BITS(DO) JPQ_FOR_BINARY(DO) DO(16) JPQ_FOR_NORMAL(DO)
+#define JPQ_INDEX(BITS) ((BITS) == JPQ_TERNARY ? 8 : (BITS) > JPQ_NORMAL ? (BITS)-JPQ_NORMAL - JPQ_LEAST_NORMAL + 9 : (BITS)-1)
+enum { JPQ_WIDTHS = 13 };
 
 struct jpq_attention;
 struct attention_task;
@@ -75,36 +78,50 @@ extern jpq_cpu jpq_cpu_features; /* set when the library is loaded: asking takes
 
 extern const jpq_implementation jpq_scalar, jpq_avx2, jpq_avx512, jpq_vnni, jpq_neon;
 
-JPQ_INLINE int jpq_index(int bits) { return bits == JPQ_TERNARY ? 8 : bits - 1; }
+JPQ_INLINE int jpq_index(int bits) { return JPQ_INDEX(bits); }
+
+JPQ_INLINE int jpq_is_normal(int bits) { return bits > JPQ_NORMAL; }
+
+/* The levels of a width, or of any where it has none. */
+JPQ_INLINE const uint8_t *jpq_levels_of(int bits) { return jpq_levels[jpq_is_normal(bits) ? jpq_width(bits) - JPQ_LEAST_NORMAL : 0]; }
 
 JPQ_INLINE int64_t jpq_groups(const jpq_weight *w) { return w->k / w->group_size; }
 
-JPQ_INLINE float jpq_centre(int bits) { return bits == JPQ_TERNARY ? 1 : 0.5f * (float)((1 << bits) - 1); }
+/* The zero of symmetric codes. */
+JPQ_INLINE float jpq_centre(int bits) {
+  return bits == JPQ_TERNARY ? 1 : jpq_is_normal(bits) ? 128 : 0.5f * (float)((1 << bits) - 1);
+}
 
-/* 8 codes of `bits` bits from `bits` bytes. */
+/* What 8 codes of `bits` bits stand for, from as many bytes. */
 JPQ_INLINE void jpq_unpack8(const uint8_t *p, int bits, uint8_t out[8]) {
+  const int width = jpq_width(bits);
   uint64_t v = 0;
-  for (int i = 0; i < bits; i++) v |= (uint64_t)p[i] << (8 * i);
-  for (int j = 0; j < 8; j++) out[j] = (uint8_t)((v >> (j * bits)) & ((1u << bits) - 1));
+  for (int i = 0; i < width; i++) v |= (uint64_t)p[i] << (8 * i);
+  for (int j = 0; j < 8; j++) {
+    const uint8_t code = (uint8_t)((v >> (j * width)) & ((1u << width) - 1));
+    out[j] = jpq_is_normal(bits) ? jpq_levels_of(bits)[code] : code;
+  }
 }
 
 /* Where a code's bytes begin, for a multiple of 8 codes, or any of ternary ones, of which it may be in the middle. */
 JPQ_INLINE const uint8_t *jpq_at(const uint8_t *row, int bits, int64_t j) {
-  return row + (bits == JPQ_TERNARY ? (int64_t)((uint64_t)j / 5) : j / 8 * bits);
+  return row + (bits == JPQ_TERNARY ? (int64_t)((uint64_t)j / 5) : j / 8 * jpq_width(bits));
 }
 
 /* Which of its byte's five ternary code j is. */
 JPQ_INLINE unsigned jpq_phase(int64_t j) { return (unsigned)((uint64_t)j % 5); }
 
-/* Code j of a row; reads no byte past the one its last bit is in. */
+/* What code j of a row stands for; reads no byte past the one its last bit is in. */
 JPQ_INLINE uint8_t jpq_code(const uint8_t *row, int bits, int64_t j) {
   static const unsigned powers[5] = {1, 3, 9, 27, 81};
   if (bits == JPQ_TERNARY) return (uint8_t)((row[j / 5] * powers[j % 5] & 255) * 3 >> 8);
-  int64_t bit = j * bits;
+  const int width = jpq_width(bits);
+  int64_t bit = j * width;
   int shift = (int)(bit & 7);
   unsigned v = row[bit >> 3];
-  if (shift + bits > 8) v |= (unsigned)row[(bit >> 3) + 1] << 8;
-  return (uint8_t)((v >> shift) & ((1u << bits) - 1));
+  if (shift + width > 8) v |= (unsigned)row[(bit >> 3) + 1] << 8;
+  const uint8_t code = (uint8_t)((v >> shift) & ((1u << width) - 1));
+  return jpq_is_normal(bits) ? jpq_levels_of(bits)[code] : code;
 }
 
 JPQ_INLINE float jpq_half(uint16_t h) {

@@ -25,19 +25,28 @@ extern "C" {
 #endif
 
 #define JPQ_TERNARY 16 /* `bits` of codes 0, 1, 2, five a byte: 1.6 bits, in tenths */
+#define JPQ_NORMAL 32  /* added to `bits` of 3 to 6 where codes stand for levels (levels.h), whose zero is 128 */
 
 typedef struct jpq_weight {
   const uint8_t *packed;  /* [n, jpq_bytes(k, bits)] */
   const uint16_t *scales; /* fp16 [n, k / group_size] */
   const uint8_t *zeros;   /* [n, jpq_bytes(k / group_size, bits)], or NULL when symmetric */
   int64_t n, k;
-  int32_t bits; /* 1 .. 8 or JPQ_TERNARY */
+  int32_t bits; /* 1 .. 8, JPQ_TERNARY, or JPQ_NORMAL + 3 .. 6 with zeros NULL */
   int32_t group_size;
 } jpq_weight;
 
+/* Bits that a code takes in a row; JPQ_TERNARY as it is. */
+static inline int jpq_width(int bits) { return bits & (JPQ_NORMAL - 1); }
+
 /* Bytes of `codes` packed codes in a row. */
 static inline int64_t jpq_bytes(int64_t codes, int bits) {
-  return bits == JPQ_TERNARY ? (codes + 4) / 5 : (codes * bits + 7) / 8;
+  return bits == JPQ_TERNARY ? (codes + 4) / 5 : (codes * jpq_width(bits) + 7) / 8;
+}
+
+/* Whether there are codes of so many bits. */
+static inline int jpq_is_width(int bits) {
+  return (bits >= 1 && bits <= 8) || bits == JPQ_TERNARY || (bits >= JPQ_NORMAL + 3 && bits <= JPQ_NORMAL + 6);
 }
 
 /* What may happen to X. INT8 and INT16: an implementation *may* round it, per row and group of K, to 8 or 15 bits

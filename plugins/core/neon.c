@@ -65,6 +65,14 @@ JPQ_INLINE uint16x8_t ternary_words(const uint8_t *row, int64_t j) {
   return vshrq_n_u16(vmulq_n_u16(vshrq_n_u16(q, 8), 3), 8);
 }
 
+/* Levels of codes that are alone in 16 or 32 bits. */
+JPQ_INLINE uint8x16_t levels_of(uint8x16_t codes, int bits) {
+  const uint8_t *levels = jpq_levels_of(bits);
+  if (jpq_width(bits) <= 4) return vqtbl1q_u8(vld1q_u8(levels), codes);
+  if (jpq_width(bits) == 5) return vqtbl2q_u8((uint8x16x2_t){{vld1q_u8(levels), vld1q_u8(levels + 16)}}, codes);
+  return vqtbl4q_u8((uint8x16x4_t){{vld1q_u8(levels), vld1q_u8(levels + 16), vld1q_u8(levels + 32), vld1q_u8(levels + 48)}}, codes);
+}
+
 /* 8 codes as floats; reads 8 bytes, of which `bits` matter. */
 JPQ_INLINE VF v_codes(const uint8_t *row, int64_t j, int bits) {
   if (bits == JPQ_TERNARY) {
@@ -74,11 +82,15 @@ JPQ_INLINE VF v_codes(const uint8_t *row, int64_t j, int bits) {
   uint64_t bytes;
   memcpy(&bytes, jpq_at(row, bits, j), 8);
   uint8x16_t all = vreinterpretq_u8_u64(vdupq_n_u64(bytes));
+  const int width = jpq_width(bits);
   float32x4_t out[2];
   for (int i = 0; i < 2; i++) {
-    uint32x4_t lanes = vreinterpretq_u32_u8(vqtbl1q_u8(all, vld1q_u8(jpq_lane_bytes[bits - 1] + 16 * i)));
-    lanes = vshlq_u32(lanes, vnegq_s32(vld1q_s32(jpq_lane_shifts[bits - 1] + 4 * i)));
-    out[i] = vcvtq_f32_u32(vandq_u32(lanes, vdupq_n_u32((1u << bits) - 1)));
+    uint32x4_t lanes = vreinterpretq_u32_u8(vqtbl1q_u8(all, vld1q_u8(jpq_lane_bytes[width - 1] + 16 * i)));
+    lanes = vshlq_u32(lanes, vnegq_s32(vld1q_s32(jpq_lane_shifts[width - 1] + 4 * i)));
+    lanes = vandq_u32(lanes, vdupq_n_u32((1u << width) - 1));
+    if (jpq_is_normal(bits))
+      lanes = vandq_u32(vreinterpretq_u32_u8(levels_of(vreinterpretq_u8_u32(lanes), bits)), vdupq_n_u32(255));
+    out[i] = vcvtq_f32_u32(lanes);
   }
   return (VF){out[0], out[1]};
 }
@@ -94,9 +106,13 @@ JPQ_INLINE VC c_codes(const uint8_t *row, int64_t j, int bits) {
   uint64_t bytes;
   memcpy(&bytes, jpq_at(row, bits, j), 8);
   uint8x16_t all = vreinterpretq_u8_u64(vdupq_n_u64(bytes));
-  uint16x8_t words = vreinterpretq_u16_u8(vqtbl1q_u8(all, vld1q_u8(jpq_word_bytes[bits - 1])));
-  words = vmulq_u16(words, vld1q_u16(jpq_word_factors[bits - 1]));
-  return vreinterpretq_s16_u16(vshlq_u16(words, vdupq_n_s16((int16_t)(bits - 16))));
+  const int width = jpq_width(bits);
+  uint16x8_t words = vreinterpretq_u16_u8(vqtbl1q_u8(all, vld1q_u8(jpq_word_bytes[width - 1])));
+  words = vmulq_u16(words, vld1q_u16(jpq_word_factors[width - 1]));
+  words = vshlq_u16(words, vdupq_n_s16((int16_t)(width - 16)));
+  if (jpq_is_normal(bits))
+    words = vandq_u16(vreinterpretq_u16_u8(levels_of(vreinterpretq_u8_u16(words), bits)), vdupq_n_u16(255));
+  return vreinterpretq_s16_u16(words);
 }
 
 JPQ_INLINE VI i_zero(void) { return (VI){vdupq_n_s32(0), vdupq_n_s32(0)}; }

@@ -17,12 +17,13 @@ static int takes(const jpq_weight *w) {
     for (; j < end && j % 8; j++) *out++ = jpq_code(row, B, j);                                \
     for (; j + 8 <= end; j += 8, out += 8) {                                                   \
       uint8_t codes[8];                                                                        \
-      jpq_unpack8(row + j / 8 * B, B, codes);                                                  \
+      jpq_unpack8(jpq_at(row, B, j), B, codes);                                                  \
       for (int i = 0; i < 8; i++) out[i] = codes[i];                                           \
     }                                                                                          \
     for (; j < end; j++) *out++ = jpq_code(row, B, j);                                         \
   }
 JPQ_FOR_BINARY(UNPACK)
+JPQ_FOR_NORMAL(UNPACK)
 
 /* Five codes a byte: times three, what leaves the byte is the next code. */
 static void unpack_16(const uint8_t *row, int64_t begin, int64_t end, float *out) {

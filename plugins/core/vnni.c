@@ -116,14 +116,21 @@ static void find_lanes(int32_t *lane, int64_t columns, int64_t blocked, int64_t 
 /* No block of 256 codes is of two groups. */
 static int whole_blocks(const jpq_weight *w) { return w->group_size % 256 == 0 || w->group_size == w->k; }
 
-static int codes_form(const jpq_weight *w) { return form_of(w->bits, w->group_size, whole_blocks(w)); }
+/* Whether a lane has room for the products of a group with the largest byte, see is_long. */
+static int has_room(const jpq_weight *w) {
+  const int64_t largest = jpq_is_normal(w->bits) ? 255 : (1 << w->bits) - 1;
+  return (w->group_size + 63) / 64 * 4 * largest < 1 << 16;
+}
+
+static int codes_form(const jpq_weight *w) {
+  return form_of(w->bits, w->group_size, whole_blocks(w) && (!jpq_is_normal(w->bits) || has_room(w)));
+}
 
 /* Whose sums stay integers to the end of a group (four_long): a lane's, of up to four times 3-bit codes too, 2^8 times as
  * large where two parts meet, below 2^31. */
 static int is_long(const jpq_weight *w) {
   if (!whole_blocks(w) || w->bits == JPQ_TERNARY) return 0;
-  if (w->bits <= 4) return codes_form(w) >= QUADS;
-  return (w->group_size + 63) / 64 * 4 * ((1 << w->bits) - 1) < 1 << 16; /* products of a lane * largest code */
+  return w->bits <= 4 ? codes_form(w) >= QUADS : has_room(w);
 }
 
 /* Columns that come in blocks: one of which more than half is there is filled up. */
@@ -204,7 +211,7 @@ JPQ_TARGET_END
 /* How the groups of a weight lie; where codes come one vector at a time, two of the three say the same. */
 static int layout_of(const jpq_weight *w) {
   if (is_long(w)) return LONG;
-  if (w->bits == 8 || w->bits == JPQ_TERNARY) return w->group_size % 64 ? ANY : WHOLE;
+  if (w->bits == 8 || w->bits == JPQ_TERNARY || jpq_is_normal(w->bits)) return w->group_size % 64 ? ANY : WHOLE;
   if (w->group_size == 64) return HALVES;
   if (w->bits <= 4) return ANY;
   return w->group_size % 128 ? ANY : WHOLE;
@@ -219,7 +226,7 @@ static jpq_status matmul_rows(const jpq_product *p, int64_t first, int64_t last)
   uint8_t *copy = room <= sizeof here ? here : malloc(room);
   if (!copy) return JPQ_NO_MEMORY;
   int64_t step = p->m <= FEW ? last - first : 4 + TILE_BYTES / bytes / 4 * 4;
-  const vnni_table *table = w->bits < 4 || w->bits == JPQ_TERNARY ? &jpq_vnni_narrow : &jpq_vnni_wide;
+  const vnni_table *table = jpq_width(w->bits) < 4 || w->bits == JPQ_TERNARY ? &jpq_vnni_narrow : &jpq_vnni_wide;
   const rows_function(*chosen)[3] = (*table)[jpq_index(w->bits)][layout_of(w)];
   for (int64_t n = first; n < last; n += step) {
     int64_t stop = n + step < last ? n + step : last;

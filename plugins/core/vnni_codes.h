@@ -80,6 +80,9 @@ JPQ_INLINE __mmask64 low_bits(int64_t count) { return count >= 64 ? ~0ull : (1ul
 /* How codes come: 8 bits and ternary ones, and where a lane would be of several groups, 64 at a time. `whole`: a block of
  * 256, or what there is of it, is never of two groups. */
 JPQ_INLINE int form_of(int bits, int32_t group_size, int whole) {
+  if (jpq_is_normal(bits) && !whole) return PLAIN; /* levels are bytes: a lane has room for four products */
+  if (jpq_is_normal(bits) && group_size % 16) return PLAIN;
+  bits = jpq_width(bits);
   if (bits <= 4 && group_size % 16 == 0) return bits <= 2 ? QUADS : whole ? TWO_PAIRS : SPLIT_QUADS;
   return bits <= 4 ? PAIRS : bits <= 7 && group_size % 64 == 0 ? WIDE_PAIRS : PLAIN;
 }
@@ -116,16 +119,25 @@ JPQ_INLINE __m512i pick(__m512i qwords, const uint8_t *start, int bits) {
   return _mm512_and_si512(windows(qwords, start), _mm512_set1_epi8((char)((1 << bits) - 1)));
 }
 
+/* Levels of the codes in bits start on of each byte, whatever is above them; of 16 bits that are shifted together. */
+JPQ_INLINE __m512i levels_at(__m512i bytes, int start, int bits) {
+  if (start) bytes = _mm512_srli_epi16(bytes, (unsigned)start);
+  return _mm512_permutexvar_epi8(bytes, *(const __m512i *)jpq_levels_of(bits));
+}
+
 /* Codes j .. j + 63 of a row in their order, j a multiple of 64. */
 JPQ_INLINE __m512i unpack(const uint8_t *row, int64_t j, int bits) {
   if (bits == JPQ_TERNARY) return unpack_ternary(jpq_at(row, bits, j), jpq_phase(j));
-  const uint8_t *p = row + j / 8 * bits;
+  const int width = jpq_width(bits);
+  const uint8_t *p = row + j / 8 * width;
   if (bits == 8) return load(p, 64);
-  return pick(_mm512_permutexvar_epi8(*(const __m512i *)spreads[bits - 1], load(p, 8 * bits)), starts[bits - 1], bits);
+  const __m512i spread = _mm512_permutexvar_epi8(*(const __m512i *)spreads[width - 1], load(p, 8 * width));
+  return jpq_is_normal(bits) ? levels_at(windows(spread, starts[width - 1]), 0, bits) : pick(spread, starts[width - 1], bits);
 }
 
 /* Bits start .. start + bits - 1 of each byte. */
 JPQ_INLINE __m512i field(__m512i bytes, int start, int bits) {
+  if (jpq_is_normal(bits)) return levels_at(bytes, start, bits);
   uint64_t matrix = 0; /* byte 7 - i says of which bits bit i is the sum */
   if (!start) return _mm512_and_si512(bytes, _mm512_set1_epi8((char)((1 << bits) - 1)));
   for (int i = 0; i < bits; i++) matrix |= 1ull << (8 * (7 - i) + start + i);
@@ -134,21 +146,23 @@ JPQ_INLINE __m512i field(__m512i bytes, int start, int bits) {
 
 /* The 128 codes from `p` on as a pair. */
 JPQ_INLINE void unpack_pair(const uint8_t *p, int bits, __m512i out[2]) {
-  if (bits == 4) {
+  const int width = jpq_width(bits);
+  if (width == 4) {
     __m512i v = load(p, 64);
-    for (int i = 0; i < 2; i++) out[i] = field(v, 4 * i, 4);
+    for (int i = 0; i < 2; i++) out[i] = field(v, 4 * i, bits);
     return;
   }
-  __m512i spread = *(const __m512i *)pair_spreads[bits - 1];
-  if (bits < 4) {
-    __m512i v = windows(_mm512_permutexvar_epi8(spread, load(p, 16 * bits)), seconds[bits - 1]);
-    for (int i = 0; i < 2; i++) out[i] = field(v, i * bits, bits);
+  __m512i spread = *(const __m512i *)pair_spreads[width - 1];
+  if (width < 4) {
+    __m512i v = windows(_mm512_permutexvar_epi8(spread, load(p, 16 * width)), seconds[width - 1]);
+    for (int i = 0; i < 2; i++) out[i] = field(v, i * width, bits);
     return;
   }
-  for (int i = 0; i < 2; i++, p += 4 * bits) {
-    __m512i v = bits == 5 ? load(p, 64)
-                          : _mm512_inserti64x4(load(p, 32), _mm256_loadu_si256((const __m256i *)(p + 8 * bits)), 1);
-    out[i] = pick(_mm512_permutexvar_epi8(spread, v), starts[bits - 1], bits);
+  for (int i = 0; i < 2; i++, p += 4 * width) {
+    __m512i v = width == 5 ? load(p, 64)
+                           : _mm512_inserti64x4(load(p, 32), _mm256_loadu_si256((const __m256i *)(p + 8 * width)), 1);
+    v = windows(_mm512_permutexvar_epi8(spread, v), starts[width - 1]);
+    out[i] = field(v, 0, bits);
   }
 }
 
@@ -160,11 +174,11 @@ JPQ_INLINE void quad_bytes(const uint8_t *p, int bits, int whole, __m512i out[2]
     if (bits == 1) out[0] = windows(out[0], fourths); /* four codes and four of the next byte */
     return;
   }
-  __m512i first = load(p, 64), last = load(p + 16 * bits, 64);
+  __m512i first = load(p, 64), last = load(p + 16 * jpq_width(bits), 64);
   if (whole) {
     const __m512i spread = *(const __m512i *)pair_spreads[2];
-    out[0] = bits == 4 ? first : windows(_mm512_permutexvar_epi8(spread, first), seconds[2]);
-    out[1] = bits == 4 ? last : windows(_mm512_permutexvar_epi8(spread, last), seconds[2]);
+    out[0] = jpq_width(bits) == 4 ? first : windows(_mm512_permutexvar_epi8(spread, first), seconds[2]);
+    out[1] = jpq_width(bits) == 4 ? last : windows(_mm512_permutexvar_epi8(spread, last), seconds[2]);
     return;
   }
   if (bits == 3) {
@@ -179,9 +193,9 @@ JPQ_INLINE void quad_bytes(const uint8_t *p, int bits, int whole, __m512i out[2]
 
 /* Vector v of the four. */
 JPQ_INLINE __m512i quad_vector(const __m512i bytes[2], int v, int bits, int shifts) {
-  const int start = bits * (bits <= 2 ? v : v % 2);
+  const int start = jpq_width(bits) * (bits <= 2 ? v : v % 2);
   const __m512i b = bytes[bits <= 2 ? 0 : v / 2];
-  if (!shifts || !start) return field(b, start, bits);
+  if (!shifts || !start || jpq_is_normal(bits)) return field(b, start, bits);
   return field(_mm512_srli_epi16(b, (unsigned)start), 0, bits);
 }
 
@@ -200,9 +214,10 @@ JPQ_INLINE __m512 load_zeros(const uint8_t *zeros, int64_t g, int bits, __mmask1
     lanes = _mm512_mullo_epi16(lanes, *(const __m512i *)jpq_ternary_lane_factors[jpq_phase(g)]);
     return _mm512_cvtepi32_ps(_mm512_mulhi_epu16(lanes, _mm512_set1_epi32(3)));
   }
-  lanes = _mm512_permutexvar_epi8(*(const __m512i *)jpq_lane_bytes[bits - 1], lanes); /* what is to be 0 is masked away */
-  lanes = _mm512_srlv_epi32(lanes, *(const __m512i *)jpq_lane_shifts[bits - 1]);
-  return _mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32((1 << bits) - 1)));
+  const int width = jpq_width(bits); /* of levels too, though none has zeros */
+  lanes = _mm512_permutexvar_epi8(*(const __m512i *)jpq_lane_bytes[width - 1], lanes); /* what is to be 0 is masked away */
+  lanes = _mm512_srlv_epi32(lanes, *(const __m512i *)jpq_lane_shifts[width - 1]);
+  return _mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32((1 << width) - 1)));
 }
 
 JPQ_TARGET_END

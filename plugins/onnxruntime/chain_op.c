@@ -80,7 +80,7 @@ static OrtStatus *read_link(const source *from, chain *k, int l, size_t *at, int
     part *each = k->parts + k->all;
     TRY(read_part(from->api, from->info, OF_EACH_X, (int)k->all, each));
     jpq_weight *w = &each->shape;
-    if ((w->bits < 1 || w->bits > 8) && w->bits != JPQ_TERNARY) return fail(from->api, "bits must be 1 to 8, or 16 for ternary codes", "bits");
+    if (!jpq_is_width(w->bits)) return fail(from->api, "bits must be 1 to 8, 16 for ternary codes, 35 to 38 for normal levels", "bits");
     if (w->k < 1 || w->n < 1 || w->group_size < 1 || w->k % w->group_size) return fail(from->api, "K must be a multiple of group_size, N positive", "weight");
     if (*width && w->k != *width) return fail(from->api, "is not what the link before gives", "K");
     *width = w->k;

@@ -70,8 +70,7 @@ static int ORT_CALL output_kind(const OrtCustomOp *op, size_t i) {
 /* ---- creation ---- */
 
 static OrtStatus *check(const OrtApi *api, const operator_ *op, const jpq_weight *w) {
-  if ((w->bits < 1 || w->bits > 8) && w->bits != JPQ_TERNARY)
-    return fail(api, "bits must be 1 to 8, or 16 for ternary codes", op->name);
+  if (!jpq_is_width(w->bits)) return fail(api, "bits must be 1 to 8, 16 for ternary codes, 35 to 38 for normal levels", op->name);
   if (w->k < 1 || w->n < 0 || w->group_size < 1 || w->group_size > w->k || w->k % w->group_size)
     return fail(api, "K must be a multiple of group_size, N not negative", op->name);
   return NULL;

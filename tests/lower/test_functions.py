@@ -44,8 +44,8 @@ def model_of(op_type, weight, bias=None):
     variant = Variant.of(op_type, weight.scheme, weight.shape[1], bias=bias is not None)
     scheme, (n, k) = weight.scheme, weight.shape
     y = nodes.many(
-        op_type, x, *stored, names=["y"], domain="jpq", overload=variant.overload, bits=kernel_bits(scheme.bits),
-        K=k, N=n, group_size=scheme.group_size, symmetric=int(scheme.symmetric), normal=int(scheme.normal),
+        op_type, x, *stored, names=["y"], domain="jpq", overload=variant.overload, bits=kernel_bits(scheme.bits, normal=scheme.normal),
+        K=k, N=n, group_size=scheme.group_size, symmetric=int(scheme.symmetric),
         plugin_namespace="jpq", plugin_version="1",
     )[0]  # fmt: skip
     y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["b", "s", n if matmul else k])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jpq_export.numerics.affine import QuantizedWeight, store
+from jpq_export.numerics.levels import normal_bytes
 from jpq_export.numerics.packing import pack_codes
 from jpq_export.numerics.scheme import Scheme, kernel_bits, levels
 from jpq_export.runtime import native
@@ -69,7 +70,7 @@ def make_weight(stored: QuantizedWeight, **changes):
     fields = {
         **{name: address(getattr(stored, name)) for name in ("packed", "scales", "zeros")},
         **dict(zip(("n", "k"), stored.shape, strict=True)),
-        "bits": kernel_bits(stored.scheme.bits),
+        "bits": kernel_bits(stored.scheme.bits, normal=stored.scheme.normal),
         "group_size": stored.scheme.group_size,
     }
     return Weight(**(fields | changes))
@@ -306,10 +307,12 @@ def core_of(core, request):
 
 
 def random_weight(n, k, bits, group_size, symmetric, rng):
+    """`symmetric`: True, False, or "normal" for levels."""
     codes = rng.integers(0, levels(bits), (n, k)).astype(np.uint8)
     scales = (rng.random((n, k // group_size)) * 0.1 + 0.01).astype(np.float16)
     zeros = None if symmetric else rng.integers(0, levels(bits), scales.shape).astype(np.uint8)
-    return store(codes, scales, zeros, Scheme(bits, group_size, symmetric))
+    scheme = Scheme(bits, group_size, bool(symmetric), normal=symmetric == "normal")
+    return store(normal_bytes(bits)[codes] if scheme.normal else codes, scales, zeros, scheme)
 
 
 @pytest.fixture(scope="session")
