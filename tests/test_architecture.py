@@ -23,6 +23,7 @@ ROWS = (
     ("study",),
     ("comparison",),
     ("comparison_cells", "comparison_report"),
+    ("comparison_picture",),
     ("peers",),
     ("pipeline", "finalists", "prove", "fallback", "evaluation", "encoder_evaluation", "summary"),
     ("feasible", "given_plan", "read_activations", "published", "rotate"),

@@ -2,8 +2,9 @@
  *
  * onnxruntime maps every weight of a file by itself, in pages of 4 KB, and a token reads all of them once: a processor then
  * looks up an address every 4 KB, and its prefetching stops there. Weights that lie together in pages of 2 MB are read
- * faster (see the README). A process takes no more memory: the file's pages are given back. But the codes are its own then:
- * processes of one bundle do not share them, and they cannot be dropped and read again when memory runs out.
+ * faster (see the README). The file's pages are given back; of a table that is looked up too (a tied embedding) those around
+ * a row come again when it is. But the codes are the process's own then: processes of one bundle do not share them, and they
+ * cannot be dropped and read again when memory runs out.
  */
 #ifndef JPQ_LARGE_PAGES_H
 #define JPQ_LARGE_PAGES_H

@@ -1,9 +1,11 @@
 """The functions of the compiled library, on numpy arrays."""
 
 import ctypes
+import importlib.util
 import shutil
 import struct
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,21 +189,47 @@ class Core:
         return status
 
 
+def arm_compiler():
+    """A C compiler for aarch64, as a command: the system's, or that of the package ziglang."""
+    if found := shutil.which("aarch64-linux-gnu-gcc"):
+        return [found]
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl"]
+    return pytest.skip("no aarch64-linux-gnu-gcc and no package ziglang: nothing compiles for ARM here")
+
+
+def arm_emulator():
+    """What runs its programs: qemu, or our own on the package unicorn."""
+    if found := shutil.which("qemu-aarch64"):
+        return [found]
+    if importlib.util.find_spec("unicorn"):
+        return [sys.executable, str(Path(__file__).with_name("arm_emulator.py"))]
+    return pytest.skip("no qemu-aarch64 and no package unicorn: nothing runs ARM's programs here")
+
+
 class Emulated:
     """The same functions as compiled for aarch64, run by an emulator: `emulated.c` answers over a pipe."""
 
     def __init__(self, folder):
-        """Skips where the compiler or the emulator is missing."""
-        tools = {name: shutil.which(name) for name in ("aarch64-linux-gnu-gcc", "qemu-aarch64")}
-        if missing := [name for name, path in tools.items() if path is None]:
-            pytest.skip(f"no {', '.join(missing)}: NEON cannot be run here")
-        compiler, emulator = tools.values()
+        """Skips where a compiler or an emulator is missing."""
+        compiler, emulator = arm_compiler(), arm_emulator()
         core, program = native.sources_folder() / "core", folder / "emulated"
         sources = [*sorted(core.glob("*.c")), Path(__file__).with_name("emulated.c")]
-        command = [compiler, "-std=c11", "-O1", "-static", "-Werror", "-Wall", "-Wextra", f"-I{core}", *sources]
+        command = [
+            *compiler,
+            "-std=c11",
+            "-O1",
+            "-ffp-contract=off",
+            "-static",
+            "-Werror",
+            "-Wall",
+            "-Wextra",
+            f"-I{core}",
+            *sources,
+        ]
         done = subprocess.run([*command, "-o", program, "-lm"], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        self.process = subprocess.Popen([emulator, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen([*emulator, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.names = ("neon", "scalar")
 
     def weight(self, stored: QuantizedWeight, **changes):
