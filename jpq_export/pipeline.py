@@ -195,7 +195,7 @@ class Export:
     def search(self, loaded: LoadedModel, texts: Texts, cost: Any) -> list[Plan]:
         """Prices, exact solution, true-KL refinement; the finalists, best first."""
         from jpq_export.compress.plan import Problem, contrast, make_plan
-        from jpq_export.compress.prepare import group_size_for, normal_levels_for, prepare
+        from jpq_export.compress.prepare import group_size_for, prepare
         from jpq_export.compress.prepared import check_cache
         from jpq_export.compress.prices import narrow_widths
         from jpq_export.compress.refine import finalists, refine
@@ -208,7 +208,7 @@ class Export:
         once(check_cache, folder)  # one that cannot be written is said before the long part
         kind = {"seed": request.seed, "stages": self.stages, "narrow": narrow_widths(widths)}
         kind["group_size"] = group_size_for(request.target, loaded.spec, request.group_size)
-        kind["normal"] = normal_levels_for(request.target)
+        kind["normal"] = request.target.normal_bits
         prepared = prepare(loaded.model, calibration, texts.heldout, folder, **kind)
         problem = Problem(prepared.prices, cost, budget, widths)
         with self.stages.stage("plan", "searching structure and bits together") as report:

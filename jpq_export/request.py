@@ -75,14 +75,14 @@ class Texts:
 def prepared_for(request: Request, loaded: LoadedModel, texts: Texts) -> Path:
     """Where this model's price list lives."""
     from jpq_export.compress.effort import EFFORTS
-    from jpq_export.compress.prepare import group_size_for, normal_levels_for
+    from jpq_export.compress.prepare import group_size_for
     from jpq_export.compress.prepared import prepared_folder
     from jpq_export.compress.prices import narrow_widths
 
     effort, narrow = EFFORTS[request.effort], narrow_widths(request.widths or ())
     return prepared_folder(
         **({"narrow": narrow} if narrow else {}),
-        **({"normal": True} if normal_levels_for(request.target) else {}),
+        **({"normal": normal} if (normal := request.target.normal_bits) else {}),
         model=loaded.sha256,
         texts=texts.sha256,
         sequences=effort.sequences,

@@ -250,12 +250,11 @@ class Compressor:
 
     def _two_sided(self, i: int, part: str, W: Tensor, H: Tensor, rounded: Rounded, grid: Grid) -> Rounded:
         """With the moments of the outputs' gradients, where there are any."""
-        outputs = self.stats.outputs.get(f"layers.{i}.{part}")
-        if outputs is None or grid.table is not None:  # it knows evenly spaced codes only
+        if (outputs := self.stats.outputs.get(f"layers.{i}.{part}")) is None:
             return rounded
         rows = kept_rows(self.teacher, i, self.recipe.layers[i]).get(ROWS_OF.get(part, ""))
         full = _linear(self.teacher, i, part).weight
-        done = two_sided(W, H, kept_blocks(outputs, rows, len(full)), rounded, grid.top)
+        done = two_sided(W, H, kept_blocks(outputs, rows, len(full)), rounded, grid)
         return Rounded(parallel.from_rank(0, done.codes), done.scales, done.zeros)
 
     def _moment(self, left: Iterable[Tensor], right: Stream) -> Tensor:

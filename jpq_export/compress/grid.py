@@ -1,8 +1,8 @@
-"""The points that rows of a weight may be rounded to, in torch: what a scale multiplies, before the zero is taken off."""
+"""The points that rows of a weight may be rounded to, in torch: what a scale multiplies, the zero not yet taken off."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,19 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jpq_export.numerics.levels import MIDDLE, NORMAL_WIDTHS, normal_bytes
+from jpq_export.numerics.levels import MIDDLE, NORMAL_WIDTHS, normal_bytes, normal_levels
 from jpq_export.numerics.row_blocks import RowLayout
 from jpq_export.numerics.scheme import Scheme
 
-FINE = 4  # places a unit for which the nearest level is known: a place off by an eighth of one changes nothing
+FINE = 16  # places a unit for which the nearest point is known
 PLACES = 256 * FINE
+EVEN_TOPS = (1, 2, 3, 7, 15, 31, 63, 255)  # largest codes of evenly spaced points; tables of normal levels follow
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grid:
-    """Points of rows: the codes 0 to `top` [N]; where `table` is not negative [N], levels as bytes: those of that table.
+    """Points of rows: the codes 0 to `top` [N]; or levels as bytes, where `table` [N] (of `_nearest_points`) says so.
 
-    A stack of rows may mix widths.
+    A stack of rows may mix both. Without `table` all are evenly spaced.
     """
 
     top: Tensor
@@ -35,12 +36,8 @@ class Grid:
         top = torch.tensor([float(s.max_code) for s, _ in schemes]).repeat_interleave(counts).to(device)
         if not any(s.normal for s, _ in schemes):
             return Grid(top)
-        tables = torch.tensor([NORMAL_WIDTHS.index(int(s.bits)) if s.normal else -1 for s, _ in schemes])
-        return Grid(top, tables.repeat_interleave(counts).to(device))
-
-    def __getitem__(self, rows: slice | Tensor) -> Grid:
-        """Of some rows."""
-        return Grid(self.top[rows], None if self.table is None else self.table[rows])
+        tables = torch.tensor([_table_of(s) for s, _ in schemes]).repeat_interleave(counts)
+        return Grid(top, tables.to(device))
 
     @staticmethod
     def over(top: Grid | Tensor) -> Grid:
@@ -50,10 +47,14 @@ class Grid:
     @staticmethod
     def joined(grids: Sequence[Grid]) -> Grid:
         """Of the rows of all, one after the other."""
-        tables = None
-        if any(grid.table is not None for grid in grids):
-            tables = torch.cat([torch.full_like(g.top, -1).long() if g.table is None else g.table for g in grids])
-        return Grid(torch.cat([grid.top for grid in grids]), tables)
+        top = torch.cat([grid.top for grid in grids])
+        if all(grid.table is None for grid in grids):
+            return Grid(top)
+        return Grid(top, torch.cat([grid._tables() for grid in grids]))
+
+    def __getitem__(self, rows: slice | Tensor | tuple[slice, slice]) -> Grid:
+        """Of some rows."""
+        return Grid(self.top[rows], None if self.table is None else self.table[rows])
 
     def __len__(self) -> int:
         """Rows."""
@@ -63,42 +64,62 @@ class Grid:
         """In parts of so many rows."""
         return [self[start : start + rows] for start in range(0, max(1, len(self)), rows)]
 
-    @property
-    def normal(self) -> Tensor:
-        """Which rows have normal levels [N]."""
-        return torch.zeros_like(self.top, dtype=torch.bool) if self.table is None else self.table >= 0
+    def view(self, *shape: int) -> Grid:
+        """Rows in a shape of their own, [N] or more dimensions."""
+        return Grid(self.top.view(shape), None if self.table is None else self.table.view(shape))
+
+    def _tables(self) -> Tensor:
+        """The table of every row, also where all are evenly spaced [N]."""
+        if self.table is not None:
+            return self.table
+        return torch.bucketize(self.top, torch.tensor(EVEN_TOPS, dtype=self.top.dtype, device=self.top.device))
 
     def reach(self) -> Tensor:
         """How far the outermost point of a symmetric row is from the middle [N]."""
         if self.table is None:
             return self.top / 2
-        outermost = torch.tensor([float(normal_bytes(bits)[-1]) - MIDDLE for bits in NORMAL_WIDTHS])
-        return torch.where(self.normal, outermost.to(self.top.device)[self.table.clamp(min=0)], self.top / 2)
+        outermost = [top / 2 for top in EVEN_TOPS] + [float(normal_levels(bits)[-1]) for bits in NORMAL_WIDTHS]
+        return torch.tensor(outermost, device=self.top.device)[self.table]
 
     def middle(self, *, integer_zero: bool) -> Tensor:
         """The zero of symmetric rows, in points [N]."""
         even = (self.top / 2).ceil() if integer_zero else self.top / 2
-        return even if self.table is None else torch.where(self.normal, float(MIDDLE), even)
+        return even if self.table is None else torch.where(self.table >= len(EVEN_TOPS), float(MIDDLE), even)
 
-    def nearest(self, places: Tensor) -> Tensor:
-        """The nearest point of each place; places [N] or [N, ...], in points."""
-        shape = (-1,) + (1,) * (places.dim() - 1)
-        even = torch.minimum(places.round().clamp_(min=0), self.top.view(shape))
+    def nearest(self) -> Callable[[Tensor], Tensor]:
+        """What finds the nearest point of each place [N] or [N, ...], in points; it may overwrite the places."""
         if self.table is None:
-            return even
-        at = (places * FINE).round_().clamp_(0, PLACES - 1).add_(self.table.clamp(min=0).view(shape) * PLACES)
-        found = torch.index_select(_nearest_levels(places.device), 0, at.flatten().long()).view_as(places)
-        normal = self.normal
-        return found if bool(normal.all()) else torch.where(normal.view(shape), found, even)
+            return lambda places: torch.minimum(places.round_().clamp_(min=0), _beside(self.top, places))
+        first = self.table.to(torch.float32) * PLACES + 0.5  # half a place: what follows is cut off, not rounded
+        points = _nearest_points(self.top.device)
+
+        def look_up(places: Tensor) -> Tensor:
+            at = torch.add(_beside(first, places), places.clamp_(0, 256 - 1 / FINE), alpha=FINE).int()
+            return torch.index_select(points, 0, at.view(-1)).view_as(places)
+
+        return look_up
+
+
+def _beside(rows: Tensor, places: Tensor) -> Tensor:
+    """[N] as [N, 1, ...]."""
+    return rows.view(rows.shape + (1,) * (places.dim() - rows.dim()))
+
+
+def _table_of(scheme: Scheme) -> int:
+    """Which of the tables."""
+    if scheme.normal:
+        return len(EVEN_TOPS) + NORMAL_WIDTHS.index(int(scheme.bits))
+    return EVEN_TOPS.index(scheme.max_code)
 
 
 @cache
-def _nearest_levels(device: torch.device) -> Tensor:
-    """The nearest level of every place, of all tables: float32 [tables * PLACES]."""
-    places, out = np.arange(PLACES) / FINE, []
-    for bits in NORMAL_WIDTHS:
-        levels = normal_bytes(bits).astype(np.float32)
-        out.append(levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, places)])
+def _nearest_points(device: torch.device) -> Tensor:
+    """The nearest point of every place, of all tables: float32 [tables * PLACES]."""
+    places = np.arange(PLACES) / FINE
+    kinds = [np.arange(top + 1) for top in EVEN_TOPS] + [normal_bytes(bits) for bits in NORMAL_WIDTHS]
+    out = []
+    for points in (kind.astype(np.float32) for kind in kinds):
+        out.append(points[np.searchsorted((points[1:] + points[:-1]) / 2, places)])
     return torch.from_numpy(np.concatenate(out)).to(device)
 
 

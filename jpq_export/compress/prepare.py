@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +34,6 @@ def group_size_for(target: Target, spec: Spec, asked: int | None = None) -> int:
     return ROTATED_GROUP_SIZE if isinstance(spec, ModelSpec) and spec.rotated else GROUP_SIZE
 
 
-def normal_levels_for(target: Target) -> bool:
-    """Whether codes get normal levels: where our own operators compute, not formats that others defined."""
-    return os.environ.get("JPQ_LEVELS") == "normal" and target.graph == "custom_op" and not target.stored_bits
-
-
 def prepare(
     teacher: Model,
     calibration: np.ndarray,
@@ -49,7 +43,7 @@ def prepare(
     seed: int,
     stages: Stages,
     group_size: int,
-    normal: bool = False,
+    normal: tuple[float, ...] = (),
     narrow: tuple[float, ...] = (),
 ) -> Prepared:
     """The prepared state for these inputs; `folder` names them (see prepared_folder).

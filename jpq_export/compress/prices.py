@@ -27,11 +27,12 @@ from jpq_export.compress.rounding import Rounded, quantize_rows, row_loss
 from jpq_export.compress.statistics import Progress, Statistics
 from jpq_export.errors import PlanError
 from jpq_export.format.encoder_spec import Spec, is_table, spec_from_json
-from jpq_export.numerics.levels import NORMAL_WIDTHS
 from jpq_export.numerics.scheme import BIT_WIDTHS, Scheme, read_width, wide_group_size
 
 FORMAT = "jpq-prices/1"
-AGAINST_FOUR = {5: 0.265, 6: 0.070, 8: 0.006}  # squared errors for normal weights: normal levels, at 8 bits even ones
+# Squared error of a normal weight of variance 1 at its best scale, by width: evenly spaced and normal levels.
+EVEN_ERROR = {4: 1.154e-2, 5: 3.495e-3, 6: 1.040e-3, 8: 8.77e-5}
+NORMAL_ERROR = {4: 9.506e-3, 5: 2.524e-3, 6: 6.64e-4}
 ROUNDED_BITS = (2, 3, 4)
 ROWS_TOGETHER = 8192  # of a table, rounded at once
 NARROW = 2  # bits below which a width is priced on request only
@@ -51,14 +52,14 @@ class StructurePrice:
 class PriceList:
     """`matrices[name][bits]` and `structures["layers.i.attn" | "layers.i.mlp"]`, nats of KL per token.
 
-    `normal`: codes have normal levels, of the widths that know them.
+    `normal`: widths whose codes stand for normal levels.
     """
 
     spec: Spec
     group_size: int
     matrices: dict[str, dict[float, float]]
     structures: dict[str, StructurePrice]
-    normal: bool = False
+    normal: tuple[float, ...] = ()
 
     def scheme(self, columns: int, bits: float) -> Scheme:
         """The scheme of a matrix with `columns` inputs."""
@@ -89,14 +90,19 @@ class PriceList:
             }
             matrices = {name: {read_width(b): p for b, p in prices.items()} for name, prices in raw["matrices"].items()}
             spec = spec_from_json(json.dumps(raw["spec"]))
-            return PriceList(spec, raw["group_size"], matrices, structures, raw.get("normal", False))
+            return PriceList(spec, raw["group_size"], matrices, structures, tuple(raw["normal"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PlanError(f"{path}: damaged price list ({error!r}); delete it and run again") from error
 
 
-def scheme_of(columns: int, bits: float, group_size: int, *, normal: bool) -> Scheme:
+def scheme_of(columns: int, bits: float, group_size: int, *, normal: tuple[float, ...]) -> Scheme:
     """The scheme of a matrix with `columns` inputs."""
-    return Scheme(bits, wide_group_size(columns, group_size), normal=normal and bits in NORMAL_WIDTHS)
+    return Scheme(bits, wide_group_size(columns, group_size), normal=bits in normal)
+
+
+def expected_error(bits: float, *, normal: tuple[float, ...]) -> float:
+    """Squared error of a normal weight of variance 1 at 4 bits and up."""
+    return (NORMAL_ERROR if bits in normal else EVEN_ERROR)[int(bits)]
 
 
 # Rounded rows at all widths: codes uint8 [widths, N, K]; scales, zeros [widths, N, K/g]; loss of each row [widths, N].
@@ -125,7 +131,7 @@ def round_all(
     stats: Statistics,
     *,
     group_size: int,
-    normal: bool = False,
+    normal: tuple[float, ...] = (),
     narrow: tuple[float, ...] = (),
     progress: Progress | None = None,
 ) -> tuple[RoundedCache, dict[str, dict[float, float]]]:
@@ -156,18 +162,19 @@ def round_all(
             prices[name][bits] = float((losses[i] * row_weight).sum()) / 2
         for bits in BIT_WIDTHS:
             if bits not in prices[name]:
-                beside = AGAINST_FOUR[bits] if normal else 4.0 ** (4 - bits)  # evenly spaced: 6 dB a bit
+                beside = expected_error(bits, normal=normal) / expected_error(4, normal=normal)
                 prices[name][bits] = prices[name][4] * beside
     return cache, prices
 
 
-def _round_widths(W: Tensor, H: Tensor, group_size: int, widths: tuple[float, ...], *, normal: bool) -> Stacked:
+def _round_widths(
+    W: Tensor, H: Tensor, group_size: int, widths: tuple[float, ...], *, normal: tuple[float, ...]
+) -> Stacked:
     """Rows W [N, K] rounded at every width: one GPTQ over stacked copies of them."""
     stack = W.repeat(len(widths), 1)
     schemes = [(scheme_of(W.shape[1], bits, group_size, normal=normal), len(W)) for bits in widths]
-    rounded = quantize_rows(
-        stack, H, Grid.of(schemes, W.device), group_size, symmetric=True, method="gptq", candidates=11
-    )
+    grid = Grid.of(schemes, W.device)
+    rounded = quantize_rows(stack, H, grid, group_size, symmetric=True, method="gptq", candidates=11)
     kinds = (rounded.codes, rounded.scales, rounded.zeros, row_loss(stack, H, rounded))
     return tuple(kind.view(len(widths), len(W), *kind.shape[1:]) for kind in kinds)
 
@@ -191,7 +198,7 @@ def measure_prices(
     forward: PartialForward,
     *,
     group_size: int,
-    normal: bool = False,
+    normal: tuple[float, ...] = (),
     progress: Progress | None = None,
 ) -> PriceList:
     """Scale the Fisher prices by measured KLs, sub-layer by sub-layer."""

@@ -28,7 +28,10 @@ DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rounded:
-    """Codes, or levels as bytes (`QuantizedWeight.points`), uint8 [N, K], scales float32 [N, K/g] (fp16 values), zeros float32 [N, K/g] in codes."""
+    """Codes, or levels as bytes (`QuantizedWeight.points`), uint8 [N, K]; scales, zeros (in codes) float32 [N, K/g].
+
+    Scales are fp16 values.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -93,6 +96,7 @@ def _search_rows(
     groups = W.view(n, k // group_size, group_size)
     importance = weight.view(1, -1, group_size)
     top = grid.top.view(n, 1)
+    nearest_of = grid.nearest()
     if symmetric:
         peak = groups.abs().amax(-1).clamp(min=1e-8)  # [N, K/g]
         base = peak / grid.reach().view(n, 1)
@@ -106,7 +110,7 @@ def _search_rows(
     for shrink in torch.linspace(0.40, 1.10, candidates).tolist():
         scale = to_fp16(base * shrink)
         z = zero if symmetric else (-groups.amin(-1).clamp(max=0) / base).round().clamp(torch.zeros_like(top), top)
-        codes = grid.nearest(groups / scale[..., None] + z[..., None])
+        codes = nearest_of(groups / scale[..., None] + z[..., None])
         error = ((codes - z[..., None]) * scale[..., None] - groups).square_().mul_(importance).sum(-1)
         better = error < best
         best = torch.where(better, error, best)
@@ -149,7 +153,7 @@ def nearest(W: Tensor, scales: Tensor, zeros: Tensor, grid: Grid | Tensor) -> Ro
     """Round to nearest: W [N, K]."""
     n, k = W.shape
     groups = W.view(n, scales.shape[1], -1)
-    codes = Grid.over(grid).nearest(groups / scales[..., None] + zeros[..., None])
+    codes = Grid.over(grid).nearest()(groups / scales[..., None] + zeros[..., None])
     return Rounded(codes.view(n, k).to(torch.uint8), scales, zeros)
 
 
@@ -173,7 +177,7 @@ def gptq(W: Tensor, H: Tensor | Sweep, scales: Tensor, zeros: Tensor, grid: Grid
 
     W [N, K]; H [K, K] symmetric, or what `Sweep.of` it is; scales, zeros [N, K/g]; grid of N rows.
     """
-    grid = Grid.over(grid)
+    nearest_of = Grid.over(grid).nearest()
     k = W.shape[1]
     group_size = k // scales.shape[1]
     order, U = H if isinstance(H, Sweep) else Sweep.of(H)
@@ -186,7 +190,7 @@ def gptq(W: Tensor, H: Tensor | Sweep, scales: Tensor, zeros: Tensor, grid: Grid
         errors = torch.empty_like(work[start:end])
         for j in range(start, end):
             w = work[j]
-            codes[j] = grid.nearest(torch.addcmul(zero[j], w, inverse[j]))
+            codes[j] = nearest_of(torch.addcmul(zero[j], w, inverse[j]))
             error = w.sub(codes[j].sub(zero[j]).mul_(scale[j])).div_(U[j, j].item())
             errors[j - start] = error
             if j + 1 < end:
@@ -202,7 +206,7 @@ def coordinate_descent(W: Tensor, H: Tensor, start: Rounded, grid: Grid | Tensor
 
     Shapes as in `gptq`; scales and zeros stay.
     """
-    grid = Grid.over(grid)
+    nearest_of = Grid.over(grid).nearest()
     k = W.shape[1]
     group_size = k // start.scales.shape[1]
     H = damped(H)
@@ -219,7 +223,7 @@ def coordinate_descent(W: Tensor, H: Tensor, start: Rounded, grid: Grid | Tensor
             moved = torch.zeros_like(current[begin:end])
             for j in range(begin, end):
                 wanted = torch.add(current[j], slope[j], alpha=-1 / diagonal[j])
-                codes[j] = grid.nearest(torch.addcmul(zero[j], wanted, inverse[j]))
+                codes[j] = nearest_of(torch.addcmul(zero[j], wanted, inverse[j]))
                 fresh = codes[j].sub(zero[j]).mul_(scale[j])
                 torch.sub(fresh, current[j], out=moved[j - begin])
                 current[j] = fresh

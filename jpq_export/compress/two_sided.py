@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jpq_export.compress.grid import Grid
 from jpq_export.compress.rounding import Rounded, damped
 
 TILE = 32  # 16 and 64 are 5% to 10% slower at 1536 x 576
@@ -54,17 +55,18 @@ def kept_blocks(moment: Tensor, rows: Tensor | None, count: int) -> list[Tensor]
     return [block[index][:, index].float() for block, index in zip(moment, inside, strict=True) if len(index)]
 
 
-def two_sided(W: Tensor, H_in: Tensor, H_out: list[Tensor], start: Rounded, max_code: Tensor) -> Rounded:
+def two_sided(W: Tensor, H_in: Tensor, H_out: list[Tensor], start: Rounded, grid: Grid | Tensor) -> Rounded:
     """New codes for the scales and zeros of `start`, whose own codes stay where they are better.
 
     That happens at 1 and 2 bits: clipping upsets the order this relies on, while coordinate descent does not mind it.
-    W [N, K]; H_in [K, K]; H_out: of consecutive outputs, N together; max_code [N].
+    W [N, K]; H_in [K, K]; H_out: of consecutive outputs, N together; grid of N rows.
     """
+    grid = Grid.over(grid)
     parts, begin = [], 0
     for block in H_out:
         rows = slice(begin, begin + len(block))
         w, old, begin = W[rows], start.rows(rows), rows.stop
-        new = Rounded(_codes(w, H_in, block, old, max_code[rows]), old.scales, old.zeros)
+        new = Rounded(_codes(w, H_in, block, old, grid[rows]), old.scales, old.zeros)
         better = two_sided_loss(w, H_in, block, new) < two_sided_loss(w, H_in, block, old)
         parts.append(new.codes if better else old.codes)
     return Rounded(torch.cat(parts), start.scales, start.zeros)
@@ -89,7 +91,7 @@ def unit_upper(H: Tensor) -> Tensor:
     return factor / factor.diagonal()
 
 
-def _codes(W: Tensor, H_in: Tensor, H_out: Tensor, start: Rounded, max_code: Tensor) -> Tensor:
+def _codes(W: Tensor, H_in: Tensor, H_out: Tensor, start: Rounded, grid: Grid) -> Tensor:
     """uint8 [N, K]; rows and columns are taken in order of falling diagonals, as GPTQ takes columns."""
     H_in, H_out = damped(H_in), _output_moment(H_out)
     rows, columns = (torch.argsort(H.diagonal(), descending=True) for H in (H_out, H_in))
@@ -98,7 +100,7 @@ def _codes(W: Tensor, H_in: Tensor, H_out: Tensor, start: Rounded, max_code: Ten
     scale, zero = (part.repeat_interleave(size, 1)[pick] for part in (start.scales, start.zeros))
     M_out, M_in = (unit_upper(H[order][:, order]) for H, order in ((H_out, rows), (H_in, columns)))
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    codes[pick] = _round_tiles(W[pick], scale, zero, max_code[rows], M_out, M_in).to(torch.uint8)
+    codes[pick] = _round_tiles(W[pick], scale, zero, grid[rows], M_out, M_in).to(torch.uint8)
     return codes
 
 
@@ -125,13 +127,12 @@ def _padded_factor(M: Tensor) -> Tensor:
     return out
 
 
-def _round_tiles(W: Tensor, scale: Tensor, zero: Tensor, top: Tensor, M_out: Tensor, M_in: Tensor) -> Tensor:
-    """Codes [N, K] as floats, everything in the order of rounding; `scale`, `zero` [N, K], top [N]."""
+def _round_tiles(W: Tensor, scale: Tensor, zero: Tensor, grid: Grid, M_out: Tensor, M_in: Tensor) -> Tensor:
+    """Codes [N, K] as floats, everything in the order of rounding; `scale`, `zero` [N, K], grid of N rows."""
     w, s, z = (_Tiles.of(m, fill).flat for m, fill in ((W, 0.0), (scale, 1.0), (zero, 0.0)))
     down, across = w.shape[:2]
     n, k = down * TILE, across * TILE
-    most = top.new_zeros(n)
-    most[: len(top)] = top
+    padded = Grid.joined([grid, Grid(grid.top.new_zeros(n - len(grid)))]).view(down, TILE)
     M_out, M_in = _padded_factor(M_out), _padded_factor(M_in)
     tiles_out, tiles_in = M_out.view(down, TILE, n), M_in.view(across, TILE, k)
     # Factors inside a tile: rows of M_Oᵀ by output, columns of M_I by input in reverse (see _round_one).
@@ -145,7 +146,7 @@ def _round_tiles(W: Tensor, scale: Tensor, zero: Tensor, top: Tensor, M_out: Ten
         j = step - i
         left = torch.bmm(E[i], by_column[j].transpose(1, 2))  # [tiles, T, T]
         above = torch.bmm(by_row[i], U.view(n, across, TILE)[:, j].transpose(0, 1))
-        tile = (w[i, j], above.flatten(1), left.flatten(1), s[i, j], z[i, j], most.view(down, TILE)[i])
+        tile = (w[i, j], above.flatten(1), left.flatten(1), s[i, j], z[i, j], padded[i])
         codes[i, j], error, reached = _round_one(*tile, own_out[i], own_in[j])
         E.view(down, TILE, across, TILE)[i, :, j] = error
         U.view(down, TILE, across, TILE)[i, :, j] = reached
@@ -159,13 +160,13 @@ def _round_one(
     left: Tensor,
     scale: Tensor,
     zero: Tensor,
-    top: Tensor,
+    grid: Grid,
     own_out: Tensor,
     own_in: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [tiles, T * T], errors and errors with what came from the left [tiles, T, T].
 
-    w, above and left (feedback from other tiles), scale, zero [tiles, T * T], top [tiles, T]; own_out [tiles, T, T]:
+    w, above and left (feedback from other tiles), scale, zero [tiles, T * T], grid [tiles, T]; own_out [tiles, T, T]:
     row a is M_O[:, a]; own_in: row T - 1 - b is M_I[:, b]. The anti-diagonal a + b = m of a tile is then a run of rows
     of both, and of the flat tile every (T - 1)th element; `reached` is kept with b in reverse for the same reason,
     there every (T + 1)th.
@@ -182,8 +183,8 @@ def _round_one(
         back = slice(first, first + high - low)  # rows of what is kept in reverse
         from_left = left[:, run] + torch.linalg.vecdot(error_rows[:, low:high], own_in[:, back])
         feedback = from_left + torch.linalg.vecdot(reached_rows[:, back], own_out[:, low:high])
-        q = torch.addcmul(base[:, run], feedback, inverse[:, run], value=-1).round_().clamp_(min=0)
-        q = torch.minimum(q, top[:, low:high])
+        place = torch.addcmul(base[:, run], feedback, inverse[:, run], value=-1)
+        q = grid[:, low:high].nearest()(place)
         codes[:, run] = q
         e = (q * scale[:, run]).sub_(offset[:, run])
         error[:, run] = e

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jpq_export.errors import TargetError
+from jpq_export.numerics.levels import NORMAL_WIDTHS
 from jpq_export.numerics.scheme import Scheme
 
 if sys.version_info >= (3, 11):
@@ -21,6 +22,7 @@ else:  # JetPack boards run Python 3.10
 KINDS = ("jetson", "rtx", "datacenter", "cpu")
 GRAPHS = ("custom_op", "qdq")
 ENGINES = ("tensorrt-rtx",)
+GPU_NORMAL_WIDTHS = (3, 4)
 SIGNED_BITS = (4, 8)  # ONNX's INT4 and INT8
 RTX_SMS = (75, 80, 86, 89, 120, 121)  # what TensorRT-RTX 1.7 builds for; it refuses 87, 90, 100 and 110
 GIB = 2**30  # memory is sold in binary gigabytes
@@ -55,6 +57,16 @@ class Target:
     engine: Literal["tensorrt-rtx"] | None = None
     stored_bits: tuple[int, ...] = ()
     sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def normal_bits(self) -> tuple[int, ...]:
+        """Widths whose codes stand for normal levels: where our own operators read them, at the rate memory gives.
+
+        A GPU looks levels of 3 and 4 bits up in registers; an Orin has no instructions to spare for more.
+        """
+        if self.graph != "custom_op" or self.stored_bits:
+            return ()
+        return NORMAL_WIDTHS if self.kind == "cpu" else GPU_NORMAL_WIDTHS
 
     def fit(self, scheme: Scheme) -> Scheme:
         """The scheme of that width this target stores in fewest bits: with an integer zero where that saves a width."""

@@ -19,9 +19,10 @@ At 4 and 8 bits it has none. There the zero is 2^(b-1) and the missing half is a
 
     X · [s (c - 2^(b-1) + 1/2)]ᵀ = X · [s (c - 2^(b-1))]ᵀ + X · [s / 2]ᵀ
 
-the last a product with the sums of X over groups. Normal levels (`numerics/levels.py`) are looked up and then codes of 8 bits. Ternary codes have an integer zero and need neither. Wide groups are
-handed over as several of the kernel's blocks with one scale: a row of 576 as 9 of 64. Shapes and shifts depend on the
-variant, so every variant is an overload of the function of its own.
+the last a product with the sums of X over groups. Ternary codes have an integer zero and need neither. Normal levels
+(`numerics/levels.py`) are looked up and are codes of 8 bits from there on. Wide groups are handed over as several of
+the kernel's blocks with one scale: a row of 576 as 9 of 64. Shapes and shifts depend on the variant, so every variant
+is an overload of the function of its own.
 """
 
 from __future__ import annotations
@@ -121,9 +122,8 @@ class Variant:
         """Zero points of a symmetric scheme's fields."""
         if self.doubled:
             return [(1 << width) - 1 for _, width in self.fields]
-        middle = (
-            MIDDLE if self.scheme.normal else 1 if self.scheme.bits == TERNARY else 1 << (int(self.scheme.bits) - 1)
-        )
+        bits = self.scheme.bits
+        middle = MIDDLE if self.scheme.normal else 1 if bits == TERNARY else 1 << (int(bits) - 1)
         return [(middle >> start) & ((1 << width) - 1) for start, width in self.fields]
 
     @property

@@ -85,7 +85,7 @@ def levels(bits: float) -> int:
 
 
 def kernel_bits(bits: float, *, normal: bool = False) -> int:
-    """The width as operators' attribute `bits` and the kernels state it: an integer, 16 for ternary, 36 for normal 4."""
+    """The width as the attribute `bits` and the kernels state it: an integer, 16 for ternary, 36 for normal 4."""
     return KERNEL_TERNARY if bits == TERNARY else int(bits) + KERNEL_NORMAL * normal
 
 

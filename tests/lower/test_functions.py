@@ -44,7 +44,8 @@ def model_of(op_type, weight, bias=None):
     variant = Variant.of(op_type, weight.scheme, weight.shape[1], bias=bias is not None)
     scheme, (n, k) = weight.scheme, weight.shape
     y = nodes.many(
-        op_type, x, *stored, names=["y"], domain="jpq", overload=variant.overload, bits=kernel_bits(scheme.bits, normal=scheme.normal),
+        op_type, x, *stored, names=["y"], domain="jpq", overload=variant.overload,
+        bits=kernel_bits(scheme.bits, normal=scheme.normal),
         K=k, N=n, group_size=scheme.group_size, symmetric=int(scheme.symmetric),
         plugin_namespace="jpq", plugin_version="1",
     )[0]  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jpq_export.compress.apply import COLUMNS_OF, Compressor, LayerChoice, Recipe, Stream, all_kept
 from jpq_export.compress.decoder import Decoder
+from jpq_export.compress.grid import Grid
 from jpq_export.compress.model import AnyContext
 from jpq_export.compress.rounding import Rounded
 from jpq_export.compress.statistics import Progress, Statistics
@@ -81,10 +82,10 @@ class SparseCompressor(Compressor):
         """Each matrix by itself, as published: what is pruned is chosen among its own weights."""
         return [[part] for part in parts]
 
-    def _round(self, W: Tensor, H: Tensor, scheme: Scheme | RowLayout, top: Tensor) -> Rounded:
+    def _round(self, W: Tensor, H: Tensor, scheme: Scheme | RowLayout, grid: Grid) -> Rounded:
         # a table, or nothing to prune; no cell has rows of several widths
         if not self.in_layers or self.cell.zeros.share == 0 or isinstance(scheme, RowLayout):
-            return super()._round(W, H, scheme, top)
+            return super()._round(W, H, scheme, grid)
         return (prune_then_round if self.cell.case == "A" else prune_and_round)(W, H, self.cell.zeros, scheme)
 
 
