@@ -51,23 +51,23 @@ def release(nvcc: str) -> str:
 def sources_sha256() -> str:
     """Digest of everything the kernels are made of."""
     digest = hashlib.sha256()
-    for path in sorted(
-        p for p in CORE.iterdir() if p.suffix in (".cu", ".cuh") or p.name in ("low_bit_cuda.h", "low_bit.h")
-    ):
+    headers = ("low_bit_cuda.h", "low_bit.h", "levels.h")
+    for path in sorted(p for p in CORE.iterdir() if p.suffix in (".cu", ".cuh") or p.name in headers):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
 def width(bits: int) -> str:
     """A template's width for people."""
-    return "ternary" if bits == 16 else f"{bits} bits"
+    return "ternary" if bits == 16 else f"{bits - 32} bits of normal levels" if bits > 32 else f"{bits} bits"
 
 
 def describe(mangled: str) -> tuple[str, int]:
     """A kernel's name for people and its dynamic shared memory in bytes."""
     if found := FEW.search(mangled):
         bits, rows, warp_rows = map(int, found.groups())
-        staged = 0 if bits & (bits - 1) == 0 else WARPS * 32 * bits * 4
+        code = bits % 32
+        staged = 0 if code & (code - 1) == 0 else WARPS * 32 * code * 4
         return f"few_rows<{width(bits)}, {rows} rows of X, {warp_rows} of W a warp>", rows * CHUNK * 4 + staged
     if found := MANY.search(mangled):
         return f"many_rows<{width(int(found[1]))}, {'fp32' if found[2] == '1' else 'fp16'} X>", MANY_SHARED

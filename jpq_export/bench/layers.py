@@ -14,7 +14,7 @@ from statistics import median
 
 import numpy as np
 
-from jpq_export.numerics.scheme import KERNEL_NORMAL, Scheme, from_kernel_bits
+from jpq_export.numerics.scheme import Scheme
 from jpq_export.runtime import native
 from jpq_export.runtime.session import OrtModel
 
@@ -75,8 +75,8 @@ def _stored(path: Path) -> dict[str, tuple[float, int]]:
 
 
 def _size(facts: dict[str, int], part: str) -> tuple[float, int]:
-    stated, kind = facts[f"bits{part}"], (facts[f"group_size{part}"], bool(facts[f"symmetric{part}"]))
-    scheme = Scheme(from_kernel_bits(stated), *kind, normal=bool(stated & KERNEL_NORMAL))
+    symmetric = bool(facts[f"symmetric{part}"])
+    scheme = Scheme.stated(facts[f"bits{part}"], facts[f"group_size{part}"], symmetric=symmetric)
     return scheme.bits, scheme.weight_bytes(facts[f"N{part}"], _columns(facts, part))
 
 

@@ -44,6 +44,11 @@ class Scheme:
         if self.normal and (not self.symmetric or self.integer_zero or self.bits not in NORMAL_WIDTHS):
             raise ValueError(f"normal levels are symmetric, of {NORMAL_WIDTHS} bits")
 
+    @staticmethod
+    def stated(bits: int, group_size: int, *, symmetric: bool) -> Scheme:
+        """As operators and kernels state it; ValueError for a width there is none of."""
+        return Scheme(from_kernel_bits(bits), group_size, symmetric, normal=bool(bits & KERNEL_NORMAL))
+
     @property
     def max_code(self) -> int:
         """Largest code: 2**bits - 1, or 2 where ternary."""
@@ -100,6 +105,12 @@ def read_width(text: str) -> float:
     if text not in known:
         raise ValueError(f"{text!r} is not one of {', '.join(known)}")
     return known[text]
+
+
+KERNEL_WIDTHS = (
+    *(kernel_bits(bits) for bits in ALL_WIDTHS),
+    *(kernel_bits(bits, normal=True) for bits in NORMAL_WIDTHS),
+)
 
 
 def row_bytes(count: int, bits: float) -> int:

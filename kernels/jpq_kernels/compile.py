@@ -26,10 +26,14 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from jpq_export.numerics.scheme import ALL_WIDTHS, kernel_bits, read_width
+from jpq_export.numerics.levels import NORMAL_WIDTHS
+from jpq_export.numerics.scheme import ALL_WIDTHS, kernel_bits
 from jpq_kernels.variants import GROUP_SIZES, WIDTHS, X_TYPES, Variant, variants
 
 TARGETS = (87, 89, 90, 110, 120)  # Orin; L4, RTX 40; H100, H200; Thor; RTX 50
+WIDTH_NAMES = {f"{bits:g}": kernel_bits(bits) for bits in ALL_WIDTHS} | {
+    f"normal{bits}": kernel_bits(bits, normal=True) for bits in NORMAL_WIDTHS
+}
 Compiled = tuple[dict[str, bytes], dict[str, Any]]  # files by ending, entry of the manifest
 ZERO_POINTS = ("symmetric", "asymmetric")
 C_TYPES = {"i32": "int32"}  # the rest are pointers
@@ -127,7 +131,7 @@ def write(folder: Path, compiled: Compiled) -> dict[str, Any]:
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write to.")
 @click.option("--sm", type=click.Choice([str(sm) for sm in TARGETS]), multiple=True, help="Devices; default: all.")
-@click.option("--bits", type=click.Choice([f"{b:g}" for b in ALL_WIDTHS]), multiple=True, help="Widths; default: all.")
+@click.option("--bits", type=click.Choice(list(WIDTH_NAMES)), multiple=True, help="Widths; default: all.")
 @click.option("--group-size", type=int, multiple=True, default=GROUP_SIZES, show_default=True)
 @click.option("--x", "x_types", type=click.Choice(X_TYPES), multiple=True, default=X_TYPES, show_default=True)
 @click.option("--zero-points", type=click.Choice(ZERO_POINTS), multiple=True, default=ZERO_POINTS, show_default=True)
@@ -146,7 +150,7 @@ def main(
     """Compile the Triton kernels for the devices and weight layouts given: PTX, cubin and manifest.json."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise click.UsageError("TRITON_INTERPRET=1 replaces Triton's compiler by its interpreter; unset it.")
-    widths = tuple(kernel_bits(read_width(b)) for b in bits) or WIDTHS
+    widths = tuple(WIDTH_NAMES[b] for b in bits) or WIDTHS
     choice = {"bits": widths, "group_sizes": group_size, "x_types": x_types, "zero_points": zero_points}
     try:
         names = [variant.name for variant in variants(**choice)]

@@ -5,6 +5,8 @@ elements that holds whole codes is a unit: UNIT_ELEMENTS elements, UNIT_CODES co
 one word holds 8 of 4 bits). A lane loads whole units, so no byte is read twice and no code needs a branch: which bits
 of which element hold a code is known when the kernel is compiled.
 
+Normal levels (BITS 35 to 38, for codes of 3 to 6 bits) are looked up once a code is alone: bytes around 128.
+
 Ternary rows (BITS 16) have no such unit: groups begin anywhere in a byte of five codes. There a unit is up to 16 codes
 and the four bytes they may touch, as one word, beside the number of codes of the first byte that come before.
 """
@@ -16,6 +18,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from jpq_export.numerics.levels import MIDDLE, normal_bytes
+
+CENTRE: tl.constexpr = tl.constexpr(MIDDLE)
 
 
 @triton.jit
@@ -58,6 +64,35 @@ def float_base():
     return (0x4B000000 + (tl.program_id(0) >> 30)).to(tl.uint32)
 
 
+@triton.constexpr_function
+def width_of(bits: int) -> int:
+    """Bits of a code in a row."""
+    return bits % 32
+
+
+@triton.constexpr_function
+def level_word(width: int, i: int) -> int:
+    """Levels of codes 4 i .. 4 i + 3, the first in the lowest byte."""
+    return int.from_bytes(normal_bytes(width)[4 * i : 4 * i + 4].tobytes(), "little")
+
+
+@triton.jit
+def level_words(code, WIDTH: tl.constexpr, FIRST: tl.constexpr, BIT: tl.constexpr):
+    """The word with the level of each code, from word FIRST on, chosen by bits 2 .. BIT of the code."""
+    if BIT == 1:
+        return tl.full(code.shape, level_word(WIDTH, FIRST), tl.uint32)
+    else:
+        low = level_words(code, WIDTH, FIRST, BIT - 1)
+        high = level_words(code, WIDTH, FIRST + (1 << (BIT - 2)), BIT - 1)
+        return tl.where(((code >> BIT) & 1) == 1, high, low)
+
+
+@triton.jit
+def level(code, WIDTH: tl.constexpr):
+    """The level of each code (uint32, of WIDTH bits), as a byte around 128: 1, 3, 7 or 15 choices and a shift."""
+    return (level_words(code, WIDTH, 0, WIDTH - 1) >> ((code & 3) << 3)) & 255
+
+
 @triton.jit
 def doubled(unit, base, CODE: tl.constexpr, BITS: tl.constexpr, ELEMENT_BITS: tl.constexpr):
     """2**23 + 2 * code number CODE of each unit, as float32.
@@ -72,13 +107,15 @@ def doubled(unit, base, CODE: tl.constexpr, BITS: tl.constexpr, ELEMENT_BITS: tl
         code = ternary_digit((unit[0] >> (8 * byte).to(tl.uint32)) & 255, at - 5 * byte)
         return ((code << 1) | base).to(tl.float32, bitcast=True)
     else:
-        START: tl.constexpr = CODE * BITS % ELEMENT_BITS
-        AT: tl.constexpr = CODE * BITS // ELEMENT_BITS
+        WIDTH: tl.constexpr = width_of(BITS)
+        START: tl.constexpr = CODE * WIDTH % ELEMENT_BITS
+        AT: tl.constexpr = CODE * WIDTH // ELEMENT_BITS
         bits = unit[AT] << 1 if START == 0 else unit[AT] >> (START - 1)
-        if START + BITS > ELEMENT_BITS:
+        if START + WIDTH > ELEMENT_BITS:
             bits = bits | (unit[AT + 1] << (ELEMENT_BITS - START + 1))
-        MASK: tl.constexpr = ((1 << BITS) - 1) << 1
-        return ((bits & MASK) | base).to(tl.float32, bitcast=True)
+        MASK: tl.constexpr = ((1 << WIDTH) - 1) << 1
+        bits = bits & MASK if WIDTH == BITS else level((bits & MASK) >> 1, WIDTH) << 1
+        return (bits | base).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -134,7 +171,7 @@ def add_products(
 def doubled_zero(zeros, row, group, mask, zero_row_bytes, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
     """2**23 + 2 * zero point of `group` in `row` (broadcast against each other), as float32."""
     if SYMMETRIC:
-        return 8388608.0 + (2 if BITS == 16 else (1 << BITS) - 1)
+        return 8388608.0 + (2 if BITS == 16 else 2 * CENTRE if BITS > 32 else (1 << BITS) - 1)
     elif BITS == 16:
         q = tl.load(zeros + row.to(tl.int64) * zero_row_bytes + group // 5, mask=mask, other=0).to(tl.uint32)
         return 8388608.0 + (2 * ternary_digit(q, group % 5)).to(tl.float32)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jpq_export.numerics.scheme import ALL_WIDTHS, KERNEL_TERNARY, kernel_bits
+from jpq_export.numerics.scheme import KERNEL_NORMAL, KERNEL_TERNARY, KERNEL_WIDTHS
 from jpq_kernels.low_bit_gather import GATHER_WARPS, gather_kernel, gather_units
 from jpq_kernels.low_bit_matmul import (
     ADD_SPLITS_BLOCK,
@@ -24,7 +24,7 @@ from jpq_kernels.low_bit_matmul import (
 )
 from jpq_kernels.weight import Layout, layout_of
 
-WIDTHS = tuple(kernel_bits(bits) for bits in ALL_WIDTHS)
+WIDTHS = KERNEL_WIDTHS
 GROUP_SIZES = (32, 64, 128)
 X_TYPES = ("fp16", "fp32")
 X_BYTES = {"fp16": 2, "fp32": 4}
@@ -64,6 +64,8 @@ def variants(
         for b in bits:
             for group_size in group_sizes:
                 for zero_point in zero_points:
+                    if b > KERNEL_NORMAL and zero_point != "symmetric":
+                        continue  # normal levels have no zero points
                     layout = layout_of(b, group_size, symmetric=zero_point == "symmetric")
                     yield from of_layout(layout, x_type)
 
@@ -80,8 +82,9 @@ def of_layout(layout: Layout, x_type: str) -> Iterator[Variant]:
 
 
 def suffix(layout: Layout, x_type: str) -> str:
-    """The part of a name that says the layout: `b4_g64_sym_fp16`, `ternary_g64_sym_fp16`."""
+    """The part of a name that says the layout: `b4_g64_sym_fp16`, `ternary_g64_sym_fp16`, `normal4_g64_sym_fp16`."""
     width = "ternary" if layout.bits == KERNEL_TERNARY else f"b{layout.bits}"
+    width = f"normal{layout.bits - KERNEL_NORMAL}" if layout.bits > KERNEL_NORMAL else width
     return f"{width}_g{layout.group_size}_{'sym' if layout.symmetric else 'asym'}_{x_type}"
 
 

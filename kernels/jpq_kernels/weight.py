@@ -8,9 +8,15 @@ from math import gcd
 import torch
 
 from jpq_export.numerics.affine import QuantizedWeight
-from jpq_export.numerics.scheme import KERNEL_TERNARY, from_kernel_bits, kernel_bits, row_bytes
+from jpq_export.numerics.levels import NORMAL_WIDTHS
+from jpq_export.numerics.scheme import KERNEL_NORMAL, KERNEL_TERNARY, from_kernel_bits, kernel_bits, row_bytes
 
-WIDTHS = (*range(1, 9), KERNEL_TERNARY)  # what the kernels unpack; which a plan may choose is the scheme's business
+NORMAL = tuple(kernel_bits(bits, normal=True) for bits in NORMAL_WIDTHS)
+WIDTHS = (
+    *range(1, 9),
+    KERNEL_TERNARY,
+    *NORMAL,
+)  # what kernels unpack; what a plan may choose is the scheme's business
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +57,11 @@ def layout_of(bits: int, group_size: int, *, symmetric: bool, word_aligned: bool
     """
     if bits == KERNEL_TERNARY:
         return Layout(bits, group_size, symmetric, Unit(element_bits=8, elements=4, codes=gcd(group_size, 16)))
-    words, octets = unit_of(bits, 32), unit_of(bits, 8)
+    width = int(from_kernel_bits(bits))
+    words, octets = unit_of(width, 32), unit_of(width, 8)
     if group_size % octets.codes:
         raise ValueError(
-            f"group_size {group_size} is not made of whole bytes at {bits} bits; "
+            f"group_size {group_size} is not made of whole bytes at {width} bits; "
             f"use a multiple of {octets.codes}, or the CPU kernels"
         )
     use_words = word_aligned and group_size % words.codes == 0
@@ -65,7 +72,8 @@ def layout_of(bits: int, group_size: int, *, symmetric: bool, word_aligned: bool
 class DeviceWeight:
     """A weight [N, K] as stored (`QuantizedWeight`), in torch tensors of one device.
 
-    `bits` as the operators state it: 16 means ternary. packed: uint8 [N, row_bytes(K, bits)]; scales: float16 [N, K/g];
+    `bits` as the operators state it: 16 means ternary, 36 normal levels of 4 bits. packed: uint8 [N, row_bytes(K, b)]
+    of codes of b bits; scales: float16 [N, K/g];
     zeros: None when symmetric, else packed integer zero points uint8 [N, row_bytes(K/g, bits)].
     """
 
@@ -85,6 +93,8 @@ class DeviceWeight:
             raise ValueError(f"in_features {k} is not a multiple of group_size {self.group_size}")
         if min(self.shape) < 1:
             raise ValueError(f"shape {self.shape} has no weights")
+        if self.bits > KERNEL_NORMAL and self.zeros is not None:
+            raise ValueError("zeros: normal levels are symmetric, got zero points")
         width = from_kernel_bits(self.bits)
         expect("packed", self.packed, torch.uint8, (n, row_bytes(k, width)), self.packed.device)
         expect("scales", self.scales, torch.float16, (n, self.groups), self.packed.device)

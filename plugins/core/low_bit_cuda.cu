@@ -20,16 +20,16 @@ Weight weight_of(const jpq_weight &w) {
           (int)w.k, w.group_size, (int)groups, w.bits};
 }
 
-/* Rows of X a block of the few-row kernel takes, and rows of W a warp takes. */
+/* Rows of X a block of the few-row kernel takes, and rows of W a warp takes: what fits registers. */
 int tile_rows(int64_t m) { return m <= 1 ? 1 : m <= 4 ? 4 : 16; }
-int warp_rows(int64_t m) { return tile_rows(m) == 16 ? 2 : 4; }
+constexpr int warp_rows(int tile, bool normal) { return tile == 16 || (tile == 4 && normal) ? 2 : 4; }
 
 struct Split {
   int splits, chunks_each;
 };
 
 Split split_of(const jpq_weight &w, int64_t m) {
-  const int64_t chunks = (w.k + CHUNK - 1) / CHUNK, rows = FEW_WARPS * warp_rows(m);
+  const int64_t chunks = (w.k + CHUNK - 1) / CHUNK, rows = FEW_WARPS * warp_rows(tile_rows(m), w.bits > JPQ_NORMAL);
   const int64_t blocks = (w.n + rows - 1) / rows;
   int64_t splits = blocks ? (WANTED_BLOCKS + blocks - 1) / blocks : 1;
   if (splits > chunks) splits = chunks;
@@ -56,7 +56,7 @@ int launched() {
 
 template <int BITS, int M, int ROWS>
 int launch_few_tile(const Few &a, dim3 grid, void *stream) {
-  constexpr int bytes = few_shared<BITS, M>();
+  constexpr int bytes = few_shared<WIDTH<BITS>, M>();
 #ifdef __CUDACC__
   if (bytes > 48 * 1024 &&
       cudaFuncSetAttribute(few_rows<BITS, M, ROWS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
@@ -70,14 +70,14 @@ template <int BITS>
 int launch_few(const jpq_cuda_product &p) {
   const jpq_weight &w = *p.weight;
   const Split split = split_of(w, p.m);
-  const int tile = tile_rows(p.m), rows = FEW_WARPS * warp_rows(p.m);
+  const int tile = tile_rows(p.m), rows = FEW_WARPS * warp_rows(tile, NORMAL<BITS>);
   Few a = {weight_of(w), p.x, p.bias, p.y, split.splits > 1 ? (float *)p.workspace : nullptr, p.m, w.n,
            0, split.chunks_each, p.x_type, p.bias_type, p.y_type};
   const dim3 grid((unsigned)((w.n + rows - 1) / rows), (unsigned)split.splits);
   for (int64_t first = 0; first < p.m; first += tile) {
     a.first_row = (int)first;
     const int status = tile == 1   ? launch_few_tile<BITS, 1, 4>(a, grid, p.stream)
-                       : tile == 4 ? launch_few_tile<BITS, 4, 4>(a, grid, p.stream)
+                       : tile == 4 ? launch_few_tile<BITS, 4, warp_rows(4, NORMAL<BITS>)>(a, grid, p.stream)
                                    : launch_few_tile<BITS, 16, 2>(a, grid, p.stream);
     if (status) return status;
   }
@@ -128,7 +128,7 @@ int check_product(const jpq_cuda_product *p) {
 
 extern "C" int jpq_cuda_check(const jpq_weight *w) {
   if (!w || !w->packed || !w->scales || w->n < 0 || w->k < 1) return JPQ_CUDA_BAD_WEIGHT;
-  if ((w->bits < 1 || w->bits > 8) && w->bits != JPQ_TERNARY) return JPQ_CUDA_BAD_WEIGHT;
+  if (!jpq_is_width(w->bits) || (w->bits > JPQ_NORMAL && w->zeros)) return JPQ_CUDA_BAD_WEIGHT;
   if (w->group_size < 1 || w->k % w->group_size || w->k > INT32_MAX / 8) return JPQ_CUDA_BAD_WEIGHT;
   return w->group_size % UNIT ? JPQ_CUDA_BAD_GROUP : JPQ_CUDA_OK;
 }
@@ -155,6 +155,10 @@ extern "C" int jpq_cuda_matmul(const jpq_cuda_product *p) {
     case 6: return launch<6>(*p);
     case 7: return launch<7>(*p);
     case 8: return launch<8>(*p);
+    case JPQ_NORMAL + 3: return launch<JPQ_NORMAL + 3>(*p);
+    case JPQ_NORMAL + 4: return launch<JPQ_NORMAL + 4>(*p);
+    case JPQ_NORMAL + 5: return launch<JPQ_NORMAL + 5>(*p);
+    case JPQ_NORMAL + 6: return launch<JPQ_NORMAL + 6>(*p);
     default: return launch<JPQ_TERNARY>(*p);
   }
 }

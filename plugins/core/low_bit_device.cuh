@@ -23,6 +23,12 @@ namespace jpq {
 
 constexpr int UNIT = 32; /* codes */
 
+/* Whether codes stand for normal levels, and bits of a code in a row (of ternary ones JPQ_TERNARY). */
+template <int BITS>
+constexpr bool NORMAL = (BITS > JPQ_NORMAL);
+template <int BITS>
+constexpr int WIDTH = NORMAL<BITS> ? BITS - JPQ_NORMAL : BITS;
+
 /* A weight as kernels take it. */
 struct Weight {
   const uint8_t *packed, *zeros;

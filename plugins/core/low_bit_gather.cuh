@@ -2,7 +2,7 @@
 #ifndef JPQ_LOW_BIT_GATHER_CUH
 #define JPQ_LOW_BIT_GATHER_CUH
 
-#include "low_bit_ternary.cuh"
+#include "low_bit_levels.cuh"
 
 namespace jpq {
 
@@ -18,11 +18,11 @@ struct Gather {
 /* Code j of a row; reads no byte past the one its last bit is in. */
 __device__ __forceinline__ uint32_t code_at(const uint8_t *row, int bits, int j) {
   if (bits == JPQ_TERNARY) return ternary_at(row, j);
-  const int64_t bit = (int64_t)j * bits;
-  const int shift = (int)(bit & 7);
-  uint32_t v = row[bit >> 3];
-  if (shift + bits > 8) v |= (uint32_t)row[(bit >> 3) + 1] << 8;
-  return (v >> shift) & ((1u << bits) - 1);
+  const int width = bits & (JPQ_NORMAL - 1), shift = (int)((int64_t)j * width & 7);
+  const uint8_t *p = row + ((int64_t)j * width >> 3);
+  uint32_t v = p[0];
+  if (shift + width > 8) v |= (uint32_t)p[1] << 8;
+  return (v >> shift) & ((1u << width) - 1);
 }
 
 /* Block (i, part): neighbouring threads write neighbouring numbers, and their bytes of W are neighbours too. */
@@ -34,11 +34,14 @@ __global__ void __launch_bounds__(GATHER_THREADS) gather_rows(Gather a) {
   for (int k = blockIdx.y * GATHER_THREADS + threadIdx.x; k < a.w.k; k += gridDim.y * GATHER_THREADS) {
     float value = __uint_as_float(0x7fc00000u); /* NaN: an index out of range must be seen */
     if (here) {
-      const int group = k / a.w.group_size;
-      const bool ternary = a.w.bits == JPQ_TERNARY;
-      const float zero = ternary ? zero_of<JPQ_TERNARY>(a.w, row, group) : load_zero(a.w, row, group);
-      const float offset = offset_of(zero);
-      value = centred(code_at(a.w.packed + row * a.w.row_bytes, a.w.bits, k), offset) * load_scale(a.w, row, group);
+      const int group = k / a.w.group_size, bits = a.w.bits;
+      const uint32_t code = code_at(a.w.packed + row * a.w.row_bytes, bits, k);
+      if (bits > JPQ_NORMAL)
+        value = level_number(code, bits);
+      else
+        value = centred(code, offset_of(bits == JPQ_TERNARY ? zero_of<JPQ_TERNARY>(a.w, row, group)
+                                                            : load_zero(a.w, row, group)));
+      value *= load_scale(a.w, row, group);
     }
     store_float(a.out, a.out_type, i * a.w.k + k, value);
   }

@@ -9,7 +9,7 @@
 #ifndef JPQ_LOW_BIT_MATMUL_CUH
 #define JPQ_LOW_BIT_MATMUL_CUH
 
-#include "low_bit_ternary.cuh"
+#include "low_bit_levels.cuh"
 
 namespace jpq {
 
@@ -140,7 +140,7 @@ __device__ __forceinline__ void load_rows(const Weight &w, int64_t first, int ch
 
 /* Add the lane's 32 codes of each row times X. */
 template <int BITS, int M, int ROWS>
-__device__ __forceinline__ void multiply(const float4 *xs, const uint32_t (&words)[ROWS][BITS],
+__device__ __forceinline__ void multiply(const float4 *xs, const uint32_t (&words)[ROWS][HELD<BITS>],
                                          const float (&scale)[ROWS], const float (&offset)[ROWS], int lane,
                                          float (&sum)[ROWS][M]) {
 #pragma unroll
@@ -149,7 +149,7 @@ __device__ __forceinline__ void multiply(const float4 *xs, const uint32_t (&word
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
-      for (int j = 0; j < 4; j++) wide[r][j] = centred(code<BITS>(words[r], 4 * q + j), offset[r]) * scale[r];
+      for (int j = 0; j < 4; j++) wide[r][j] = number<BITS>(words[r], 4 * q + j, offset[r]) * scale[r];
 #pragma unroll
     for (int m = 0; m < M; m++) {
       const float4 x = xs[x_slot(m, q, lane)];
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(FEW_THREADS, FEW_BLOCKS) few_rows(Few a) {
   JPQ_SHARED_BYTES(shared);
   float4 *xs = (float4 *)shared;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t *stage = (uint32_t *)(shared + M * CHUNK * 4) + warp * 32 * BITS; /* not touched by direct widths */
+  uint32_t *stage = (uint32_t *)(shared + M * CHUNK * 4) + warp * 32 * WIDTH<BITS>; /* not touched by direct widths */
   const int64_t first = ((int64_t)blockIdx.x * FEW_WARPS + warp) * ROWS;
   const int chunks = (a.w.k + CHUNK - 1) / CHUNK, begin = blockIdx.y * a.chunks_per_split;
   const int end = begin + a.chunks_per_split < chunks ? begin + a.chunks_per_split : chunks;
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(FEW_THREADS, FEW_BLOCKS) few_rows(Few a) {
   for (int chunk = begin; chunk < end; chunk++) {
     uint32_t words[ROWS][HELD<BITS>];
     float scale[ROWS], offset[ROWS];
-    load_rows<BITS, ROWS>(a.w, first, chunk, stage, lane, words);
+    load_rows<WIDTH<BITS>, ROWS>(a.w, first, chunk, stage, lane, words);
     const int k = chunk * CHUNK + lane * UNIT, group = k / a.w.group_size;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(FEW_THREADS, FEW_BLOCKS) few_rows(Few a) {
     __syncthreads(); /* everybody is done with the chunk before */
     stage_x<M>(a, xs, chunk);
     __syncthreads();
-    multiply<HELD<BITS>, M, ROWS>(xs, words, scale, offset, lane, sum);
+    multiply<BITS, M, ROWS>(xs, words, scale, offset, lane, sum);
   }
 #pragma unroll
   for (int r = 0; r < ROWS; r++)

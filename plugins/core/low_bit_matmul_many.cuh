@@ -7,7 +7,7 @@
 #ifndef JPQ_LOW_BIT_MATMUL_MANY_CUH
 #define JPQ_LOW_BIT_MATMUL_MANY_CUH
 
-#include "low_bit_ternary.cuh"
+#include "low_bit_levels.cuh"
 
 namespace jpq {
 
@@ -55,8 +55,8 @@ __device__ __forceinline__ void stage_codes(const Many &a, int64_t first, int k0
     if (here) load_ternary(a.w, row, k / UNIT, words);
   } else {
 #pragma unroll
-    for (int i = 0; i < BITS; i++)
-      if (here) words[i] = load_word(a.w.packed + row * a.w.row_bytes + (int64_t)(k / UNIT) * 4 * BITS + 4 * i);
+    for (int i = 0; i < WIDTH<BITS>; i++)
+      if (here) words[i] = load_word(a.w.packed + row * a.w.row_bytes + (int64_t)(k / UNIT) * 4 * WIDTH<BITS> + 4 * i);
   }
   const int group = k / a.w.group_size;
   const float offset = offset_of(here ? zero_of<BITS>(a.w, row, group) : 0.f);
@@ -66,8 +66,7 @@ __device__ __forceinline__ void stage_codes(const Many &a, int64_t first, int k0
     uint32_t pair[4];
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      pair[i] = pack_halves(centred(code<HELD<BITS>>(words, j + 2 * i), offset),
-                            centred(code<HELD<BITS>>(words, j + 2 * i + 1), offset));
+      pair[i] = pack_halves(number<BITS>(words, j + 2 * i, offset), number<BITS>(words, j + 2 * i + 1, offset));
     *(uint4 *)(to + j) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
   }
 }

@@ -13,7 +13,7 @@ namespace jpq {
 
 /* Bits of a code once its unit is in registers. */
 template <int BITS>
-constexpr int HELD = BITS == JPQ_TERNARY ? 2 : BITS;
+constexpr int HELD = BITS == JPQ_TERNARY ? 2 : WIDTH<BITS>;
 
 /* Code j of a packed row. */
 __device__ __forceinline__ uint32_t ternary_at(const uint8_t *row, int j) {
@@ -27,6 +27,8 @@ template <int BITS>
 __device__ __forceinline__ float zero_of(const Weight &w, int64_t row, int group) {
   if constexpr (BITS == JPQ_TERNARY)
     return w.zeros ? (float)ternary_at(w.zeros + row * w.zero_bytes, group) : 1.f;
+  else if constexpr (NORMAL<BITS>)
+    return 0.f; /* `number` knows it */
   else
     return load_zero(w, row, group);
 }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jpq_export.numerics.packing import pack_codes
-from jpq_export.numerics.scheme import levels
+from jpq_export.numerics.scheme import KERNEL_NORMAL, from_kernel_bits, levels
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,15 +63,19 @@ def compiler_environment(tmp_path_factory):
 
 
 def random_weight(n, groups, bits, group_size, *, symmetric, rng):
-    """A stored weight [n, groups * group_size], as `DeviceWeight`'s arrays; also of widths no scheme has yet."""
-    count = levels(bits)
+    """A stored weight [n, groups * group_size], as `DeviceWeight`'s arrays; also of widths no scheme has yet.
+
+    `bits` as kernels state it; normal levels are symmetric whatever is asked for.
+    """
+    width = from_kernel_bits(bits)
+    count, symmetric = levels(width), symmetric or bits > KERNEL_NORMAL
     codes = rng.integers(0, count, (n, groups * group_size)).astype(np.uint8)
-    zeros = None if symmetric else pack_codes(rng.integers(0, count, (n, groups)).astype(np.uint8), bits)
+    zeros = None if symmetric else pack_codes(rng.integers(0, count, (n, groups)).astype(np.uint8), width)
     return {
         "bits": bits,
         "group_size": group_size,
         "shape": codes.shape,
-        "packed": pack_codes(codes, bits),
+        "packed": pack_codes(codes, width),
         "scales": (rng.random((n, groups)) * 0.1 + 0.01).astype(np.float16),
         "zeros": zeros,
     }

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from jpq_kernels import low_bit_gather, low_bit_matmul, weight
 
-from jpq_export.numerics.scheme import kernel_bits
-
 GUARD = 64  # numbers behind an output that nobody may write
 
 
@@ -21,7 +19,7 @@ def device_weight(arrays, offset=0):
     packed = arrays["packed"]
     buffer = torch.zeros(packed.size + offset, dtype=torch.uint8)
     buffer[offset:] = torch.from_numpy(packed.reshape(-1))
-    facts = {name: arrays[name] for name in ("group_size", "shape")} | {"bits": kernel_bits(arrays["bits"])}
+    facts = {name: arrays[name] for name in ("bits", "group_size", "shape")}
     return weight.DeviceWeight(**facts, packed=buffer[offset:].view(packed.shape), **tensors)
 
 

@@ -6,18 +6,19 @@ import pytest
 from jpq_export.numerics.affine import QuantizedWeight
 from jpq_export.numerics.packing import pack_codes, unpack_codes
 from jpq_export.numerics.reference import low_bit_gather, low_bit_matmul
-from jpq_export.numerics.scheme import ALL_WIDTHS, TERNARY, Scheme
+from jpq_export.numerics.scheme import KERNEL_NORMAL, KERNEL_WIDTHS, TERNARY, Scheme, from_kernel_bits
 from jpq_export.parity.tolerance import PEAK, dot
 
 ROWS = (1, 2, 3, 7, 16, 63, 128)
 MOST_FP32_ROWS = 16  # above, X is rounded to fp16
+NORMAL = tuple(bits for bits in KERNEL_WIDTHS if bits > KERNEL_NORMAL)
 HALF = 2.0**-11  # one rounding to fp16, relative
 HALF_SUBNORMAL = 2.0**-25  # and below 2**-14, absolute
 N = 9  # odd, and more than a tile of the kernel for few rows
 
 
 def stored(arrays):
-    scheme = Scheme(arrays["bits"], arrays["group_size"], arrays["zeros"] is None)
+    scheme = Scheme.stated(arrays["bits"], arrays["group_size"], symmetric=arrays["zeros"] is None)
     return QuantizedWeight(scheme, arrays["shape"], arrays["packed"], arrays["scales"], arrays["zeros"])
 
 
@@ -40,13 +41,14 @@ def distance(y, x, arrays, bias=None):
 
 def flipped(arrays, row, column):
     """The same weight with the highest bit of one code flipped; a ternary 0 becomes 2, another 0."""
-    codes = unpack_codes(arrays["packed"], arrays["bits"], arrays["shape"][1])
+    width = from_kernel_bits(arrays["bits"])
+    codes = unpack_codes(arrays["packed"], width, arrays["shape"][1])
     code = codes[row, column]
-    if arrays["bits"] == TERNARY:
+    if width == TERNARY:
         codes[row, column] = 0 if code else 2
     else:
-        codes[row, column] ^= 1 << (arrays["bits"] - 1)
-    return arrays | {"packed": pack_codes(codes, arrays["bits"])}
+        codes[row, column] ^= 1 << (width - 1)
+    return arrays | {"packed": pack_codes(codes, width)}
 
 
 def shifted(arrays):
@@ -61,7 +63,7 @@ def case(random, bits, group_size, groups, rows, dtype, rng, *, symmetric):
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 576])
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("bits", KERNEL_WIDTHS)
 def test_matmul(kernels, random, bits, group_size):
     rng = np.random.default_rng(int(bits))
     for i, rows in enumerate(ROWS):
@@ -78,12 +80,16 @@ def test_matmul(kernels, random, bits, group_size):
 
 
 @pytest.mark.parametrize("rows", [3, 20])
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("bits", KERNEL_WIDTHS)
 def test_twin_wrong_weights_give_a_wrong_product(kernels, random, bits, rows):
     rng = np.random.default_rng(int(bits))
     arrays, x, bias = case(random, bits, 32, 2, rows, np.float32, rng, symmetric=False)
-    zeros = arrays | {"zeros": np.roll(arrays["zeros"], 1, axis=0)}
-    for wrong in (flipped(arrays, N - 1, int(np.abs(x).max(0).argmax())), shifted(arrays), zeros):
+    wrongs = [flipped(arrays, N - 1, int(np.abs(x).max(0).argmax())), shifted(arrays)]
+    if bits in NORMAL:
+        wrongs.append(arrays | {"bits": bits % 32})
+    else:
+        wrongs.append(arrays | {"zeros": np.roll(arrays["zeros"], 1, axis=0)})
+    for wrong in wrongs:
         assert distance(kernels.matmul(x, wrong, bias)[0], x, arrays, bias) > 4
 
 
@@ -149,7 +155,7 @@ def test_widths_no_scheme_has_yet(kernels, random, bits):
         assert not (np.abs(kernels.matmul(x, wrong)[0] - x @ weight.T) <= allowed).all()
 
 
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("bits", KERNEL_WIDTHS)
 def test_rows_are_looked_up_bit_for_bit(kernels, random, bits):
     rng = np.random.default_rng(int(bits))
     indices = np.array([[10, 0, 3], [-1, -11, 3]])

@@ -15,11 +15,10 @@ import pytest
 from jpq_export.numerics.affine import QuantizedWeight, store
 from jpq_export.numerics.levels import normal_bytes
 from jpq_export.numerics.packing import pack_codes
-from jpq_export.numerics.scheme import Scheme, kernel_bits, levels
+from jpq_export.numerics.scheme import KERNEL_NORMAL, Scheme, from_kernel_bits, kernel_bits, levels, row_bytes
 from jpq_export.runtime import native
 
 FP32, INT8, INT16 = 0, 1, 2
-TERNARY = 16  # as the kernels count bits
 OK, BAD_WEIGHT, NO_MEMORY, BAD_INDEX, NOT_HERE = range(5)
 GUARD = 64  # floats behind an output that nobody may write
 
@@ -276,7 +275,9 @@ class Emulated:
 
     def _ask(self, weight, name, x, kind, bias, ranges, count):
         gather, activations = kind
-        columns, groups = (row_bytes(codes, weight.bits) for codes in (weight.k, weight.k // weight.group_size))
+        columns, groups = (
+            row_bytes(codes, from_kernel_bits(weight.bits)) for codes in (weight.k, weight.k // weight.group_size)
+        )
         body = ctypes.string_at(weight.packed, weight.n * columns)
         body += ctypes.string_at(weight.scales, 2 * weight.n * (weight.k // weight.group_size))
         body += ctypes.string_at(weight.zeros, weight.n * groups) if weight.zeros else b""
@@ -290,11 +291,6 @@ class Emulated:
         y = np.frombuffer(self.process.stdout.read(4 * (count + GUARD)), np.float32)
         assert np.isnan(y[count:]).all(), "written past the end"
         return status, y[:count]
-
-
-def row_bytes(codes, bits):
-    """Bytes of a row as the kernels count bits."""
-    return -(-codes // 5) if bits == TERNARY else -(-codes * bits // 8)
 
 
 @pytest.fixture(scope="session")
@@ -335,12 +331,12 @@ def core_of(core, request):
 
 
 def random_weight(n, k, bits, group_size, symmetric, rng):
-    """`symmetric`: True, False, or "normal" for levels."""
-    codes = rng.integers(0, levels(bits), (n, k)).astype(np.uint8)
+    """`bits` as the kernels count them; normal levels are symmetric whatever is asked for."""
+    scheme = Scheme.stated(bits, group_size, symmetric=symmetric or bits > KERNEL_NORMAL)
+    codes = rng.integers(0, levels(scheme.bits), (n, k)).astype(np.uint8)
     scales = (rng.random((n, k // group_size)) * 0.1 + 0.01).astype(np.float16)
-    zeros = None if symmetric else rng.integers(0, levels(bits), scales.shape).astype(np.uint8)
-    scheme = Scheme(bits, group_size, bool(symmetric), normal=symmetric == "normal")
-    return store(normal_bytes(bits)[codes] if scheme.normal else codes, scales, zeros, scheme)
+    zeros = None if scheme.symmetric else rng.integers(0, levels(scheme.bits), scales.shape).astype(np.uint8)
+    return store(normal_bytes(scheme.bits)[codes] if scheme.normal else codes, scales, zeros, scheme)
 
 
 @pytest.fixture(scope="session")

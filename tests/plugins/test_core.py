@@ -10,7 +10,7 @@ import pytest
 
 from jpq_export.numerics.packing import pack_codes
 from jpq_export.numerics.reference import low_bit_gather, low_bit_matmul
-from jpq_export.numerics.scheme import ALL_WIDTHS
+from jpq_export.numerics.scheme import KERNEL_NORMAL, KERNEL_WIDTHS
 
 IMPLEMENTATIONS = ("avx512-vnni", "avx512", "avx2", "neon", "scalar")
 FP32, INT8, INT16 = 0, 1, 2
@@ -34,9 +34,13 @@ VECTOR_GROUPS = {"avx512-vnni": 8, "avx512": 16, "avx2": 8, "neon": 8, "scalar":
 TOLERANCE = 2e-6  # relative RMS of an fp32 sum of a hundred terms, see `tolerance`
 
 
-def tolerance(group_size):
-    """A group is one fp32 sum, whose rounding grows like the root of its terms."""
-    return TOLERANCE * max(1, group_size / 128) ** 0.5
+def tolerance(group_size, bits=8):
+    """A group is one fp32 sum, whose rounding grows like the root of its terms.
+
+    Codes are multiplied before their zero is taken off: evenly spaced ones are twice as large (RMS) as what is left,
+    levels about 128, here of codes that are all as likely, 2.6 times.
+    """
+    return TOLERANCE * max(1, group_size / 128) ** 0.5 * (1.3 if bits > KERNEL_NORMAL else 1)
 
 
 def distance(got, expected):
@@ -69,7 +73,7 @@ def groups_of(name):
 
 
 @pytest.mark.parametrize("group_size", SHAPES)
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("bits", KERNEL_WIDTHS)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_product_is_the_references(core_of, random, name, bits, group_size):
     core = core_of(name)
@@ -84,13 +88,13 @@ def test_a_product_is_the_references(core_of, random, name, bits, group_size):
             expected = low_bit_matmul(x.astype(np.float64), stored, bias)
             status, y = core.matmul(x, stored, name, bias=bias)
             assert status == OK
-            assert distance(y, expected) < tolerance(group_size), (m, symmetric)
+            assert distance(y, expected) < tolerance(group_size, bits), (m, symmetric)
             wrong = flipped(stored, n - 1, int(np.abs(x).max(0).argmax()))
-            assert distance(core.matmul(x, wrong, name, bias=bias)[1], expected) > 4 * tolerance(group_size)
+            assert distance(core.matmul(x, wrong, name, bias=bias)[1], expected) > 4 * tolerance(group_size, bits)
 
 
 @pytest.mark.parametrize(("few", "group_size"), [(7, 64), (3, 256), (3, 512), (3, 576), (3, 832)])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("bits", [b for b in KERNEL_WIDTHS if b != TERNARY])
 def test_a_row_is_the_same_whatever_rows_are_beside_it(core_of, random, bits, few, group_size):
     """Among few rows, and among many; between those two sums of fp32 are made in another order."""
     core, rng = core_of("avx512-vnni"), np.random.default_rng([bits, group_size])
@@ -115,7 +119,7 @@ def guarded(array):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no mprotect")
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("bits", KERNEL_WIDTHS)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_nothing_is_read_behind_a_weight(core_of, random, name, bits):
     core, rng = core_of(name), np.random.default_rng(int(10 * bits))
@@ -132,7 +136,7 @@ def test_nothing_is_read_behind_a_weight(core_of, random, name, bits):
 
 
 @pytest.mark.parametrize("activations", [INT8, INT16], ids=["int8", "int16"])
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("bits", KERNEL_WIDTHS)
 @pytest.mark.parametrize("name", ROUNDING)
 def test_rounded_activations_are_exactly_the_promised_fixed_point(core_of, random, name, bits, activations):
     core = core_of(name)
@@ -144,20 +148,20 @@ def test_rounded_activations_are_exactly_the_promised_fixed_point(core_of, rando
             stored = random(n, k, bits, group_size, bool(m % 2), rng)
             x = rng.normal(size=(m, k)).astype(np.float32) * np.exp(rng.normal(size=k)).astype(np.float32)
             # A byte a part in long groups, and of many rows.
-            bytewise = name == "avx512-vnni" and (m > 16 or (group_size == 256 and bits in (1, 2, 3, 4, 5, 6, 8)))
+            bytewise = name == "avx512-vnni" and (m > 16 or (group_size == 256 and bits != TERNARY))
             most = 127 * 256 if bytewise and activations == INT16 else largest[activations]
             rounded, step = fixed_point(x, group_size, most)
             status, y = core.matmul(x, stored, name, activations=activations)
             assert status == OK
-            assert distance(y, low_bit_matmul(rounded, stored)) < tolerance(group_size), (group_size, m)
+            assert distance(y, low_bit_matmul(rounded, stored)) < tolerance(group_size, bits), (group_size, m)
             exact = low_bit_matmul(x.astype(np.float64), stored)
             weight = np.abs(stored.dequantize().astype(np.float64))
             assert (np.abs(y - exact) <= 0.5001 * step @ weight.T + 1e-4).all()
-            assert distance(y, exact) > 4 * tolerance(group_size), "not rounded at all"
+            assert distance(y, exact) > 4 * tolerance(group_size, bits), "not rounded at all"
 
 
 @pytest.mark.parametrize("activations", [FP32, INT16, INT8], ids=["fp32", "int16", "int8"])
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("bits", KERNEL_WIDTHS)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_the_largest_sums_of_the_longest_group_do_not_overflow(core_of, random, name, bits, activations):
     """Neither that of the products nor that of X, which the zeros are multiplied by."""
@@ -165,7 +169,7 @@ def test_the_largest_sums_of_the_longest_group_do_not_overflow(core_of, random, 
     for symmetric in (True, False):
         stored = random(5, k, bits, k, symmetric, np.random.default_rng(0))
         full = replace(stored, packed=np.full_like(stored.packed, 255))
-        if not symmetric:
+        if stored.zeros is not None:
             full = replace(full, zeros=pack_codes(np.full((5, 1), int(bits > 1), np.uint8), bits))
         for value in (1.0, -1.0, 0.7):
             x = np.full((2, k), value, np.float32)
@@ -264,7 +268,9 @@ def test_tiny_and_huge_activations(core_of, random, name, size, m):
     assert distance(y, low_bit_matmul(x.astype(np.float64), stored, bias)) < TOLERANCE
 
 
-@pytest.mark.parametrize(("bits", "group_size", "k"), [(5, 32, 96), (3, 576, 576), (3, 512, 1536), (4, 576, 576)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "k"), [(5, 32, 96), (3, 576, 576), (3, 512, 1536), (4, 576, 576), (35, 512, 1536)]
+)
 @pytest.mark.parametrize("activations", [FP32, INT8])
 @pytest.mark.parametrize("m", [1, 17])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -274,7 +280,7 @@ def test_ranges_of_rows_make_the_same_product(core_of, random, name, m, activati
     stored, x = random(150, k, bits, group_size, False, rng), rng.normal(size=(m, k)).astype(np.float32)
     whole = core.matmul(x, stored, name, activations=activations)[1]
     if activations == FP32:
-        assert distance(whole, low_bit_matmul(x.astype(np.float64), stored)) < tolerance(group_size)
+        assert distance(whole, low_bit_matmul(x.astype(np.float64), stored)) < tolerance(group_size, bits)
     parts = core.matmul(x, stored, name, activations=activations, ranges=[(50, 150), (0, 7), (7, 50)])[1]
     if (
         k > 640 and m > 8 and name in ("avx512", "avx2", "neon")
@@ -292,16 +298,16 @@ def test_ranges_of_rows_make_the_same_product(core_of, random, name, m, activati
 def test_products_of_one_x_share_what_they_want_alike_only(core, random, group_size, k, m, activations):
     """Every width first, then every width after it: none gets X in the order of another's codes."""
     rng = np.random.default_rng(k)
-    several = [random(9, k, bits, group_size, False, rng) for bits in ALL_WIDTHS]
+    several = [random(9, k, bits, group_size, False, rng) for bits in KERNEL_WIDTHS]
     x = rng.normal(size=(m, k)).astype(np.float32)
     alone = [core.matmul(x, stored, activations=activations)[1] for stored in several]
     for first in range(len(several)):
         order = [first, *range(len(several))]
         together = core.matmul_together(x, [several[i] for i in order], activations=activations)
-        assert all(np.array_equal(y, alone[i]) for y, i in zip(together, order, strict=True)), ALL_WIDTHS[first]
+        assert all(np.array_equal(y, alone[i]) for y, i in zip(together, order, strict=True)), KERNEL_WIDTHS[first]
 
 
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("bits", KERNEL_WIDTHS)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_rows_are_looked_up_bit_for_bit(core_of, random, name, bits):
     core, rng = core_of(name), np.random.default_rng(int(10 * bits))
@@ -328,6 +334,8 @@ def test_an_index_out_of_range_is_refused(core, random):
         {"bits": 9},
         {"bits": 15},
         {"bits": 17},
+        {"bits": 34},
+        {"bits": 39},
         {"group_size": 0},
         {"group_size": 17},
         {"k": 0},

@@ -10,7 +10,7 @@ import pytest
 
 from jpq_export.numerics.packing import pack_codes
 from jpq_export.numerics.reference import low_bit_gather, low_bit_matmul
-from jpq_export.numerics.scheme import ALL_WIDTHS, TERNARY
+from jpq_export.numerics.scheme import KERNEL_WIDTHS, TERNARY
 from jpq_export.runtime import native
 
 SHIM = Path(__file__).parent / "cuda_shim"
@@ -108,7 +108,7 @@ def distance(got, expected):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("group_size", SHAPES)
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("bits", KERNEL_WIDTHS)
 def test_a_product_is_the_references(cuda, random, flip, bits, group_size, dtype):
     rng, k, n = np.random.default_rng([int(10 * bits), group_size]), SHAPES[group_size], 13
     for m in ROWS:
@@ -170,7 +170,7 @@ def test_long_rows_are_split_and_added_in_order(cuda, random, k, m):
     assert np.isnan(untouched).all()
 
 
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("bits", KERNEL_WIDTHS)
 @pytest.mark.parametrize("path", [FEW, MANY], ids=["few", "many"])
 def test_rows_and_buffers_off_a_multiple_of_16_bytes(cuda, random, bits, path):
     rng = np.random.default_rng(int(10 * bits))
@@ -204,7 +204,7 @@ def test_more_than_16_rows_through_the_few_row_kernel(cuda, random):
     assert not np.array_equal(few, many), "the same kernel twice"
 
 
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("bits", KERNEL_WIDTHS)
 @pytest.mark.parametrize("index_type", [np.int32, np.int64])
 def test_rows_are_looked_up_bit_for_bit(cuda, random, flip, bits, index_type):
     rng = np.random.default_rng(int(10 * bits))
@@ -230,7 +230,15 @@ def test_an_index_out_of_range_gives_a_row_that_is_no_number(cuda, random):
     [
         *(
             ({name: value}, BAD_WEIGHT)
-            for name, value in (("bits", 0), ("bits", 9), ("bits", 15), ("k", 0), ("packed", None))
+            for name, value in (
+                ("bits", 0),
+                ("bits", 9),
+                ("bits", 15),
+                ("bits", 34),
+                ("bits", 39),
+                ("k", 0),
+                ("packed", None),
+            )
         ),
         ({"group_size": 24, "k": 48}, BAD_GROUP),
         ({"group_size": 33}, BAD_WEIGHT),

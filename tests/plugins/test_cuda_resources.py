@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "cuda_resources.py"
-KERNELS = 9 * 3 + 9 * 2 + 2  # widths times tiles of few rows, widths times fp16 and fp32 X, add_parts and gather_rows
+KERNELS = 13 * 3 + 13 * 2 + 2  # widths times tiles of few rows, widths times fp16 and fp32 X, add_parts and gather_rows
 
 
 def load_tool():

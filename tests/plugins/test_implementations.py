@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from jpq_export.numerics.affine import QuantizedWeight, store
-from jpq_export.numerics.scheme import ALL_WIDTHS, Scheme
+from jpq_export.numerics.levels import normal_bytes
+from jpq_export.numerics.scheme import KERNEL_NORMAL, KERNEL_WIDTHS, Scheme, kernel_bits
 
 CPU = ("avx512-vnni", "avx512", "avx2", "neon", "scalar")
 ROWS = (1, 2, 3, 7, 16, 63, 128, 512)
@@ -41,17 +42,19 @@ class Case:
 
 def make_case(bits, group_size) -> Case:
     rng, k = np.random.default_rng([group_size, int(10 * bits)]), GROUPS[group_size] * group_size
-    scheme = Scheme(bits, group_size, symmetric=bool((ALL_WIDTHS.index(bits) + group_size // 64) % 2))
+    symmetric = bits > KERNEL_NORMAL or bool((KERNEL_WIDTHS.index(bits) + group_size // 64) % 2)
+    scheme = Scheme.stated(bits, group_size, symmetric=symmetric)
     levels = scheme.max_code + 1
+    points = normal_bytes(scheme.bits) if scheme.normal else np.arange(levels, dtype=np.uint8)
     codes = rng.integers(0, levels, (N, k)).astype(np.uint8)
     scales = rng.uniform(0.01, 0.1, (N, GROUPS[group_size])).astype(np.float16)
     zeros = None if scheme.symmetric else rng.integers(0, levels, scales.shape).astype(np.uint8)
     x = rng.normal(size=(ROWS[-1], k)).astype(np.float32)
     x[:, -1] = 1.5  # the changed code is multiplied by something in every row
-    stored = store(codes, scales, zeros, scheme)
+    stored = store(points[codes], scales, zeros, scheme)
     codes[-1, -1] = (int(codes[-1, -1]) + levels // 2) % levels
     twins = [
-        store(codes, scales, zeros, scheme),
+        store(points[codes], scales, zeros, scheme),
         replace(stored, scales=np.roll(stored.scales, 1, axis=int(GROUPS[group_size] > 1))),
     ]
     wide = {dtype: x.astype(dtype).astype(np.float64) for dtype in TYPES}
@@ -65,7 +68,7 @@ def make_case(bits, group_size) -> Case:
 
 @pytest.fixture(scope="module")
 def cases():
-    return {(bits, group_size): make_case(bits, group_size) for bits in ALL_WIDTHS for group_size in GROUPS}
+    return {(bits, group_size): make_case(bits, group_size) for bits in KERNEL_WIDTHS for group_size in GROUPS}
 
 
 def load(path):
@@ -128,7 +131,8 @@ def product_of(request, core_of, tmp_path):
     def interpreted(stored):
         process, names = request.getfixturevalue("triton"), ("packed", "scales", "zeros", "shape")
         arrays = {name: getattr(stored, name) for name in names}
-        arrays |= {name: getattr(stored.scheme, name) for name in ("bits", "group_size")}
+        bits = kernel_bits(stored.scheme.bits, normal=stored.scheme.normal)
+        arrays |= {"bits": bits, "group_size": stored.scheme.group_size}
         return lambda x: process.matmul(x, arrays)[0]
 
     def shim(stored):
@@ -160,7 +164,7 @@ def distance(got, expected):
 
 
 @pytest.mark.parametrize("group_size", GROUPS)
-@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("bits", KERNEL_WIDTHS)
 @pytest.mark.parametrize("name", [*CPU, "custom-op", "function-body", "triton", "cuda-shim"])
 def test_an_implementation_means_the_reference(cases, product_of, name, bits, group_size):
     case = cases[bits, group_size]

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from jpq_export.numerics.levels import MIDDLE, normal_bytes
 from jpq_export.numerics.packing import pack_codes
-from jpq_export.numerics.scheme import KERNEL_TERNARY, from_kernel_bits, levels
+from jpq_export.numerics.scheme import KERNEL_NORMAL, KERNEL_TERNARY, from_kernel_bits, levels
 
 TERNARY = KERNEL_TERNARY
-BITS = (1, TERNARY, 2, 3, 4, 5, 6, 7, 8)  # as the kernels count them
+BITS = (1, TERNARY, 2, 3, 4, 5, 6, 7, 8, 35, 36, 37, 38)  # as the kernels count them, normal levels last
 GROUP_SIZES = (32, 64, 128, 576)
 ROWS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 63, 64, 65, 129, 300)
 QUICK_ROWS = (1, 3, 17, 129)
@@ -101,11 +102,13 @@ class Stored:
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     def dense(self) -> torch.Tensor:
-        """The weight, scale * (code - zero): float64 [n, k] on the device."""
+        """The weight, scale * (code or level - zero): float64 [n, k] on the device."""
         device, size = self.packed.device, self.group_size
         zeros = torch.from_numpy(self.zero_points).to(device).repeat_interleave(size, 1)
-        codes = torch.from_numpy(self.codes).to(device, torch.float64)
-        return (codes - zeros) * self.scales.to(torch.float64).repeat_interleave(size, 1)
+        points = normal_bytes(from_kernel_bits(self.bits))[self.codes] if is_normal(self.bits) else self.codes
+        return (torch.from_numpy(points).to(device, torch.float64) - zeros) * self.scales.to(
+            torch.float64
+        ).repeat_interleave(size, 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +123,8 @@ class Problem:
 
 def store(shape: Shape, codes: np.ndarray, zeros: np.ndarray | None, scales: np.ndarray, device: str) -> Stored:
     """Pack codes uint8 [n, k], zero points uint8 [n, k/g] (None: the centre) and scales float16 [n, k/g]."""
-    centre, width = np.full(scales.shape, (shape.levels - 1) / 2), from_kernel_bits(shape.bits)
+    centre = np.full(scales.shape, MIDDLE if is_normal(shape.bits) else (shape.levels - 1) / 2)
+    width = from_kernel_bits(shape.bits)
     packed = torch.from_numpy(pack_codes(codes, width)).to(device)
     packed_zeros = None if zeros is None else torch.from_numpy(pack_codes(zeros, width)).to(device)
     points = centre if zeros is None else zeros.astype(np.float64)
@@ -147,12 +151,19 @@ def random_problem(shape: Shape, rng: np.random.Generator, device: str) -> Probl
 
 def far(code: int, shape: Shape) -> int:
     """The code with its highest bit flipped; of ternary ones 2 for 0 and 0 for the others."""
-    return (0 if code else 2) if shape.bits == TERNARY else code ^ 1 << (shape.bits - 1)
+    return (0 if code else 2) if shape.bits == TERNARY else code ^ 1 << (int(from_kernel_bits(shape.bits)) - 1)
 
 
 def width_name(bits: int) -> str:
-    """For people: "3 bits", "ternary"."""
+    """For people: "3 bits", "ternary", "3 bits of normal levels"."""
+    if is_normal(bits):
+        return f"{from_kernel_bits(bits)} bits of normal levels"
     return "ternary" if bits == TERNARY else f"{bits} bits"
+
+
+def is_normal(bits: int) -> bool:
+    """Whether codes stand for normal levels, which have no zero points."""
+    return bits > KERNEL_NORMAL
 
 
 def wrong_weights(problem: Problem) -> Iterator[tuple[str, Stored]]:
@@ -166,6 +177,8 @@ def wrong_weights(problem: Problem) -> Iterator[tuple[str, Stored]]:
     yield "one code's highest bit", store(shape, codes, zeros, scales, device)
     if shape.groups > 1:
         yield "scales of the next group", store(shape, weight.codes, zeros, np.roll(scales, 1, 1), device)
+    if is_normal(weight.bits):
+        yield "evenly spaced levels", replace(weight, bits=weight.bits - KERNEL_NORMAL)
     if zeros is not None:
         other = zeros.copy()
         other[-1, 0] = far(int(other[-1, 0]), shape)
@@ -198,7 +211,8 @@ def shapes(*, quick: bool) -> list[Shape]:
                 size = GROUP_SIZES[(turn + turn // 4) % 4]
                 groups = max(1, GROUPS_OF_32[(turn // 2) % 3] * 32 // size)
                 n = OUT_FEATURES[(turn // 3) % 4]
-                out.append(Shape(bits, size, groups, n, rows, dtype, turn % 2 == 0, (turn // 2) % 2 == 0))
+                symmetric = is_normal(bits) or turn % 2 == 0
+                out.append(Shape(bits, size, groups, n, rows, dtype, symmetric, (turn // 2) % 2 == 0))
     return out
 
 

@@ -121,9 +121,9 @@ int main(int argc, char **argv) {
   if (argc > 1) fault = argv[1];
   if (fault == "race") return race();
   int products = 0, look_ups = 0;
-  for (const int bits : {1, 2, 3, 4, 5, 6, 7, 8, JPQ_TERNARY})
+  for (const int bits : {1, 2, 3, 4, 5, 6, 7, 8, JPQ_TERNARY, 35, 36, 37, 38})
     for (const int64_t k : {96, 1120}) {
-      const Made made = make(5, k, bits, 32, k == 1120);
+      const Made made = make(5, k, bits, 32, k == 1120 || bits > JPQ_NORMAL);
       for (const int64_t m : {1, 4, 16, 67})
         for (const int type : {JPQ_F32, JPQ_F16}) {
           if (m == 67 && k == 1120) continue;

@@ -18,7 +18,7 @@ from jpq_kernels import low_bit_matmul  # noqa: E402
 from gpu_steps.cases import Shape, random_problem  # noqa: E402
 from gpu_steps.triton_set import TritonKernels, device_weight  # noqa: E402
 
-BITS = (2, 3, 5)
+BITS = (2, 3, 5, 36)
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     rng, kernels = np.random.default_rng(0), TritonKernels()
     for bits in BITS:
         for rows, dtype in ((1, "fp16"), (3, "fp32"), (17, "fp16")):
-            shape = Shape(bits, 32, 33, 13, rows, dtype, symmetric=rows == 1, biased=rows == 3)
+            shape = Shape(bits, 32, 33, 13, rows, dtype, symmetric=rows == 1 or bits == 36, biased=rows == 3)
             problem = random_problem(shape, rng, device)
             out = torch.empty(rows, shape.n, dtype=problem.x.dtype, device=device)
             kernels.matmul(problem.x, problem.weight, problem.bias, out)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu_steps.cases import DTYPES, TERNARY, Shape, Stored, random_weight
+from gpu_steps.cases import DTYPES, TERNARY, Shape, Stored, is_normal, random_weight
 from gpu_steps.cuda_set import CudaKernels, built_library, describe
 from gpu_steps.outcome import FAILED, PASSED, Outcome, Settings
 from jpq_export.numerics.scheme import from_kernel_bits
@@ -19,7 +19,7 @@ from jpq_export.numerics.scheme import from_kernel_bits
 Call = Callable[[], Any]
 LAYERS = ((4096, 4096), (4096, 14336))  # [N, K]
 TINY_LAYERS = ((32, 64),)
-WIDTHS = (1, TERNARY, 2, 3, 4, 5, 6, 8)
+WIDTHS = (1, TERNARY, 2, 3, 35, 4, 36, 5, 6, 8)  # 35, 36: normal levels of 3 and 4 bits
 FEW = (1, 4, 16)
 MANY = (512, 2048)
 GROUP_SIZE = 128
@@ -151,7 +151,7 @@ def timed(settings: Settings, rows_of: Sequence[int], row: Callable[..., dict[st
     rng, out = np.random.default_rng(1), []
     clock = Clock(settings.device, 1 if settings.rehearse else REPEATS)
     cuda = CudaKernels(built_library(settings))
-    widths = (3,) if settings.rehearse else (2, 3, 4) if settings.quick else WIDTHS
+    widths = (3,) if settings.rehearse else (2, 3, 35, 4, 36) if settings.quick else WIDTHS
     for n, k in TINY_LAYERS if settings.rehearse else LAYERS:
         rivals = {rows: cublas_seconds(clock, settings, n, k, rows) for rows in rows_of}
         for bits in widths:
@@ -163,6 +163,7 @@ def timed(settings: Settings, rows_of: Sequence[int], row: Callable[..., dict[st
                 for name, calls in (("triton", triton_calls(weights, x)), ("cuda", cuda_calls(cuda, weights, x))):
                     seconds = clock.seconds(calls)
                     named = {"kernels": name, "layer": f"{n} x {k}", "bits": from_kernel_bits(bits), "rows": rows}
+                    named["levels"] = "normal" if is_normal(bits) else "even"
                     out.append(named | row(weight, rows, seconds, rivals[rows]))
     return out
 

@@ -39,6 +39,16 @@ static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
 
 static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
+/* Bytes of y above those of x, taken by the lowest three bits of each of four fields. */
+static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned fields) {
+  unsigned out = 0;
+  for (int i = 0; i < 4; i++) {
+    const unsigned at = fields >> (4 * i) & 7;
+    out |= ((at < 4 ? x : y) >> (at % 4 * 8) & 255) << (8 * i);
+  }
+  return out;
+}
+
 static dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 namespace shim {
