@@ -38,9 +38,9 @@ def tolerance(group_size, bits=8):
     """A group is one fp32 sum, whose rounding grows like the root of its terms.
 
     Codes are multiplied before their zero is taken off: evenly spaced ones are twice as large (RMS) as what is left,
-    levels about 128, here of codes that are all as likely, 2.6 times.
+    levels about 128, here of codes that are all as likely, 2.6 times, in a sample of 13 up to 3.
     """
-    return TOLERANCE * max(1, group_size / 128) ** 0.5 * (1.3 if bits > KERNEL_NORMAL else 1)
+    return TOLERANCE * max(1, group_size / 128) ** 0.5 * (1.5 if bits > KERNEL_NORMAL else 1)
 
 
 def distance(got, expected):
@@ -170,7 +170,7 @@ def test_the_largest_sums_of_the_longest_group_do_not_overflow(core_of, random, 
         stored = random(5, k, bits, k, symmetric, np.random.default_rng(0))
         full = replace(stored, packed=np.full_like(stored.packed, 255))
         if stored.zeros is not None:
-            full = replace(full, zeros=pack_codes(np.full((5, 1), int(bits > 1), np.uint8), bits))
+            full = replace(full, zeros=pack_codes(np.full((5, 1), int(bits > 1), np.uint8), stored.scheme.bits))
         for value in (1.0, -1.0, 0.7):
             x = np.full((2, k), value, np.float32)
             x[1, 0] = 1.3  # digits of the others are no round numbers
