@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from jpq_export.numerics.scheme import KERNEL_NORMAL
 from jpq_kernels.unpack import add_products, doubled_zero, float_base, levels, load_ternary_unit, load_unit
 from jpq_kernels.weight import DeviceWeight, Layout, divide_up, expect
 
@@ -220,6 +221,7 @@ MANY_ROWS_TILES = (
     ManyRowsTile(block_m=128, block_n=64, num_warps=8, num_stages=3),
 )
 ADD_SPLITS_BLOCK = 256
+MANY_CHOICES = (KERNEL_NORMAL + 5, KERNEL_NORMAL + 6)
 WARPS_PER_MULTIPROCESSOR = 16  # the most programs of one warp that sm_87 keeps at once
 FP16_DOT_FROM = 5  # rows: from here on, fp32 products of fp16 X outlast the loads they wait for
 
@@ -295,7 +297,8 @@ def plan(rows: int, weight: DeviceWeight, dtype: torch.dtype, multiprocessors: i
     n, k = weight.shape
     few = rows <= MOST_FEW_ROWS and not (dtype == torch.float16 and rows >= FP16_DOT_FROM)
     if few:
-        tile = next((tile for tile in FEW_ROWS_TILES if rows <= tile.rows), FEW_ROWS_TILES[-1])
+        tiles = few_rows_tiles(weight.bits)
+        tile = next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
         steps, least = k // weight.layout.unit.codes, 2 * tile.block_units
         programs = divide_up(n, tile.block_n) * divide_up(rows, tile.rows)
         wanted = WARPS_PER_MULTIPROCESSOR * multiprocessors
@@ -307,6 +310,14 @@ def plan(rows: int, weight: DeviceWeight, dtype: torch.dtype, multiprocessors: i
     splits = max(1, min(wanted // programs, steps // least))
     split_steps = divide_up(steps, splits)
     return Launch(tile, divide_up(steps, split_steps), split_steps)
+
+
+def few_rows_tiles(bits: int) -> tuple[FewRowsTile, ...]:
+    """The tiles for a width, smallest first.
+
+    Normal levels of 5 and 6 bits are chosen among 8 and 16 words: with 4 rows of X that spilled on sm_90 and sm_110.
+    """
+    return tuple(tile for tile in FEW_ROWS_TILES if tile.rows != 4 or bits not in MANY_CHOICES)
 
 
 def block_units(layout: Layout, tile: ManyRowsTile, x_bytes: int) -> int:

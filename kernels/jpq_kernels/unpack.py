@@ -16,12 +16,18 @@ and the four bytes they may touch, as one word, beside the number of codes of th
 
 from __future__ import annotations
 
+import numpy as np
 import triton
 import triton.language as tl
 
-from jpq_export.numerics.levels import MIDDLE, normal_bytes
+from jpq_export.numerics.levels import MIDDLE, NORMAL_WIDTHS, normal_bytes
 
 CENTRE: tl.constexpr = tl.constexpr(MIDDLE)
+FIRST_NORMAL: tl.constexpr = tl.constexpr(NORMAL_WIDTHS[0])
+# Levels of codes 4 i .. 4 i + 3 of every width, the first in the lowest byte.
+LEVEL_WORDS: tl.constexpr = tl.constexpr(
+    tuple(tuple(np.frombuffer(normal_bytes(bits).tobytes(), "<u4").tolist()) for bits in NORMAL_WIDTHS)
+)
 
 
 @triton.jit
@@ -70,17 +76,11 @@ def width_of(bits: int) -> int:
     return bits % 32
 
 
-@triton.constexpr_function
-def level_word(width: int, i: int) -> int:
-    """Levels of codes 4 i .. 4 i + 3, the first in the lowest byte."""
-    return int.from_bytes(normal_bytes(width)[4 * i : 4 * i + 4].tobytes(), "little")
-
-
 @triton.jit
 def level_words(code, WIDTH: tl.constexpr, FIRST: tl.constexpr, BIT: tl.constexpr):
     """The word with the level of each code, from word FIRST on, chosen by bits 2 .. BIT of the code."""
     if BIT == 1:
-        return tl.full(code.shape, level_word(WIDTH, FIRST), tl.uint32)
+        return tl.full(code.shape, LEVEL_WORDS[WIDTH - FIRST_NORMAL][FIRST], tl.uint32)
     else:
         low = level_words(code, WIDTH, FIRST, BIT - 1)
         high = level_words(code, WIDTH, FIRST + (1 << (BIT - 2)), BIT - 1)

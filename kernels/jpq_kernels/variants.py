@@ -10,7 +10,6 @@ from jpq_export.numerics.scheme import KERNEL_NORMAL, KERNEL_TERNARY, KERNEL_WID
 from jpq_kernels.low_bit_gather import GATHER_WARPS, gather_kernel, gather_units
 from jpq_kernels.low_bit_matmul import (
     ADD_SPLITS_BLOCK,
-    FEW_ROWS_TILES,
     FP16_DOT_FROM,
     MANY_ROWS_TILES,
     FewRowsTile,
@@ -19,6 +18,7 @@ from jpq_kernels.low_bit_matmul import (
     block_units,
     constants_of,
     few_rows_kernel,
+    few_rows_tiles,
     group_blocks,
     many_rows_kernel,
 )
@@ -72,7 +72,7 @@ def variants(
 
 def of_layout(layout: Layout, x_type: str) -> Iterator[Variant]:
     """The kernels of one layout: the tiles `plan` may choose for this type of X, and the gather."""
-    for few in FEW_ROWS_TILES:
+    for few in few_rows_tiles(layout.bits):
         if x_type == "fp32" or few.rows < FP16_DOT_FROM:
             yield few_rows(layout, x_type, few)
     for many in MANY_ROWS_TILES:

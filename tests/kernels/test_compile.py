@@ -93,6 +93,15 @@ def test_no_ternary_kernel_spills_registers(compiler_environment, tmp_path):
     assert "few_rows_1_ternary_g64_asym_fp32" in {k["name"] for k in kernels}
 
 
+def test_no_kernel_of_normal_levels_spills_registers(compiler_environment, tmp_path):
+    normal = ("--bits", "normal4", "--group-size", "64", "--x", "fp32", "--sm", "87", "--only", "few_rows")
+    kernels = compiled(compiler_environment, tmp_path, *normal)
+    assert {k["constants"]["BITS"] for k in kernels} == {36}
+    assert {k["constants"]["SYMMETRIC"] for k in kernels} == {True}
+    assert {k["name"]: k["spill_bytes"] for k in kernels if k["spill_bytes"]} == {}
+    assert "few_rows_1_normal4_g64_sym_fp32" in {k["name"] for k in kernels}
+
+
 def test_twin_a_tile_that_is_too_large_is_seen_to_spill(compiler_environment):
     code = """
 from jpq_kernels.compile import compile_variant
