@@ -27,7 +27,7 @@ from jpq_export.compress.statistics import Statistics
 from jpq_export.errors import PlanError, StorageError
 from jpq_export.format.encoder_spec import is_table
 from jpq_export.format.tensor_file import save_tensors
-from jpq_export.numerics.scheme import levels, read_width
+from jpq_export.numerics.scheme import read_width
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def load_prepared(folder: Path, *, device: str = "cpu") -> Prepared | None:
         prices, stats = load_prices(folder), _load_statistics(folder, device)
         if prices is None or stats is None:
             return None
-        return Prepared(prices, _load_rounded(folder / "rounded.safetensors", device), stats)
+        return Prepared(prices, _load_rounded(folder / "rounded.safetensors", prices, device), stats)
     except (SafetensorError, PlanError, OSError) as error:
         logger.warning("%s: damaged (%s); making it again", folder, error)
         return None
@@ -145,11 +145,11 @@ def _rounded_tensors(cache: RoundedCache) -> dict[str, np.ndarray]:
     return out
 
 
-def _load_rounded(path: Path, device: str) -> RoundedCache:
+def _load_rounded(path: Path, prices: PriceList, device: str) -> RoundedCache:
     cache, tensors = RoundedCache(), load_file(path, device=device)
     for name in [n for n in tensors if n.endswith("/codes")]:
         bits, matrix, _ = name.split("/")
         scales = tensors[f"{bits}/{matrix}/scales"].float()
-        zeros = torch.full_like(scales, (levels(read_width(bits)) - 1) / 2)
+        zeros = torch.full_like(scales, prices.scheme(tensors[name].shape[1], read_width(bits)).centre)
         cache.entries[matrix, read_width(bits)] = Rounded(tensors[name], scales, zeros)
     return cache

@@ -28,6 +28,7 @@ from jpq_export.compress.tune import (
 )
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
+from jpq_export.numerics.levels import normal_bytes
 from jpq_export.numerics.scheme import BIT_WIDTHS, TERNARY, Scheme
 from jpq_export.progress import Stages
 
@@ -321,6 +322,30 @@ def test_narrow_widths_are_priced_when_asked_for_each_by_its_own_measurement(
     folder = tmp_path / "kept"
     save_prepared(folder, Prepared(prices, cache, found))
     again = load_prepared(folder)
+    assert again is not None
+    for key, rounded in cache.entries.items():
+        assert torch.equal(again.cache.entries[key].dequantize(), rounded.dequantize()), key
+
+
+def test_normal_levels_are_priced_and_kept(teacher: Decoder, sequences: np.ndarray, tmp_path) -> None:
+    found = statistics.collect(teacher, sequences, seed=0)
+    forward = PartialForward(teacher, Heldout(teacher, sequences[:4]))
+
+    def priced(normal: tuple[float, ...]) -> tuple[RoundedCache, PriceList]:
+        cache, raw = round_all(named_weights(teacher), SPEC, found, group_size=32, normal=normal)
+        return cache, measure_prices(teacher, found, raw, cache, forward, group_size=32, normal=normal)
+
+    (even, usual), (cache, prices) = priced(()), priced((3, 4))
+    assert (usual.normal, prices.normal) == ((), (3, 4))
+    for (name, bits), rounded in cache.entries.items():
+        if bits in (3, 4):
+            assert set(rounded.codes.unique().tolist()) <= set(normal_bytes(bits).tolist())
+        else:
+            assert torch.equal(rounded.codes, even.entries[name, bits].codes)
+    prices.save(tmp_path / "prices.json")
+    assert PriceList.load(tmp_path / "prices.json") == prices
+    save_prepared(tmp_path / "kept", Prepared(prices, cache, found))
+    again = load_prepared(tmp_path / "kept")
     assert again is not None
     for key, rounded in cache.entries.items():
         assert torch.equal(again.cache.entries[key].dequantize(), rounded.dequantize()), key
