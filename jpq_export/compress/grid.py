@@ -14,8 +14,8 @@ from jpq_export.numerics.levels import MIDDLE, NORMAL_WIDTHS, normal_bytes, norm
 from jpq_export.numerics.row_blocks import RowLayout
 from jpq_export.numerics.scheme import Scheme
 
-FINE = 16  # places a unit for which the nearest point is known
-PLACES = 256 * FINE
+FINE = 2  # cells a unit: points are integers, so that all of a cell is nearest to one of them
+CELLS = 256 * FINE
 EVEN_TOPS = (1, 2, 3, 7, 15, 31, 63, 255)  # largest codes of evenly spaced points; tables of normal levels follow
 
 
@@ -90,11 +90,11 @@ class Grid:
         """What finds the nearest point of each place [N] or [N, ...], in points; it may overwrite the places."""
         if self.table is None:
             return lambda places: torch.minimum(places.round_().clamp_(min=0), _beside(self.top, places))
-        first = self.table.to(torch.float32) * PLACES + 0.5  # half a place: what follows is cut off, not rounded
+        first = self.table.to(torch.float32) * CELLS
         points = _nearest_points(self.top.device)
 
         def look_up(places: Tensor) -> Tensor:
-            at = torch.add(_beside(first, places), places.clamp_(0, 256 - 1 / FINE), alpha=FINE).int()
+            at = torch.add(_beside(first, places), places.clamp_(0, 256 - 0.5 / FINE), alpha=FINE).int()
             return torch.index_select(points, 0, at.view(-1)).view_as(places)
 
         return look_up
@@ -114,8 +114,8 @@ def _table_of(scheme: Scheme) -> int:
 
 @cache
 def _nearest_points(device: torch.device) -> Tensor:
-    """The nearest point of every place, of all tables: float32 [tables * PLACES]."""
-    places = np.arange(PLACES) / FINE
+    """The nearest point of every cell, of all tables: float32 [tables * CELLS]."""
+    places = (np.arange(CELLS) + 0.5) / FINE
     kinds = [np.arange(top + 1) for top in EVEN_TOPS] + [normal_bytes(bits) for bits in NORMAL_WIDTHS]
     out = []
     for points in (kind.astype(np.float32) for kind in kinds):
