@@ -35,8 +35,8 @@ import onnx_ir as ir
 
 from jpq_export.lower import integer
 from jpq_export.lower.nodes import Nodes
-from jpq_export.lower.unpacking import pattern, shifted, unpack
-from jpq_export.numerics.levels import MIDDLE, normal_bytes
+from jpq_export.lower.unpacking import pattern, points, shifted, unpack
+from jpq_export.numerics.levels import MIDDLE
 from jpq_export.numerics.scheme import TERNARY, Scheme, kernel_bits
 
 DOMAIN = "jpq"
@@ -264,20 +264,12 @@ def _fields(nodes: Nodes, packed: ir.Value, variant: Variant, *, count: int, dou
     bits = variant.scheme.bits
     if len(variant.fields) == 1:
         return [unpack(nodes, packed, bits, count=count, transposed=True, doubled=doubled)]
-    whole = _points(nodes, variant, unpack(nodes, packed, bits, count=count, transposed=True))
+    whole = points(nodes, variant.scheme, unpack(nodes, packed, bits, count=count, transposed=True))
     out = []
     for start, width in variant.fields:
         mask = nodes.const(((1 << width) - 1) << doubled, np.uint8)
         out.append(nodes("BitwiseAnd", shifted(nodes, whole, start - doubled), mask))
     return out
-
-
-def _points(nodes: Nodes, variant: Variant, codes: ir.Value) -> ir.Value:
-    """What codes stand for: themselves, or levels as bytes."""
-    if not variant.scheme.normal:
-        return codes
-    levels = nodes.const(normal_bytes(variant.scheme.bits), np.uint8)
-    return nodes("Gather", levels, nodes("Cast", codes, to=INT32), axis=0)
 
 
 def _times(nodes: Nodes, scales: ir.Value, factor: float) -> ir.Value:
@@ -289,7 +281,7 @@ def _dequantize(
 ) -> ir.Value:
     """Compute scale * (code - zero) in fp32: [rows, K/g, g]."""
     scheme = variant.scheme
-    codes = _points(nodes, variant, codes)
+    codes = points(nodes, scheme, codes)
     wide = nodes("Cast", nodes("Reshape", codes, nodes.ints(0, -1, scheme.group_size)), to=FLOAT)
     if packed_zeros is None:
         zeros = nodes.const(scheme.centre, np.float32)

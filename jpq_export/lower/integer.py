@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.lower.nodes import Nodes
-from jpq_export.lower.unpacking import unpack
+from jpq_export.lower.unpacking import points, unpack
 
 if TYPE_CHECKING:
     from jpq_export.lower.functions import Variant
@@ -55,7 +55,7 @@ def round_tokens(nodes: Nodes, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _codes(nodes: Nodes, variant: Variant, packed: ir.Value) -> ir.Value:
-    codes = unpack(nodes, packed, variant.scheme.bits, count=variant.columns)  # [N, K]
+    codes = points(nodes, variant.scheme, unpack(nodes, packed, variant.scheme.bits, count=variant.columns))  # [N, K]
     grouped = nodes("Reshape", codes, nodes.ints(0, -1, variant.scheme.group_size))
     return nodes("Transpose", grouped, perm=[1, 2, 0])
 

@@ -46,7 +46,7 @@ def signed(name: str, weight: QuantizedWeight) -> SignedCodes:
             f"{name}: {scheme.bits}-bit codes with {_zero(weight)} do not fit INT8; make the plan for this target again"
         )
     n, k = weight.shape
-    twice = 2 * weight.codes().astype(np.int16).reshape(n, -1, scheme.group_size)  # [N, K/g, g]
+    twice = 2 * weight.points().astype(np.int16).reshape(n, -1, scheme.group_size)  # [N, K/g, g]
     twice -= (2 * weight.zero_points()).astype(np.int16)[:, :, None]
     half = scheme.symmetric and scheme.centre % 1
     codes = (twice if half else twice // 2).reshape(n, k).astype(np.int8)

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from jpq_export.lower.nodes import Nodes
-from jpq_export.numerics.scheme import TERNARY, row_bytes
+from jpq_export.numerics.levels import normal_bytes
+from jpq_export.numerics.scheme import TERNARY, Scheme, row_bytes
 
 INT32, UINT8 = ir.DataType.INT32, ir.DataType.UINT8
 
@@ -75,3 +76,10 @@ def shifted(nodes: Nodes, value: ir.Value, by: int) -> ir.Value:
     if not by:
         return value
     return nodes("BitShift", value, nodes.const(abs(by), np.uint8), direction="RIGHT" if by > 0 else "LEFT")
+
+
+def points(nodes: Nodes, scheme: Scheme, codes: ir.Value) -> ir.Value:
+    """What codes uint8 stand for: themselves, or levels as bytes."""
+    if not scheme.normal:
+        return codes
+    return nodes("Gather", nodes.const(normal_bytes(scheme.bits), np.uint8), nodes("Cast", codes, to=INT32), axis=0)

@@ -217,7 +217,8 @@ class Weights:
 
 
 def _has_standard_form(stored: QuantizedWeight) -> bool:
-    return stored.scheme.bits in STANDARD_BITS and stored.scheme.group_size in functions.FUSED_BLOCKS
+    scheme = stored.scheme
+    return scheme.bits in STANDARD_BITS and not scheme.normal and scheme.group_size in functions.FUSED_BLOCKS
 
 
 def _codes_tensor(stored: QuantizedWeight) -> ir.TensorProtocol:

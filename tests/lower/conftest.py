@@ -8,6 +8,7 @@ import pytest
 from jpq_export.format.compressed import CompressedModel
 from jpq_export.format.spec import LayerSpec, ModelSpec, RopeSpec
 from jpq_export.numerics.affine import QuantizedWeight, store
+from jpq_export.numerics.levels import normal_bytes
 from jpq_export.numerics.scheme import TERNARY, Scheme
 
 VOCAB, HIDDEN, HEAD_DIM = 96, 64, 16
@@ -77,10 +78,14 @@ def round_to_nearest(matrix: np.ndarray, scheme: Scheme) -> QuantizedWeight:
     low, high = grouped.min(-1), grouped.max(-1)
     if scheme.symmetric:
         low, high = -np.abs(grouped).max(-1), np.abs(grouped).max(-1)
-    scales = ((high - low) / scheme.max_code + 1e-3).astype(np.float16)
+    levels = normal_bytes(scheme.bits) if scheme.normal else np.arange(scheme.max_code + 1)
+    scales = ((high - low) / (int(levels[-1]) - int(levels[0])) + 1e-3).astype(np.float16)
     wide = scales.astype(np.float32)
     zeros = np.full_like(wide, scheme.centre) if scheme.symmetric else np.clip(np.rint(-low / wide), 0, scheme.max_code)
-    codes = np.clip(np.rint(grouped / wide[..., None] + zeros[..., None]), 0, scheme.max_code)
+    places = grouped / wide[..., None] + zeros[..., None]
+    codes = np.clip(np.rint(places), 0, scheme.max_code)
+    if scheme.normal:
+        codes = levels[np.abs(places[..., None] - levels).argmin(-1)]
     return store(codes.reshape(matrix.shape).astype(np.uint8), scales, zeros.astype(np.uint8), scheme)
 
 

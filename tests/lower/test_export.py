@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jpq_export.lower.export import export_onnx
+from jpq_export.numerics.levels import NORMAL_WIDTHS
 from jpq_export.numerics.scheme import ALL_WIDTHS, Scheme
 from jpq_export.runtime.session import OrtModel
 
@@ -166,6 +167,15 @@ def damage(model, fault):
 @pytest.mark.parametrize("bits", ALL_WIDTHS)
 def test_every_width_through_a_whole_model(tiny, tmp_path, bits, form, symmetric):
     model = tiny.model(tiny.specs["llama"], lambda name, index: Scheme(bits, 32, symmetric))
+    export_onnx(model, tmp_path / "model.onnx", form=form)
+    got = OrtModel(tmp_path / "model.onnx", threads=1, exact=True).forward(tokens((2, 7)))
+    assert tiny.relative_rms(got.logits, reference(tiny.decoder(model), tokens((2, 7)))) < BOUND
+
+
+@pytest.mark.parametrize("form", ["custom_op", "qdq"])
+@pytest.mark.parametrize("bits", NORMAL_WIDTHS)
+def test_normal_levels_through_a_whole_model(tiny, tmp_path, bits, form):
+    model = tiny.model(tiny.specs["llama"], lambda name, index: Scheme(bits, 32, normal=True))
     export_onnx(model, tmp_path / "model.onnx", form=form)
     got = OrtModel(tmp_path / "model.onnx", threads=1, exact=True).forward(tokens((2, 7)))
     assert tiny.relative_rms(got.logits, reference(tiny.decoder(model), tokens((2, 7)))) < BOUND

@@ -10,6 +10,7 @@ from jpq_export.errors import TargetError
 from jpq_export.format.spec import INT8_ACTIVATIONS
 from jpq_export.lower.export import export_onnx
 from jpq_export.numerics import reference
+from jpq_export.numerics.levels import NORMAL_WIDTHS
 from jpq_export.numerics.scheme import TERNARY, Scheme
 from jpq_export.parity.bisect import find_divergence
 from jpq_export.parity.runners import OrtRunner, TorchRunner
@@ -42,10 +43,19 @@ def product(model, name, x):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_products_of_every_width(tiny, tmp_path, bits, symmetric):
-    """Twin: without rounding X the products differ a thousand times as much."""
     if bits == TERNARY and not symmetric:
         pytest.skip("ternary codes have no stored zero points")
-    model = rounding_model(tiny, "biases", scheme_of=lambda _name, _i: Scheme(bits, 16, symmetric=symmetric))
+    products_are_rounded(tiny, tmp_path, Scheme(bits, 16, symmetric=symmetric))
+
+
+@pytest.mark.parametrize("bits", NORMAL_WIDTHS)
+def test_products_of_normal_levels(tiny, tmp_path, bits):
+    products_are_rounded(tiny, tmp_path, Scheme(bits, 16, normal=True))
+
+
+def products_are_rounded(tiny, tmp_path, scheme):
+    """Without rounding X the products differ a thousand times as much."""
+    model = rounding_model(tiny, "biases", scheme_of=lambda _name, _i: scheme)
     values, _ = values_of(model, tmp_path / "m.onnx")
     for name, source in (("layers.0.attn.q", "layers.0.attn_norm"), ("layers.1.mlp.down", "layers.1.mlp.inner")):
         x = values[source]

@@ -9,6 +9,7 @@ from jpq_export.errors import PlanError
 from jpq_export.lower.export import export_onnx, weight_bytes
 from jpq_export.lower.signed import signed
 from jpq_export.numerics.affine import QuantizedWeight
+from jpq_export.numerics.levels import NORMAL_WIDTHS
 from jpq_export.numerics.scheme import TERNARY, Scheme
 from jpq_export.parity.runners import OrtRunner, TorchRunner
 
@@ -23,6 +24,7 @@ SCHEMES = (
 )
 
 
+NORMAL = tuple(Scheme(bits, 16, normal=True) for bits in NORMAL_WIDTHS)  # bytes around 128: INT8
 NARROW = tuple(Scheme(bits, 16, **kind) for bits in (1, TERNARY) for kind in ({}, {"symmetric": False}))
 
 
@@ -42,7 +44,9 @@ def write(tiny, tmp_path):
     return do
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, Scheme(2, 16), Scheme(5, 16), Scheme(3, 16, symmetric=False), *NARROW])
+@pytest.mark.parametrize(
+    "scheme", [*SCHEMES, Scheme(2, 16), Scheme(5, 16), Scheme(3, 16, symmetric=False), *NORMAL, *NARROW]
+)
 def test_signed_codes_are_exactly_the_weight_in_the_narrowest_width(tiny, scheme):
     weight = tiny.round(np.random.default_rng(0).normal(size=(24, 64)).astype(np.float32), scheme)
     parts = signed("w", weight)
