@@ -6,6 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from jpq_export.compress.prices import EVEN_ERROR, NORMAL_ERROR
 from jpq_export.numerics.affine import store
 from jpq_export.numerics.levels import MIDDLE, NORMAL_WIDTHS, normal_bytes, normal_levels
 from jpq_export.numerics.scheme import ALL_WIDTHS, Scheme
@@ -36,6 +37,15 @@ def test_they_are_the_best_levels_rounded(bits: int) -> None:
     assert least_error(levels) == pytest.approx(BEST[bits], rel=0.04 if bits == 6 else 0.015)
     even = np.arange(1 << bits) - ((1 << bits) - 1) / 2
     assert least_error(even) == pytest.approx(EVEN[bits], rel=0.03)
+
+
+def test_prices_expect_those_errors() -> None:
+    for bits, error in NORMAL_ERROR.items():
+        assert error == pytest.approx(least_error(normal_levels(bits)), rel=0.01)
+    for bits, error in EVEN_ERROR.items():
+        if bits < 8:  # of 256 levels the sample's own steps are a part
+            assert error == pytest.approx(EVEN[bits], rel=0.01)
+    assert 3 < EVEN_ERROR[6] / EVEN_ERROR[8] / 3.6 < 4  # two bits
 
 
 @pytest.mark.parametrize("bits", NORMAL_WIDTHS)
