@@ -62,12 +62,14 @@ class Row:
     two_sided: bool = False
     recovered: bool = False
     rotated: bool = True
+    normal: bool = True  # codes stand for normal levels; else the same plan's for evenly spaced ones
 
 
 ROWS = (
     Row("all"),
     Row("recovered", recovered=True),
     Row("without rotation", rotated=False),
+    Row("evenly spaced levels", normal=False),
     Row("without the refit to arriving inputs", refit=False),
     Row("without descent and scale refits", descent=False),
     Row("with two-sided rounding", two_sided=True),
@@ -137,6 +139,7 @@ class Laboratory:
             folder = prepared_for(request, loaded, self.texts)
             options = {"seed": 0, "stages": self.stages, "narrow": ()}
             options["group_size"] = group_size_for(request.target, loaded.spec)
+            options["normal"] = request.target.normal_bits
             prices = prepare(loaded.model, self.calibration, self.texts.heldout, folder, **options).prices
             problem = Problem(prices, cost, budget, BIT_WIDTHS)
             knobs = Knobs()
@@ -146,7 +149,8 @@ class Laboratory:
     def model(self, row: Row, bits: float) -> CompressedModel:
         """Rounded, and recovered where the row says so."""
         plan, effort, teacher = self.plan(row, bits), self.export.effort, self.teacher(row)
-        schemes = {choice.name: choice.layout or choice.scheme for choice in plan.choices}
+        choices = [choice if row.normal else replace(choice, normal=False) for choice in plan.choices]
+        schemes = {choice.name: choice.layout or choice.scheme for choice in choices}
         layers = tuple(LayerChoice(layer.kv_heads, layer.kept_channels) for layer in plan.layers)
         recipe = Recipe(layers, schemes, "jpq" if row.descent else "gptq", effort.passes)
         compressor = Compressor(teacher, recipe, self.statistics(row), self.calibration)

@@ -43,7 +43,7 @@ def prepare(
     seed: int,
     stages: Stages,
     group_size: int,
-    normal: tuple[float, ...] = (),
+    normal: tuple[float, ...],
     narrow: tuple[float, ...] = (),
 ) -> Prepared:
     """The prepared state for these inputs; `folder` names them (see prepared_folder).

@@ -364,7 +364,9 @@ def test_prices_are_measured_on_the_beginnings_of_all_held_out_sequences(
 
     monkeypatch.setattr(preparation, "PartialForward", Watched)
     folder = tmp_path / "search"
-    preparation.prepare(teacher, sequences[:8], sequences[8:], folder, seed=0, stages=Stages(), group_size=64)
+    preparation.prepare(
+        teacher, sequences[:8], sequences[8:], folder, seed=0, stages=Stages(), group_size=64, normal=()
+    )
     assert [ids.tolist() for ids in seen] == [sequences[8:, :24].tolist()]
 
 
