@@ -17,6 +17,7 @@ from jpq_export.format.encoder_spec import EncoderSpec, Spec
 from jpq_export.format.plan import Plan
 from jpq_export.format.spec import FLOAT_ACTIVATIONS, FLOAT_CACHE, ModelSpec
 from jpq_export.numerics.affine import QuantizedWeight, store
+from jpq_export.numerics.levels import NORMAL_WIDTHS, normal_bytes
 from jpq_export.numerics.row_blocks import StoredWeight
 from jpq_export.numerics.scheme import Scheme, choose_group_size, wide_group_size
 
@@ -34,7 +35,13 @@ def original_spec(pruned: SomeSpec, plan: Plan) -> SomeSpec:
 
 
 def random_model(
-    spec: Spec, *, bits: float = BITS, symmetric: bool = False, wide: int | None = None, seed: int = 0
+    spec: Spec,
+    *,
+    bits: float = BITS,
+    symmetric: bool = False,
+    normal: bool = False,
+    wide: int | None = None,
+    seed: int = 0,
 ) -> CompressedModel:
     """Every matrix at one width; by default as onnxruntime's own kernel is fastest: 4 bits with integer zero points.
 
@@ -44,7 +51,7 @@ def random_model(
     quantized: dict[str, StoredWeight] = {}
     for name, (n, k) in spec.matrices().items():
         size = wide_group_size(k, wide) if wide else choose_group_size(k, GROUP_SIZE)
-        quantized[name] = _random(rng, n, k, Scheme(bits, size, symmetric))
+        quantized[name] = _random(rng, n, k, Scheme(bits, size, symmetric, normal=normal))
     return CompressedModel(spec, quantized, {name: np.ones(n, np.float32) for name, n in spec.vectors().items()})
 
 
@@ -52,8 +59,9 @@ def _random(rng: np.random.Generator, n: int, k: int, scheme: Scheme) -> Quantiz
     groups = scheme.groups(k)
     codes = rng.integers(0, scheme.max_code + 1, (n, k), np.uint8)
     zeros = np.full((n, groups), (scheme.max_code + 1) // 2, np.uint8)  # 8 at 4 bits
-    scales = np.full((n, groups), 3 * k**-0.5 / scheme.max_code, np.float16)
-    return store(codes, scales, None if scheme.symmetric else zeros, scheme)
+    points = normal_bytes(scheme.bits) if scheme.normal else np.arange(scheme.max_code + 1, dtype=np.uint8)
+    scales = np.full((n, groups), 3 * k**-0.5 / (int(points[-1]) - int(points[0])), np.float16)
+    return store(points[codes], scales, None if scheme.symmetric else zeros, scheme)
 
 
 def write_baselines(spec: ModelSpec, folder: Path) -> dict[str, Path]:
@@ -72,14 +80,16 @@ def write_baselines(spec: ModelSpec, folder: Path) -> dict[str, Path]:
 def write_uniform(spec: ModelSpec, plan: Plan, folder: Path, widths: tuple[float, ...]) -> dict[str, Path]:
     """Our operators over the original model, every matrix at one width, embedding and head too: "jpq-3bit", ...
 
-    Groups are as wide as the widest of `plan`.
+    Groups are as wide as the widest of `plan`, levels normal where it has any such.
     """
     from jpq_export.lower.export import export_onnx
 
     out, wide = {}, max((choice.group_size for choice in plan.choices), default=GROUP_SIZE)
+    normal = any(choice.normal for choice in plan.choices)
     for bits in widths:
+        kind = {"symmetric": True, "normal": normal and bits in NORMAL_WIDTHS, "wide": wide}
         name = f"jpq-{bits:g}bit"
         out[name] = folder / name / "model.onnx"
         out[name].parent.mkdir()
-        export_onnx(random_model(spec, bits=bits, symmetric=True, wide=wide), out[name], form="custom_op", chained=True)
+        export_onnx(random_model(spec, bits=bits, **kind), out[name], form="custom_op", chained=True)
     return out
