@@ -74,6 +74,11 @@ class Grid:
             return self.table
         return torch.bucketize(self.top, torch.tensor(EVEN_TOPS, dtype=self.top.dtype, device=self.top.device))
 
+    @property
+    def normal(self) -> Tensor:
+        """Which rows have normal levels [N]."""
+        return torch.zeros_like(self.top, dtype=torch.bool) if self.table is None else self.table >= len(EVEN_TOPS)
+
     def reach(self) -> Tensor:
         """How far the outermost point of a symmetric row is from the middle [N]."""
         if self.table is None:
@@ -84,7 +89,7 @@ class Grid:
     def middle(self, *, integer_zero: bool) -> Tensor:
         """The zero of symmetric rows, in points [N]."""
         even = (self.top / 2).ceil() if integer_zero else self.top / 2
-        return even if self.table is None else torch.where(self.table >= len(EVEN_TOPS), float(MIDDLE), even)
+        return even if self.table is None else torch.where(self.normal, float(MIDDLE), even)
 
     def nearest(self) -> Callable[[Tensor], Tensor]:
         """What finds the nearest point of each place [N] or [N, ...], in points; it may overwrite the places."""

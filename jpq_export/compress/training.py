@@ -163,15 +163,18 @@ def schedule(count: int, settings: TuneSettings, seed: int) -> Iterator[np.ndarr
         pool = pool[settings.batch :]
 
 
+SORTED_AT_ONCE = 4096  # rows: what sorting them takes beside their codes
+
+
 def step_of(codes: Tensor) -> Tensor:
-    """How far a row's scales go a step, relative to those of two bits: float32 [N, 1] of codes [N, K].
+    """How far a row's scales go a step, relative to those of two bits: float32 [N, 1] of codes (or levels) [N, K].
 
     A change by 1% moves the outermost weight by 1% of half the levels in use: by the same part of a quantization step
     at every width when the rate falls with the levels. SmolLM2-135M, 30 steps, held-out KL at 2.58, 3.15 and 4.16 bits:
     0.833, 0.545, 0.181; with 3e-3 for all widths 0.840, 0.546, 0.182; with 8e-3 for all 0.839, -, 0.200.
     """
-    levels = codes.amax(1, keepdim=True).float() - codes.amin(1, keepdim=True).float() + 1
-    return (4 / levels).clamp(max=1)
+    parts = [part.sort(1).values.diff(dim=1).ne(0).sum(1, keepdim=True) + 1 for part in codes.split(SORTED_AT_ONCE)]
+    return (4 / torch.cat(parts)).clamp(max=1)
 
 
 class RelativeAdam:

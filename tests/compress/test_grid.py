@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from jpq_export.compress.grid import Grid
+from jpq_export.compress.rounding import nearest, search_scales
 from jpq_export.numerics.levels import NORMAL_WIDTHS, normal_bytes
 from jpq_export.numerics.scheme import ALL_WIDTHS, Scheme
 
@@ -37,6 +38,18 @@ def test_a_part_and_a_whole_and_what_is_joined() -> None:
     assert joined[1:3].nearest()(places[:2].clone()).tolist() == [9.0, 7.0]
     assert [len(part) for part in joined.split(3)] == [3, 1]
     assert joined.view(2, 2)[:, 1:].nearest()(torch.full((2, 1), 1000.0)).flatten().tolist() == [15.0, 236.0]
+
+
+@pytest.mark.parametrize("group_size", [32, 128, 576])
+@pytest.mark.parametrize("bits", NORMAL_WIDTHS)
+def test_normal_levels_beat_even_ones_in_groups_of_every_size(bits, group_size) -> None:
+    W = torch.from_numpy(np.random.default_rng(0).normal(size=(64, 576 if group_size == 576 else 512))).float()
+    error = {}
+    for normal in (False, True):
+        grid = Grid.of([(Scheme(bits, group_size, normal=normal), 64)], W.device)
+        scales, zeros = search_scales(W, torch.ones(W.shape[1]), grid, group_size, symmetric=True)
+        error[normal] = float((nearest(W, scales, zeros, grid).dequantize() - W).square().mean())
+    assert error[True] < error[False] * 0.96
 
 
 def test_middles_and_reaches_are_those_of_the_schemes() -> None:

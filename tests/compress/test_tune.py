@@ -24,6 +24,7 @@ from jpq_export.compress.training import (
     step_of,
 )
 from jpq_export.errors import StorageError
+from jpq_export.numerics.levels import normal_bytes
 
 
 def layer(bits: int, *, seed: int = 0) -> QuantLinear:
@@ -37,6 +38,14 @@ def layer(bits: int, *, seed: int = 0) -> QuantLinear:
 def test_a_step_moves_the_outermost_weight_by_the_same_part_of_a_level(bits: int, expected: float) -> None:
     codes = torch.arange(256).remainder(2**bits).to(torch.uint8).repeat(4, 1)
     assert torch.equal(step_of(codes), torch.full((4, 1), expected))
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(3, 0.5), (4, 0.25), (5, 0.125), (6, 1 / 16)])
+def test_a_step_of_normal_levels_is_that_of_as_many_codes(bits: int, expected: float) -> None:
+    levels = torch.from_numpy(normal_bytes(bits)).repeat(4, 4)
+    assert torch.equal(step_of(levels), torch.full((4, 1), expected))
+    mixed = torch.stack([levels[0, : 2**bits], torch.arange(2**bits, dtype=torch.uint8) % 4])
+    assert step_of(mixed).flatten().tolist() == [expected, 1.0]
 
 
 def test_rows_of_several_widths_have_steps_of_their_own() -> None:

@@ -331,8 +331,9 @@ def core_of(core, request):
 
 
 def random_weight(n, k, bits, group_size, symmetric, rng):
-    """`bits` as the kernels count them; normal levels are symmetric whatever is asked for."""
-    scheme = Scheme.stated(bits, group_size, symmetric=symmetric or bits > KERNEL_NORMAL)
+    """`bits` as the kernels count them, or a scheme's; normal levels are symmetric whatever is asked for."""
+    normal = bits > KERNEL_NORMAL
+    scheme = Scheme(from_kernel_bits(bits), group_size, symmetric or normal, normal=normal)
     codes = rng.integers(0, levels(scheme.bits), (n, k)).astype(np.uint8)
     scales = (rng.random((n, k // group_size)) * 0.1 + 0.01).astype(np.float16)
     zeros = None if scheme.symmetric else rng.integers(0, levels(scheme.bits), scales.shape).astype(np.uint8)

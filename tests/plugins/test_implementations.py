@@ -17,7 +17,7 @@ import pytest
 
 from jpq_export.numerics.affine import QuantizedWeight, store
 from jpq_export.numerics.levels import normal_bytes
-from jpq_export.numerics.scheme import KERNEL_NORMAL, KERNEL_WIDTHS, Scheme, kernel_bits
+from jpq_export.numerics.scheme import KERNEL_NORMAL, KERNEL_WIDTHS, Scheme, from_kernel_bits, kernel_bits
 
 CPU = ("avx512-vnni", "avx512", "avx2", "neon", "scalar")
 ROWS = (1, 2, 3, 7, 16, 63, 128, 512)
@@ -41,7 +41,10 @@ class Case:
 
 
 def make_case(bits, group_size) -> Case:
-    rng, k = np.random.default_rng([group_size, int(10 * bits)]), GROUPS[group_size] * group_size
+    rng, k = (
+        np.random.default_rng([group_size, int(10 * from_kernel_bits(bits)), bits // 32]),
+        GROUPS[group_size] * group_size,
+    )
     symmetric = bits > KERNEL_NORMAL or bool((KERNEL_WIDTHS.index(bits) + group_size // 64) % 2)
     scheme = Scheme.stated(bits, group_size, symmetric=symmetric)
     levels = scheme.max_code + 1
