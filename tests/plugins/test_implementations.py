@@ -26,7 +26,7 @@ GROUPS = {32: 3, 64: 3, 128: 3, 512: 2, 576: 1}  # of a row, by their size
 INTERPRETED = "triton", "cuda-shim"  # of long rows these take too long to see more than MOST
 MOST = 63
 # Relative RMS: an fp32 sum of some hundred terms; a result (or X) rounded to the 11 bits of fp16.
-FP32, FP16 = 2e-6, 4e-4
+FP32, FP16 = 2e-6, 2.0**-11
 TYPES = (np.float32, np.float16)
 
 
@@ -41,10 +41,8 @@ class Case:
 
 
 def make_case(bits, group_size) -> Case:
-    rng, k = (
-        np.random.default_rng([group_size, int(10 * from_kernel_bits(bits)), bits // 32]),
-        GROUPS[group_size] * group_size,
-    )
+    width, k = from_kernel_bits(bits), GROUPS[group_size] * group_size
+    rng = np.random.default_rng([group_size, int(10 * width), *([1] if bits > KERNEL_NORMAL else [])])
     symmetric = bits > KERNEL_NORMAL or bool((KERNEL_WIDTHS.index(bits) + group_size // 64) % 2)
     scheme = Scheme.stated(bits, group_size, symmetric=symmetric)
     levels = scheme.max_code + 1
@@ -162,6 +160,13 @@ def tolerance(name, rows, dtype, group_size):
     return FP16 if half else FP32 * max(1, group_size / 128) ** 0.5
 
 
+def rows_of(name, bits, group_size):
+    """An interpreter chooses among words of levels slowly, code by code."""
+    if name == "triton" and bits > KERNEL_NORMAL:
+        return (1, 3, 20)
+    return ROWS if group_size <= 128 or name not in INTERPRETED else ROWS[: ROWS.index(MOST) + 1]
+
+
 def distance(got, expected):
     return float(np.sqrt(np.mean(np.square(got - expected)) / np.mean(np.square(expected))))
 
@@ -173,7 +178,7 @@ def test_an_implementation_means_the_reference(cases, product_of, name, bits, gr
     case = cases[bits, group_size]
     product = product_of(name, case.stored)
     for dtype in TYPES if name in INTERPRETED else (np.float32,):
-        for rows in ROWS if group_size <= 128 or name not in INTERPRETED else ROWS[: ROWS.index(MOST) + 1]:
+        for rows in rows_of(name, bits, group_size):
             bound = tolerance(name, rows, dtype, group_size)
             y = product(case.x[:rows].astype(dtype)).astype(np.float64)
             assert distance(y, case.expected[dtype][:rows]) < bound, (rows, dtype)
