@@ -268,9 +268,10 @@ def test_until_leaves_what_it_says(until: str, names: set[str], whole: Path, pla
     left = files_of(place / f"until-{until}")
     assert set(left) == names
     same = files_of(whole)
-    if until == "plan":  # the final, which needs rounded models, is not run
+    if until == "plan":  # the final, which needs rounded models and may choose the other finalist, is not run
         first, final = (json.loads(files["plan.json"])["search"] for files in (left, same))
-        assert first == {name: final[name] for name in first}
+        assert first["trials"] == final["trials"]
+        assert first["knobs"] == min(first["trials"], key=lambda trial: trial["score"])["knobs"]
         return
     assert all(left[name] == same[name] for name in names & same.keys())
 
